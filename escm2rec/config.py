@@ -1,0 +1,435 @@
+"""The configuration: one YAML file, checked whole before anything runs.
+
+Paths are arguments of the verbs, not config. A default is written here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from escm2rec.errors import ConfigError
+
+RESERVED_COLUMNS = ("click", "conversion", "weight", "true_propensity", "true_cvr")
+KEPT_PREFIX = "kept."
+WEIGHT_SUFFIX = ".weight"
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+class AliccpSource(Section):
+    """Ali-CCP raw text: a skeleton file of impressions and a file of common records it points to."""
+
+    kind: Literal["aliccp"]
+    skeleton: str = Field(
+        "sample_skeleton_*.csv", description="Pattern of the skeleton files; its one * pairs each with its common and truth file."
+    )
+    common: str = Field("common_features_*.csv", description="Pattern of the common-feature files, paired with skeleton files by the *.")
+    truth: str | None = Field(
+        None,
+        description="Pattern of Parquet files with sample_id, true_propensity and true_cvr, row by row beside the skeleton (simulated logs only).",
+    )
+
+    @model_validator(mode="after")
+    def _one_star(self) -> Self:
+        for name, pattern in (("skeleton", self.skeleton), ("common", self.common), ("truth", self.truth)):
+            if pattern is not None and pattern.count("*") != 1:
+                raise ValueError(f"{name} pattern {pattern!r} must hold exactly one *, which pairs the files")
+        return self
+
+
+class TableSource(Section):
+    """Parquet or CSV tables with one row an impression."""
+
+    kind: Literal["table"]
+    files: str = Field("*.parquet", description="Pattern of the input files; .csv files are read as CSV with a header, others as Parquet.")
+    click: str = Field("click", description="Column with the click label, 0 or 1.")
+    conversion: str = Field("conversion", description="Column with the conversion label, 0 or 1.")
+    weight: str | None = Field(None, description="Column with an impression weight above 0; absent means 1.")
+    true_propensity: str | None = Field(None, description="Column with the known click probability (simulated logs only).")
+    true_cvr: str | None = Field(None, description="Column with the known conversion probability given a click (simulated logs only).")
+    list_separator: str = Field("|", min_length=1, max_length=1, description="Separator between the values of a list in a CSV cell.")
+    weight_separator: str = Field(":", min_length=1, max_length=1, description="Separator between a value and its weight in a CSV cell.")
+
+
+Source = Annotated[AliccpSource | TableSource, Field(discriminator="kind")]
+
+
+class FeatureConfig(Section):
+    """One feature of an impression."""
+
+    name: str = Field(description="Name of the feature, and of its embedding table.", pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
+    kind: Literal["categorical", "list", "weighted_list", "numeric"] = Field(
+        description="What one impression holds: one value, several, several with weights, or a number."
+    )
+    column: str = Field("", description="Column (table) or field id (aliccp) it is read from; the name when empty.")
+    weights_column: str | None = Field(None, description="Parquet column with the weights of a weighted_list, beside its values.")
+    min_count: int = Field(1, ge=1, description="Values seen in fewer training impressions are out of vocabulary.")
+    max_size: int | None = Field(None, ge=1, description="At most so many values enter the vocabulary, the most frequent first.")
+    oov_rows: int = Field(1, ge=1, description="Table rows shared by the values that are out of vocabulary.")
+    hash_size: int | None = Field(None, ge=2, description="Hash values to so many rows instead of keeping a vocabulary.")
+    pooling: Literal["sum", "mean"] = Field("mean", description="How the embeddings of several values become one.")
+    log1p: bool = Field(False, description="Take log(1 + x) of a numeric feature before it is standardised.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _column_is_name(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value.get("column"):
+            return {**value, "column": value.get("name", "")}
+        return value
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if self.name in RESERVED_COLUMNS:
+            raise ValueError(f"{self.name!r} is a reserved column; give the feature another name and set its column")
+        if self.weights_column is not None and self.kind != "weighted_list":
+            raise ValueError("weights_column is for kind weighted_list only")
+        if self.log1p and self.kind != "numeric":
+            raise ValueError("log1p is for kind numeric only")
+        if self.hash_size is not None and (self.min_count > 1 or self.max_size is not None):
+            raise ValueError("hash_size excludes min_count and max_size: hashing keeps no vocabulary")
+        return self
+
+
+class FileSplit(Section):
+    """Splits by file name. An empty pattern is an empty split."""
+
+    by: Literal["file"]
+    train: str = Field(description="Pattern of the file names that train.")
+    validation: str = Field("", description="Pattern of the file names that validate.")
+    test: str = Field("", description="Pattern of the file names that test.")
+
+
+class ColumnSplit(Section):
+    """Splits by the value of a column, compared as text."""
+
+    by: Literal["column"]
+    column: str = Field(description="The column that names the split.")
+    train: list[str] = Field(description="Values that train.")
+    validation: list[str] = Field([], description="Values that validate.")
+    test: list[str] = Field([], description="Values that test.")
+
+
+class HashSplit(Section):
+    """Splits by a stable hash of a column, so that equal values stay together."""
+
+    by: Literal["hash"]
+    column: str | None = Field(None, description="Column that is hashed; the row's place in its file when absent.")
+    salt: str = Field("", description="Another salt gives another split.")
+    train: float = Field(ge=0, le=1, description="Share that trains.")
+    validation: float = Field(0.0, ge=0, le=1, description="Share that validates.")
+    test: float = Field(0.0, ge=0, le=1, description="Share that tests.")
+
+    @model_validator(mode="after")
+    def _shares_add_up(self) -> Self:
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"train + validation + test must be 1, is {total:g}")
+        return self
+
+
+class DataConfig(Section):
+    """What the logs hold and how they become a data set."""
+
+    source: Source = Field(description="Where impressions come from.")
+    features: list[FeatureConfig] = Field(min_length=1, description="The features, in order.")
+    keep: list[str] = Field([], description="Raw columns carried along for grouping and for predictions; never features by themselves.")
+    split: Annotated[FileSplit | ColumnSplit | HashSplit, Field(discriminator="by")] = Field(description="How impressions are split.")
+    conversion_without_click: Literal["refuse", "drop", "click"] = Field(
+        "refuse", description="A conversion whose click is 0: refuse the input, drop and count the row, or keep it as a click."
+    )
+    bad_rows: Literal["refuse", "count"] = Field(
+        "refuse", description="A row that cannot be read: refuse the input, or leave it out and count it with its reason."
+    )
+    rows_per_file: int = Field(1_000_000, ge=1, description="Rows of one Parquet part.")
+    rows_per_group: int = Field(32_768, ge=1, description="Rows of one Parquet row group: what the reader decodes and shuffles at a time.")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [feature.name for feature in self.features]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"feature names must be unique, found twice: {', '.join(twice)}")
+        if isinstance(self.source, AliccpSource):
+            for feature in self.features:
+                if feature.weights_column is not None:
+                    raise ValueError(
+                        f"feature {feature.name!r}: weights_column is for table sources; an aliccp field brings its own values"
+                    )
+        return self
+
+
+# --- model --------------------------------------------------------------------------------------
+
+
+class SharedBottom(Section):
+    """One network under all towers."""
+
+    kind: Literal["shared_bottom"] = "shared_bottom"
+    hidden: list[int] = Field([], description="Widths of the shared layers; none means that towers read the embeddings.")
+
+
+class Mmoe(Section):
+    """Multi-gate mixture of experts (Ma et al., KDD 2018): each tower weights the experts by a gate of its own."""
+
+    kind: Literal["mmoe"]
+    experts: int = Field(4, ge=1, description="How many experts.")
+    hidden: list[int] = Field([128], min_length=1, description="Widths of an expert's layers.")
+
+
+class ModelConfig(Section):
+    """The network, from pooled embeddings to logits."""
+
+    embedding_dim: int = Field(16, ge=4, multiple_of=4, description="Width of every embedding table.")
+    embedding_init_std: float = Field(0.01, gt=0, description="Standard deviation of the uniform initial embeddings.")
+    backbone: Annotated[SharedBottom | Mmoe, Field(discriminator="kind")] = Field(
+        SharedBottom(), description="What stands between embeddings and towers."
+    )
+    tower_hidden: list[int] = Field([128, 64], description="Widths of the hidden layers of each tower.")
+
+
+# --- objective ----------------------------------------------------------------------------------
+
+ObjectiveKind = Literal["esmm", "naive", "naive+ctcvr", "escm2-ips", "escm2-dr"]
+
+
+class PropensityConfig(Section):
+    """q, the click probability as a weight: stop_gradient(max(p_hat, floor))."""
+
+    floor: float = Field(
+        0.1, ge=0, lt=1, description="Least propensity: times the training set's base CTR (relative), or as it is (absolute)."
+    )
+    floor_kind: Literal["relative", "absolute"] = Field("relative", description="How floor is read. The paper's is absolute 0.1.")
+    warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of all steps in which q is the base CTR, while the CTR head learns.")
+
+
+class ImputationConfig(Section):
+    """The imputation tower of the doubly robust objective."""
+
+    predicts: Literal["error", "label"] = Field(
+        "error", description="error: delta_hat = softplus(tower). label: m = sigmoid(tower), delta_hat = BCE(eta_hat, m)."
+    )
+    weighting: Literal["dr-jl", "mrdr", "dr-bias", "dr-mse"] = Field(
+        "dr-jl", description="v of the imputation loss: 1/q, (1-q)/q^2, (1-q)^2/q^3, or a mixture of the last two."
+    )
+    mse_mixture: float = Field(0.5, ge=0, le=1, description="Share of dr-bias in dr-mse; the rest is mrdr.")
+    loss: Literal["squared", "bce"] = Field(
+        "squared", description="Squared error of delta_hat, or (label only) BCE(m, r), which is not blind at z = 0."
+    )
+    normalise: bool = Field(False, description="Divide the imputation loss by the sum of its weights instead of N.")
+    clip_pseudo_labels: bool = Field(
+        False, description="Clip m + (o/q)(r - m) to [0, 1] (label only): biased, but the loss is bounded below."
+    )
+    alternate: bool = Field(
+        True, description="Update CVR and imputation in turn; false does both in one step with the same stop-gradients."
+    )
+    cvr_steps: int = Field(1, ge=1, description="CVR steps before each imputation step, when alternating.")
+    trains_embedding: bool = Field(False, description="Let the imputation loss reach the shared part and the embeddings.")
+
+    @model_validator(mode="after")
+    def _label_options(self) -> Self:
+        if self.predicts == "error" and self.loss == "bce":
+            raise ValueError("loss bce needs predicts: label (an error is not a probability)")
+        if self.predicts == "error" and self.clip_pseudo_labels:
+            raise ValueError("clip_pseudo_labels needs predicts: label")
+        return self
+
+
+class ObjectiveConfig(Section):
+    """L = L_CTR + lambda_c L_CVR + lambda_g L_CTCVR (docs/method.md)."""
+
+    kind: ObjectiveKind = Field("escm2-dr", description="Which CVR loss.")
+    lambda_c: float = Field(0.5, ge=0, description="Weight of the CVR loss.")
+    lambda_g: float = Field(1.0, ge=0, description="Weight of the CTCVR loss.")
+    lambda_imp: float = Field(1.0, gt=0, description="Weight of the imputation loss.")
+    ctcvr_detach_ctr: bool | None = Field(
+        None, description="Keep L_CTCVR from training the CTR head; by default true for escm2-ips and escm2-dr, false otherwise."
+    )
+    propensity: PropensityConfig = Field(PropensityConfig(), description="The propensity as a weight.")
+    imputation: ImputationConfig = Field(ImputationConfig(), description="The imputation tower (escm2-dr).")
+
+    @property
+    def detaches_ctr(self) -> bool:
+        """`ctcvr_detach_ctr`, or its default for this kind."""
+        return self.kind in ("escm2-ips", "escm2-dr") if self.ctcvr_detach_ctr is None else self.ctcvr_detach_ctr
+
+
+# --- training -----------------------------------------------------------------------------------
+
+ShardingKind = Literal["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard"]
+
+
+class TrainingConfig(Section):
+    """How the model is trained."""
+
+    seed: int = Field(0, ge=0, description="Seeds tables, towers and the order of the impressions.")
+    epochs: int = Field(1, ge=1, description="Passes over the training split.")
+    global_batch_size: int = Field(8192, ge=1, description="Impressions of one step, over all ranks.")
+    sparse_learning_rate: float = Field(0.05, gt=0, description="Learning rate of the tables (row-wise Adagrad).")
+    dense_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of everything else (AdamW).")
+    dense_weight_decay: float = Field(0.0, ge=0, description="Weight decay of everything else.")
+    shuffle_lanes: int = Field(8, ge=1, description="How many places of the data set each batch mixes.")
+    prefetch_batches: int = Field(4, ge=1, description="Batches read ahead by the background thread.")
+    log_every_steps: int = Field(50, ge=1, description="Steps between two lines of metrics.")
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    sharding: dict[str, ShardingKind] = Field(
+        {}, description="Sharding forced per feature's table ('*' for all); the planner chooses for the rest."
+    )
+
+
+# --- simulation ---------------------------------------------------------------------------------
+
+
+class SimulationConfig(Section):
+    """A world whose propensity and CVR are known. Rates default to Ali-CCP's."""
+
+    ctr: float = Field(0.04, gt=0, lt=1, description="Mean click probability.")
+    cvr: float = Field(0.005, gt=0, lt=1, description="Mean conversion probability of the clicked impressions.")
+    selection: float = Field(0.5, ge=-1, le=1, description="Correlation between what draws a click and what makes it convert.")
+    users: int = Field(20_000, ge=2, description="Distinct users; some have many impressions, most have few.")
+    items: int = Field(50_000, ge=2, description="Distinct items, heavy-tailed in popularity.")
+
+
+# --- the whole ----------------------------------------------------------------------------------
+
+
+class Config(Section):
+    """A complete configuration."""
+
+    data: DataConfig = Field(description="What the logs hold and how they become a data set.")
+    model: ModelConfig = Field(ModelConfig(), description="The network.")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is optimised.")
+    training: TrainingConfig = Field(TrainingConfig(), description="How it is optimised.")
+    simulation: SimulationConfig = Field(SimulationConfig(), description="The world that `simulate` draws from.")
+
+    @model_validator(mode="after")
+    def _sharding_names_tables(self) -> Self:
+        tables = {feature.name for feature in self.data.features if feature.kind != "numeric"}
+        for name in self.training.sharding:
+            if name != "*" and name not in tables:
+                near = difflib.get_close_matches(name, sorted(tables), n=1)
+                raise ValueError(f"training.sharding names no table {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return self
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML config and apply `--set a.b=value` overrides, whose values are YAML too.
+
+    Raises ConfigError with every problem found, each with its place.
+    """
+    text = _read_text(Path(path))
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}", "check the indentation near the place named above") from error
+    return parse_config(tree, overrides, where=str(path))
+
+
+def parse_config(tree: Any, overrides: Iterable[str] = (), where: str = "config") -> Config:
+    """Check a config given as nested mappings; see `load_config`."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} must hold a mapping with the key 'data', found {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "\n".join(f"  {line}" for line in _problem_lines(error))
+        raise ConfigError(
+            f"{where} has {error.error_count()} problem(s):\n{problems}", "escm2rec config schema prints every key and what it takes"
+        ) from error
+
+
+def load_simulation(path: str | Path | None, overrides: Iterable[str] = ()) -> SimulationConfig:
+    """The `simulation` section of a config, or its defaults when there is no config."""
+    if path is not None:
+        return load_config(path, overrides).simulation
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(tree, override)
+    for key in tree:
+        if key != "simulation":
+            raise ConfigError(f"--set {key}... has no effect on simulate without --config", "only simulation.* can be set")
+    try:
+        return SimulationConfig.model_validate(tree.get("simulation", {}))
+    except ValidationError as error:
+        problems = "\n".join(f"  simulation.{line}" for line in _problem_lines(error, SimulationConfig))
+        raise ConfigError(f"--set has {error.error_count()} problem(s):\n{problems}") from error
+
+
+def config_json_schema() -> dict[str, Any]:
+    """The JSON Schema of the config, for editors."""
+    return Config.model_json_schema()
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"no config file at {path}", "data/demo.yaml is a complete example") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read config {path}: {error}") from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set takes a.b=value, got {override!r}", "for example --set training.epochs=2")
+    *parents, leaf = path.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {path}: {parent!r} is not a section", "only keys of sections can be set; edit lists in the file")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {path}: {value!r} is not valid YAML", "quote the value") from error
+
+
+def _problem_lines(error: ValidationError, root: type[BaseModel] = Config) -> Iterator[str]:
+    for problem in error.errors():
+        path = _readable_path(problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            key = str(problem["loc"][-1])
+            near = difflib.get_close_matches(key, _all_keys(root), n=1)
+            yield f"{path}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+        elif problem["type"] == "missing":
+            yield f"{path}: required, missing"
+        else:
+            seen = json.dumps(problem["input"], default=str)
+            message = problem["msg"].removeprefix("Value error, ")
+            yield f"{path}: {message}" + (f" (got {seen})" if len(seen) <= 60 else "")
+
+
+def _readable_path(loc: tuple[int | str, ...]) -> str:
+    # Discriminated unions put the tag ("aliccp", "hash", ...) into the path; a person has not written it there as a key.
+    tags = {"aliccp", "table", "file", "column", "hash", "shared_bottom", "mmoe"}
+    parts = [
+        str(part)
+        for index, part in enumerate(loc)
+        if not (part in tags and index > 0 and loc[index - 1] in ("source", "split", "backbone"))
+    ]
+    return ".".join(parts) or "config"
+
+
+def _all_keys(root: type[BaseModel]) -> list[str]:
+    definitions = root.model_json_schema()
+    sections = [definitions, *definitions.get("$defs", {}).values()]
+    return sorted({key for section in sections for key in section.get("properties", {})})

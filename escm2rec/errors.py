@@ -1,0 +1,43 @@
+"""Every error that escm2rec raises for a person.
+
+Escm2Error                  what happened, and a hint: what to do next
+|-- ConfigError             a config, an argument or an option is wrong          exit 2
+|-- DataError               input data or a folder on disk is wrong              exit 2
+|-- InstallationError     installed packages do not fit each other             exit 2
+`-- RunError                a run that was rightly set up failed                 exit 1
+"""
+
+
+class Escm2Error(Exception):
+    """Carries `message` (what, where, seen, expected) and `hint` (the next step, may be empty)."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message}\nhint: {hint}" if hint else message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(Escm2Error):
+    """A config, an argument or an option is wrong."""
+
+    exit_code = 2
+
+
+class DataError(Escm2Error):
+    """Input data or a folder on disk is not what it should be."""
+
+    exit_code = 2
+
+
+class InstallationError(Escm2Error):
+    """Installed packages are missing or do not fit each other."""
+
+    exit_code = 2
+
+
+class RunError(Escm2Error):
+    """A run that was rightly set up failed."""
+
+    exit_code = 1

@@ -1,0 +1,99 @@
+"""Folders that are complete or absent, and the manifests that say so.
+
+A folder is complete when its `manifest.json` is there. It is written beside its place, as `.NAME.partial`, and renamed when
+it is whole, so nothing that looks complete ever is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from escm2rec.errors import ConfigError, DataError
+
+MANIFEST = "manifest.json"
+LAYOUT_VERSION = 1
+
+
+@contextmanager
+def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that takes its place when the block ends well, and is removed when it fails.
+
+    Raises ConfigError when `path` exists and may not be overwritten, or cannot be written.
+    """
+    refuse_existing(path, overwrite)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {path.parent}: {error.strerror or error}", "choose another --out or mend its permissions"
+        ) from error
+    try:
+        yield partial
+        if overwrite and path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """ConfigError when `path` exists and holds anything, unless `overwrite`."""
+    if overwrite or not path.exists():
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+        return
+    raise ConfigError(f"the output folder {path} exists", "choose another --out, or pass --overwrite to replace it")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a file that is whole or absent."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of a complete folder.
+
+    `kind` is what a person calls the folder ("data set", "run", "predictions"), stored as `kind` in the manifest. Raises DataError when
+    the folder is absent, incomplete, of another kind, or of a newer layout.
+    """
+    if not folder.is_dir():
+        raise DataError(f"no {kind} at {folder}", "check the path")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"the {kind} at {folder} is incomplete: it has no {MANIFEST}", f"run the command that makes the {kind} again")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
+        raise DataError(f"{folder} is no {kind}: its manifest says {found!r}", "check the path")
+    if manifest.get("version", 0) > LAYOUT_VERSION:
+        raise DataError(
+            f"{folder} has layout version {manifest['version']}, this escm2rec reads up to {LAYOUT_VERSION}", "use a newer escm2rec"
+        )
+    return manifest
+
+
+def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> None:
+    """Write the manifest that makes a folder complete."""
+    write_json(folder / MANIFEST, {"kind": kind, "version": LAYOUT_VERSION, **content})
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,117 @@
+"""What a data set's encoded columns mean: `schema.json`.
+
+The schema is written by preprocess, travels with every run, and lets `score` encode raw rows exactly as training did.
+
+Encoded Parquet columns of one impression:
+
+    <feature>          categorical: int32, null when missing; list, weighted_list: list<int32>, empty when missing;
+                       numeric: float32, standardised, 0 when missing
+    <feature>.weight   weighted_list: list<float32>, as long as its values
+    click, conversion  uint8, 0 or 1
+    weight             float32, only when the source names one
+    true_propensity, true_cvr   float32, only for simulated logs
+    kept.<column>      raw columns carried along, with their own types
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from escm2rec.config import WEIGHT_SUFFIX, Source
+from escm2rec.errors import DataError
+
+SCHEMA_VERSION = 1
+
+
+class Feature(BaseModel):
+    """One encoded feature.
+
+    Table features have `num_embeddings` rows: rows `[0, oov_rows)` are shared by out-of-vocabulary values (by stable hash),
+    the vocabulary follows; with `encoding` hash all rows are hashed to. Numeric features are `(f(x) - mean) / std`,
+    with f the identity or log1p, mean and std those of the training split.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    kind: Literal["categorical", "list", "weighted_list", "numeric"]
+    column: str
+    weights_column: str | None = None
+    value_type: Literal["int64", "string"] | None = None
+    encoding: Literal["vocabulary", "hash"] | None = None
+    num_embeddings: int = 0
+    oov_rows: int = 0
+    pooling: Literal["sum", "mean"] = "mean"
+    log1p: bool = False
+    mean: float = 0.0
+    std: float = 1.0
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the feature has an embedding table."""
+        return self.kind != "numeric"
+
+    @property
+    def weight_column(self) -> str:
+        """Encoded column of the weights of a weighted_list."""
+        return self.name + WEIGHT_SUFFIX
+
+
+class Schema(BaseModel):
+    """All encoded features of a data set, and the raw source that they come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = SCHEMA_VERSION
+    source: Source
+    features: tuple[Feature, ...]
+    keep: tuple[str, ...] = ()
+    has_weight: bool = False
+    has_truth: bool = False
+
+    @property
+    def tables(self) -> tuple[Feature, ...]:
+        """Features with an embedding table, in order."""
+        return tuple(feature for feature in self.features if feature.is_table)
+
+    @property
+    def numeric(self) -> tuple[Feature, ...]:
+        """Numeric features, in order."""
+        return tuple(feature for feature in self.features if not feature.is_table)
+
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON, as 64 hex digits: equal hashes mean interchangeable encodings."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write `schema.json`, its own hash inside."""
+        path.write_text(json.dumps({**self.model_dump(mode="json"), "hash": self.hash()}, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read `schema.json`; DataError when it is missing, newer, malformed or edited by hand."""
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError(f"no schema at {path}", "is the folder complete, and the right one?") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is not readable JSON: {error}") from error
+        if not isinstance(tree, dict):
+            raise DataError(f"{path} must hold a JSON object")
+        version = tree.get("version")
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise DataError(f"{path} has layout version {version}, this escm2rec reads up to {SCHEMA_VERSION}", "use a newer escm2rec")
+        said = tree.pop("hash", None)
+        try:
+            schema = cls.model_validate(tree)
+        except ValidationError as error:
+            raise DataError(f"{path} is not a schema: {error}") from error
+        if said != schema.hash():
+            raise DataError(f"{path} was changed after it was written: its hash is {schema.hash()}, it says {said}", "preprocess again")
+        return schema
