@@ -18,6 +18,10 @@ class Escm2Error(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type["Escm2Error"], tuple[str, str]]:
+        # Errors travel between ranks: the default would rebuild them from the joined text.
+        return type(self), (self.message, self.hint)
+
 
 class ConfigError(Escm2Error):
     """A config, an argument or an option is wrong."""

@@ -1,0 +1,1 @@
+"""Scoring: candidate logs in, predictions out."""

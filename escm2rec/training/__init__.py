@@ -1,0 +1,1 @@
+"""Training: optimizers, loop, checkpoints, run folders."""

@@ -1,0 +1,67 @@
+"""The reference shape of the benchmarks: 20 tables of 1M x 16, 14 single and 6 list features, 29 ids a row, no numeric features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from escm2rec.config import TableSource
+from escm2rec.folder import new_folder, sha256_of, write_manifest
+from escm2rec.schema import Feature, Schema
+
+TABLE_ROWS = 1_000_000
+NUM_SINGLE, NUM_LISTS, LIST_LENGTH = 14, 6, 2.5  # 14 + 6 x 2.5 = 29 ids a row
+
+
+def reference_schema() -> Schema:
+    """Schema of the reference data set."""
+    single = [Feature(name=f"single_{i}", kind="categorical", column=f"single_{i}", **_encoding()) for i in range(NUM_SINGLE)]
+    lists = [Feature(name=f"list_{i}", kind="list", column=f"list_{i}", **_encoding()) for i in range(NUM_LISTS)]
+    return Schema(source=TableSource(kind="table"), features=(*single, *lists))
+
+
+def write_reference_data(out: Path, rows: int, rows_per_file: int = 524_288, rows_per_group: int = 32_768) -> None:
+    """Write an encoded data set of the reference shape with Zipf-like ids, CTR 4% and CVR 5%, in split train."""
+    schema = reference_schema()
+    with new_folder(out, overwrite=True) as folder:
+        (folder / "train").mkdir()
+        files = []
+        for number, start in enumerate(range(0, rows, rows_per_file)):
+            name = f"train/part-{number:05d}.parquet"
+            table = _impressions(schema, min(rows_per_file, rows - start), np.random.default_rng(number))
+            pq.write_table(table, folder / name, row_group_size=rows_per_group, compression="zstd")
+            clicks, conversions = int(np.sum(table["click"])), int(np.sum(table["conversion"]))
+            entry = {"path": name, "rows": table.num_rows, "clicks": clicks, "conversions": conversions}
+            files.append({**entry, "sha256": sha256_of(folder / name)})
+        totals = {key: sum(int(str(file[key])) for file in files) for key in ("rows", "clicks", "conversions")}
+        schema.save(folder / "schema.json")
+        splits = {"train": {**totals, "files": files}}
+        (folder / "vocabulary").mkdir()
+        write_manifest(folder, "data set", {"schema_hash": schema.hash(), "splits": splits, "negative_keep_rate": 1.0, "rejected": {}})
+
+
+def _encoding() -> dict[str, object]:
+    return {"value_type": "int64", "encoding": "hash", "num_embeddings": TABLE_ROWS}
+
+
+def _impressions(schema: Schema, rows: int, rng: np.random.Generator) -> pa.Table:
+    columns: dict[str, pa.Array] = {}
+    for feature in schema.features:
+        if feature.kind == "categorical":
+            columns[feature.name] = pa.array(_ids(rows, rng))
+        else:
+            lengths = rng.poisson(LIST_LENGTH, rows)
+            offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+            columns[feature.name] = pa.ListArray.from_arrays(offsets, _ids(int(offsets[-1]), rng))
+    click = (rng.random(rows) < 0.04).astype(np.uint8)
+    columns["click"] = pa.array(click)
+    columns["conversion"] = pa.array(click * (rng.random(rows) < 0.05).astype(np.uint8))
+    return pa.table(columns)
+
+
+def _ids(count: int, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    # Log-uniform over the table: as heavy-tailed as Zipf with exponent 1.
+    return (np.exp(rng.random(count) * np.log(TABLE_ROWS)) - 1).astype(np.int32)

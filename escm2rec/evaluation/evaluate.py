@@ -1,0 +1,115 @@
+"""The `evaluate` verb: a run and a split in, `report.json` and `report.html` out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch.distributed as dist
+
+from escm2rec.config import KEPT_PREFIX, Split
+from escm2rec.doctor import require_matching_packages
+from escm2rec.errors import ConfigError, DataError
+from escm2rec.evaluation.html import write_html
+from escm2rec.evaluation.report import build_report, flat_metrics
+from escm2rec.folder import write_json
+from escm2rec.progress import Progress
+from escm2rec.reader.dataset import Dataset
+from escm2rec.reader.reader import Reader
+from escm2rec.sharding.runtime import Runtime, distributed_runtime, on_main
+from escm2rec.training.run import Run
+from escm2rec.training.trained import TrainedModel
+
+
+def evaluate(
+    run: Path, data: Path, split: Split = "test", by: Sequence[str] = (), user: str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Measure a run on a split and write `report.json` and `report.html` into its folder; called by all ranks alike.
+
+    Every row of the split counts once on any number of ranks. `by` and `user` name kept columns. Returns the metrics, flat, with their
+    population in the name, and the paths of the report.
+    """
+    require_matching_packages()
+    started = time.perf_counter()
+    with distributed_runtime() as runtime:
+        opened, dataset = on_main(runtime, lambda: _open(run, data, split, overwrite))
+        columns = on_main(runtime, lambda: _extra_columns(dataset, [*by, *([user] if user is not None else [])]))
+        predictions = _predict(opened, dataset, split, columns, runtime)
+
+        def report() -> dict[str, Any]:
+            assert predictions is not None
+            tree = build_report(predictions, by, user)
+            tree["run"] = _facts(opened, dataset, split, time.perf_counter() - started)
+            write_json(run / "report.json", tree)
+            write_html(tree, run / "report.html", f"{opened.config.objective.kind} on {split}")
+            return {"report": str(run / "report.html"), "rows": predictions.height, **tree["run"], "metrics": flat_metrics(tree)}
+
+        return on_main(runtime, report)
+
+
+def _open(run: Path, data: Path, split: Split, overwrite: bool) -> tuple[Run, Dataset]:
+    opened, dataset = Run.open(run), Dataset.open(data)
+    dataset.split_counts(split)
+    if opened.schema.hash() != dataset.schema.hash():
+        raise DataError(f"{run} was trained on another schema than that of {data}", "evaluate on the data set that the run was trained on")
+    if (run / "report.json").exists() and not overwrite:
+        raise ConfigError(f"{run / 'report.json'} exists", "pass --overwrite to replace it")
+    return opened, dataset
+
+
+def _extra_columns(dataset: Dataset, kept: Sequence[str]) -> tuple[str, ...]:
+    schema = dataset.schema
+    for name in kept:
+        if name not in schema.keep:
+            known = ", ".join(schema.keep) or "none"
+            raise ConfigError(f"the data set keeps no column {name!r}; it keeps: {known}", "name it under data.keep and preprocess again")
+    return tuple(dict.fromkeys([KEPT_PREFIX + name for name in kept] + (["true_propensity", "true_cvr"] if schema.has_truth else [])))
+
+
+def _predict(run: Run, dataset: Dataset, split: Split, columns: tuple[str, ...], runtime: Runtime) -> pl.DataFrame | None:
+    """Labels, logits and extra columns of every row of the split, on rank 0 (None elsewhere)."""
+    model = TrainedModel(run, runtime)
+    reader = Reader(
+        dataset,
+        split,
+        run.config.training.global_batch_size,
+        runtime.rank,
+        runtime.world_size,
+        lanes=runtime.world_size,
+        shuffle=False,
+        extra_columns=columns,
+    )
+    parts: list[pa.Table] = []
+    with Progress("evaluate", reader.num_steps, runtime.is_main) as progress:
+        for batch, extra in reader.read_ahead(0):
+            logits, rows = model(batch), batch.num_rows
+            found = {"ctr_logit": logits.ctr_logit.numpy(), "cvr_logit": logits.cvr_logit.numpy()}
+            found |= {name: getattr(batch, name)[:rows].numpy().astype(np.uint8) for name in ("click", "conversion")}
+            if dataset.schema.has_weight:
+                found["weight"] = batch.weight[:rows].numpy()
+            parts.append(pa.table({**found, **dict(zip(extra.column_names, extra.columns, strict=True))}))
+            progress.update(len(parts), {})
+    gathered: list[Any] | None = [None] * runtime.world_size if runtime.is_main else None
+    dist.gather_object(pa.concat_tables(parts), gathered, dst=0, group=runtime.group)
+    if gathered is None:
+        return None
+    frame = pl.from_arrow(pa.concat_tables(gathered))
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _facts(run: Run, dataset: Dataset, split: Split, seconds: float) -> dict[str, Any]:
+    return {
+        "run": str(run.path),
+        "objective": run.config.objective.kind,
+        "data": str(dataset.path),
+        "split": split,
+        "checkpoint": str(run.manifest["checkpoint"]),
+        "steps": run.manifest["steps"],
+        "seconds": round(seconds, 3),
+    }

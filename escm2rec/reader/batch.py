@@ -1,0 +1,61 @@
+"""A batch of impressions on one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+
+@dataclass
+class Batch(Pipelineable):
+    """B impressions.
+
+    `features` and `weighted_features` hold table ids, keyed by feature name, one bag an impression (None when the schema has no such
+    feature); `numeric` is float32 [B, number of numeric features]; labels and weights are float32 [B]. The first `num_rows` impressions
+    are real, the rest is padding of weight 0.
+    """
+
+    features: KeyedJaggedTensor | None
+    weighted_features: KeyedJaggedTensor | None
+    numeric: Tensor
+    click: Tensor
+    conversion: Tensor
+    weight: Tensor
+    num_rows: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            None if self.features is None else self.features.to(device, non_blocking=non_blocking),
+            None if self.weighted_features is None else self.weighted_features.to(device, non_blocking=non_blocking),
+            self.numeric.to(device, non_blocking=non_blocking),
+            self.click.to(device, non_blocking=non_blocking),
+            self.conversion.to(device, non_blocking=non_blocking),
+            self.weight.to(device, non_blocking=non_blocking),
+            self.num_rows,
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that `stream` still uses this batch (GPU)."""
+        for part in (self.features, self.weighted_features, self.numeric, self.click, self.conversion, self.weight):
+            if part is not None:
+                part.record_stream(stream)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU run beside computation."""
+        return Batch(
+            None if self.features is None else self.features.pin_memory(),
+            None if self.weighted_features is None else self.weighted_features.pin_memory(),
+            self.numeric.pin_memory(),
+            self.click.pin_memory(),
+            self.conversion.pin_memory(),
+            self.weight.pin_memory(),
+            self.num_rows,
+        )
+
+    def __len__(self) -> int:
+        return self.click.shape[0]

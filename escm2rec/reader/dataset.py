@@ -1,0 +1,74 @@
+"""A data set on disk: its schema, manifest and the row groups of its splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from escm2rec.config import Split
+from escm2rec.errors import DataError
+from escm2rec.folder import read_manifest
+from escm2rec.schema import Schema
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One Parquet row group: the unit that is decoded and shuffled at a time."""
+
+    path: Path
+    index: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A complete data set folder."""
+
+    path: Path
+    schema: Schema
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Dataset:
+        """Open a data set; DataError when it is absent, incomplete, or its schema and manifest disagree."""
+        manifest = read_manifest(path, "data set")
+        schema = Schema.load(path / "schema.json")
+        if manifest.get("schema_hash") != schema.hash():
+            raise DataError(
+                f"the data set at {path} mixes two runs: manifest and schema.json differ in their schema hash", "preprocess again"
+            )
+        return cls(path, schema, manifest)
+
+    def split_counts(self, split: Split) -> dict[str, int]:
+        """`rows`, `clicks` and `conversions` of a split; DataError when the split is empty."""
+        counts = self.manifest["splits"].get(split, {})
+        if not counts.get("rows"):
+            filled = [name for name, each in self.manifest["splits"].items() if each.get("rows")]
+            raise DataError(f"the data set at {self.path} has no rows in split {split!r}", f"it has rows in: {', '.join(filled) or 'none'}")
+        return {name: int(counts[name]) for name in ("rows", "clicks", "conversions")}
+
+    def row_groups(self, split: Split) -> list[RowGroup]:
+        """The row groups of a split in the order of the manifest, checked against it."""
+        groups: list[RowGroup] = []
+        for entry in self.manifest["splits"].get(split, {}).get("files", []):
+            path = self.path / entry["path"]
+            metadata = _parquet_metadata(path)
+            if metadata.num_rows != entry["rows"]:
+                raise DataError(
+                    f"{path} has {metadata.num_rows} rows, the manifest says {entry['rows']}", "the file was changed: preprocess again"
+                )
+            groups += [RowGroup(path, index, metadata.row_group(index).num_rows) for index in range(metadata.num_row_groups)]
+        return [group for group in groups if group.num_rows]
+
+
+def _parquet_metadata(path: Path) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing, the manifest names it", "the data set is damaged: preprocess again") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a Parquet file: {error}", "the data set is damaged: preprocess again") from error

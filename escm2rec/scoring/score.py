@@ -1,0 +1,134 @@
+"""The `score` verb: raw rows in, predictions out, in the order of the input."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from escm2rec.config import KEPT_PREFIX
+from escm2rec.doctor import require_matching_packages
+from escm2rec.errors import ConfigError
+from escm2rec.evaluation.metrics import ctcvr_logits, sigmoid
+from escm2rec.folder import new_folder, write_manifest
+from escm2rec.models.predictions import Predictions
+from escm2rec.preprocess.raw import EncodedBlock, RawFile, encode_raw, raw_files
+from escm2rec.progress import Progress
+from escm2rec.reader.columns import Slice, assemble, decode
+from escm2rec.reader.reader import read_ahead
+from escm2rec.sharding.runtime import Runtime, distributed_runtime, on_main
+from escm2rec.training.run import Run
+from escm2rec.training.trained import TrainedModel
+
+PREDICTION_COLUMNS = ("p_ctr", "p_cvr", "p_ctcvr")
+BLOCK_ROWS = 65_536
+
+
+def score(run: Path, inputs: Sequence[Path], out: Path, keep: Sequence[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Score raw rows with a run into Parquet parts, one an input file, rows in the order of the input; called by all ranks alike.
+
+    Rows pass through the run's own schema and vocabulary; labels are neither needed nor read. A part holds the columns `keep` (those the
+    schema keeps, when None) and `p_ctr`, `p_cvr`, `p_ctcvr` (float32). Ranks take files in turn; one without a file left serves the
+    others with its tables.
+    """
+    require_matching_packages()
+    started = time.perf_counter()
+    with distributed_runtime() as runtime:
+        opened, files = on_main(runtime, lambda: _open(run, inputs))
+        kept = tuple(opened.schema.keep if keep is None else keep)
+        _check_names(kept)
+        model = TrainedModel(opened, runtime)
+        place = new_folder(out, overwrite) if runtime.is_main else nullcontext(out)
+        with place as opened_folder:
+            folder = on_main(runtime, lambda: opened_folder)
+            scorer = _Scorer(opened, model, runtime, kept, folder)
+            scorer.score(files)
+            gathered: list[Any] = [None] * runtime.world_size
+            dist.all_gather_object(gathered, scorer.parts, group=runtime.group)
+            parts = sorted((part for each in gathered for part in each), key=lambda part: str(part["path"]))
+            content = {"run": str(run), "schema_hash": opened.schema.hash(), "columns": [*kept, *PREDICTION_COLUMNS], "files": parts}
+            summary = {"rows": sum(int(part["rows"]) for part in parts), "seconds": round(time.perf_counter() - started, 3)}
+            on_main(runtime, lambda: write_manifest(folder, "predictions", {**content, **summary}))
+        return {"predictions": str(out), "parts": len(parts), **summary, "columns": content["columns"]}
+
+
+class _Scorer:
+    """One rank's scoring."""
+
+    def __init__(self, run: Run, model: TrainedModel, runtime: Runtime, kept: tuple[str, ...], folder: Path) -> None:
+        self.run, self.model, self.runtime, self.kept, self.folder = run, model, runtime, kept, folder
+        self.batch_rows = max(1, run.config.training.global_batch_size // runtime.world_size)
+        self.parts: list[dict[str, Any]] = []
+
+    def score(self, files: Sequence[RawFile]) -> None:
+        """Score this rank's files: every `world_size`-th. All ranks make the same number of calls to the model."""
+        mine = list(enumerate(files))[self.runtime.rank :: self.runtime.world_size]
+        with Progress("score", len(mine), self.runtime.is_main) as progress:
+            for done, (number, file) in enumerate(mine):
+                self._score_file(number, file)
+                progress.update(done + 1, {})
+            self._serve_others()
+
+    def _score_file(self, number: int, file: RawFile) -> None:
+        path = self.folder / f"part-{number:05d}.parquet"
+        writer: pq.ParquetWriter | None = None
+        rows = 0
+        blocks = encode_raw(self.run.schema, self.run.path / "vocabulary", [file], self.kept, block_rows=BLOCK_ROWS)
+        try:
+            for block in read_ahead(blocks, 2):
+                table = self._score_block(block)
+                writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+                writer.write_table(table)
+                rows += table.num_rows
+        finally:
+            if writer is not None:
+                writer.close()
+        if writer is not None:
+            self.parts.append({"path": path.name, "input": file.name, "rows": rows})
+
+    def _score_block(self, block: EncodedBlock) -> pa.Table:
+        columns = decode(block.table, self.run.schema, labels=False, where=str(block.file))
+        logits: list[Predictions] = []
+        for start in range(0, columns.num_rows, self.batch_rows):
+            part = Slice(columns, start, min(start + self.batch_rows, columns.num_rows))
+            logits.append(self._forward([part]))
+        ctr = np.concatenate([each.ctr_logit.numpy() for each in logits])
+        cvr = np.concatenate([each.cvr_logit.numpy() for each in logits])
+        scores = dict(zip(PREDICTION_COLUMNS, (sigmoid(ctr), sigmoid(cvr), sigmoid(ctcvr_logits(ctr, cvr))), strict=True))
+        kept = {name: block.table.column(KEPT_PREFIX + name) for name in self.kept}
+        return pa.table({**kept, **{name: values.astype(np.float32) for name, values in scores.items()}})
+
+    def _forward(self, slices: Sequence[Slice]) -> Predictions:
+        """The model on rows of this rank (perhaps none), padded to the largest batch of any rank; an empty call of all ranks ends it."""
+        rows = torch.tensor([sum(part.stop - part.start for part in slices)], device=self.runtime.device)
+        dist.all_reduce(rows, op=dist.ReduceOp.MAX, group=self.runtime.group)
+        return self.model(assemble(slices, self.run.schema, padded_rows=int(rows)))
+
+    def _serve_others(self) -> None:
+        """Take part in the other ranks' calls until nobody has rows left."""
+        while True:
+            rows = torch.zeros(1, dtype=torch.int64, device=self.runtime.device)
+            dist.all_reduce(rows, op=dist.ReduceOp.MAX, group=self.runtime.group)
+            if not int(rows):
+                return
+            self.model(assemble([], self.run.schema, padded_rows=int(rows)))
+
+
+def _open(run: Path, inputs: Sequence[Path]) -> tuple[Run, list[RawFile]]:
+    opened = Run.open(run)
+    files = [file for path in inputs for file in raw_files(opened.schema.source, path)]
+    return opened, files
+
+
+def _check_names(kept: Sequence[str]) -> None:
+    taken = sorted(set(kept) & set(PREDICTION_COLUMNS))
+    if taken:
+        raise ConfigError(f"cannot keep column {taken[0]!r}: predictions are written under that name", "leave it out of --keep")

@@ -1,0 +1,61 @@
+"""The sharded model: built on the meta device, planned, sharded over the ranks and given its initial weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from escm2rec.sharding.initialise import initialise_tables
+from escm2rec.sharding.planner import plan_tables, sharders
+from escm2rec.sharding.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model sharded over the ranks, and the plan it follows."""
+
+    module: DistributedModelParallel
+    plan: ShardingPlan
+
+
+def shard_model(
+    module: nn.Module,
+    tables: list[str],
+    runtime: Runtime,
+    *,
+    seed: int,
+    init_std: float,
+    sparse_learning_rate: float,
+    local_batch_size: int,
+    forced: Mapping[str, str],
+) -> ShardedModel:
+    """Shard `module`, whose tables are on the meta device and whose dense part is alike on all ranks.
+
+    Tables take row-wise Adagrad inside the backward pass.
+    """
+    embeddings = [parameter for name, parameter in module.named_parameters() if ".embedding_bags." in name]
+    apply_optimizer_in_backward(RowWiseAdagrad, embeddings, {"lr": sparse_learning_rate})
+    plan = plan_tables(module, tables, forced, runtime.world_size, runtime.local_world_size, runtime.device.type, max(1, local_batch_size))
+    sharded = DistributedModelParallel(
+        module,
+        env=ShardingEnv.from_process_group(runtime.group),
+        device=runtime.device,
+        plan=plan,
+        sharders=sharders(),
+        # Alternating objectives leave the held part without gradients: the stock wrapper's static graph refuses that.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
+    )
+    initialise_tables(sharded, seed, init_std)
+    return ShardedModel(sharded, plan)
+
+
+def dense_parameters(module: nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that a dense optimizer steps: all but the fused tables."""
+    return {name: parameter for name, parameter in module.named_parameters() if ".embedding_bags." not in name}

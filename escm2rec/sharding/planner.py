@@ -1,0 +1,95 @@
+"""Where every table lives: TorchRec's planner, with sharding types forced by the config where it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan
+
+from escm2rec.errors import RunError
+
+# data_parallel is left out: its tables are not fused, so they would need another optimizer.
+ALL_TYPES = ["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard"]
+# Types that split columns are only taken when asked for: row-wise Adagrad then keeps a state per column shard, which is another optimizer,
+# so the result would depend on the number of ranks.
+DEFAULT_TYPES = {"cpu": ["table_wise"], "cuda": ["table_wise", "row_wise", "table_row_wise"]}
+
+
+class RowWiseSharder(EmbeddingBagCollectionSharder):
+    """Opens the row-wise types on CPU too, where TorchRec runs them but does not offer them.
+
+    Opened for every table the planner would take row_wise everywhere, at half the speed: constraints close it for tables that did not ask.
+    """
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """All fused sharding types, whatever the device."""
+        return ALL_TYPES
+
+
+def sharders() -> list[ModuleSharder[nn.Module]]:
+    """The sharders of an escm2rec model."""
+    return [RowWiseSharder()]
+
+
+def plan_tables(
+    model: nn.Module,
+    tables: list[str],
+    forced: Mapping[str, str],
+    world_size: int,
+    local_world_size: int,
+    device: str,
+    local_batch_size: int,
+) -> ShardingPlan:
+    """The sharding plan of a model whose tables are on the meta device.
+
+    `forced` gives a sharding type per table, '*' for all. The plan is made on rank 0 and broadcast when a process group is there.
+    Raises RunError when no plan fits.
+    """
+    constraints = {
+        table: ParameterConstraints(sharding_types=_types(table, forced, device), compute_kernels=_kernels()) for table in tables
+    }
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device),
+        batch_size=local_batch_size,
+        constraints=constraints,
+    )
+    try:
+        if dist.is_initialized() and world_size > 1:
+            return planner.collective_plan(model, sharders(), dist.group.WORLD)
+        return planner.plan(model, sharders())
+    except PlannerError as error:
+        raise RunError(
+            f"no sharding plan fits {world_size} rank(s): {error}", "use more ranks, smaller tables or other training.sharding"
+        ) from error
+
+
+def plan_as_json(plan: ShardingPlan) -> dict[str, Any]:
+    """A plan for people and for `plan.json`: per table its sharding type, kernel, ranks and shards."""
+    tables: dict[str, Any] = {}
+    for module in plan.plan.values():
+        assert isinstance(module, EmbeddingModuleShardingPlan)
+        for table, sharding in module.items():
+            shards = sharding.sharding_spec.shards if sharding.sharding_spec is not None else []
+            tables[table] = {
+                "sharding_type": sharding.sharding_type,
+                "compute_kernel": sharding.compute_kernel,
+                "ranks": sharding.ranks,
+                "shards": [{"offset": list(s.shard_offsets), "size": list(s.shard_sizes), "rank": s.placement.rank()} for s in shards],
+            }
+    return {"tables": dict(sorted(tables.items()))}
+
+
+def _types(table: str, forced: Mapping[str, str], device: str) -> list[str]:
+    kind = forced.get(table, forced.get("*"))
+    return DEFAULT_TYPES[device] if kind is None else [kind]
+
+
+def _kernels() -> list[str]:
+    return [EmbeddingComputeKernel.FUSED.value]

@@ -1,0 +1,98 @@
+"""The ranks of this job: process group, device and who talks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from escm2rec.errors import Escm2Error, RunError
+
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank of the job. World size 1 takes the same path as any other."""
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks for the job."""
+        return self.rank == 0
+
+
+@contextmanager
+def distributed_runtime() -> Iterator[Runtime]:
+    """Join the process group that torchrun or TorchX describes in the environment; alone, be a group of one.
+
+    A group that is there already is used and left as it is. The device is this rank's GPU with nccl, or the CPU with gloo.
+    """
+    _quiet_libraries()
+    if dist.is_initialized():
+        yield _runtime()
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        runtime = _runtime()
+        if runtime.device.type == "cuda":
+            torch.cuda.set_device(runtime.device)
+        elif "OMP_NUM_THREADS" not in os.environ:
+            # Ranks that each take every core fight for them.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // runtime.local_world_size))
+        yield runtime
+    finally:
+        dist.destroy_process_group()
+
+
+def _quiet_libraries() -> None:
+    """Silence what torch and TorchRec say of their own insides at every start, so that what is left is worth reading."""
+    for name in ("torchrec", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|torchrec|escm2rec)\.")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|torchrec)\.")
+
+
+def on_main(runtime: Runtime, work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 and give its result to all ranks; what it raises is raised everywhere, so that no rank waits for another."""
+    box: list[object] = [None, None]
+    failure: Exception | None = None
+    if runtime.is_main:
+        try:
+            box[0] = work()
+        except Exception as error:  # told to the other ranks, then raised below
+            failure = error
+            box[1] = error if isinstance(error, Escm2Error) else RunError(f"rank 0 failed: {type(error).__name__}: {error}")
+    dist.broadcast_object_list(box, src=0, group=runtime.group)
+    if failure is not None:
+        raise failure
+    if isinstance(box[1], Escm2Error):
+        raise box[1]
+    return box[0]  # type: ignore[return-value]
+
+
+def _runtime() -> Runtime:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    group = dist.group.WORLD
+    assert group is not None
+    return Runtime(dist.get_rank(), dist.get_world_size(), min(local_world_size, dist.get_world_size()), device, group)

@@ -1,0 +1,117 @@
+"""From config and schema to objective, model and optimizers: the one builder that training, evaluation and scoring share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+
+from escm2rec.config import Config, ModelConfig, ObjectiveConfig, SharedBottom
+from escm2rec.models.backbone import Backbone, Mmoe
+from escm2rec.models.backbone import SharedBottom as SharedBottomNetwork
+from escm2rec.models.embeddings import PooledEmbeddings
+from escm2rec.models.head import Escm2Head
+from escm2rec.models.model import Escm2Model
+from escm2rec.objectives.imputation import Imputation
+from escm2rec.objectives.objective import Objective
+from escm2rec.schema import Schema
+from escm2rec.sharding.model import ShardedModel, dense_parameters, shard_model
+from escm2rec.sharding.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class BaseRates:
+    """CTR and clicked CVR of the training split, inside (0, 1)."""
+
+    ctr: float
+    cvr: float
+
+    @classmethod
+    def of(cls, counts: dict[str, int]) -> BaseRates:
+        """From `rows`, `clicks` and `conversions`, with half a count added so that neither rate is 0 or 1."""
+        return cls((counts["clicks"] + 0.5) / (counts["rows"] + 1), (counts["conversions"] + 0.5) / (counts["clicks"] + 1))
+
+
+def build_objective(config: ObjectiveConfig, base_ctr: float) -> Objective:
+    """The objective that the config describes, its floor made absolute."""
+    relative = config.propensity.floor_kind == "relative"
+    imputation = config.imputation
+    return Objective(
+        kind=config.kind,
+        lambda_c=config.lambda_c,
+        lambda_g=config.lambda_g,
+        lambda_imp=config.lambda_imp,
+        detach_ctr=config.detaches_ctr,
+        floor=config.propensity.floor * (base_ctr if relative else 1.0),
+        base_ctr=base_ctr,
+        imputation=Imputation(
+            predicts=imputation.predicts,
+            weighting=imputation.weighting,
+            mse_mixture=imputation.mse_mixture,
+            loss=imputation.loss,
+            normalise=imputation.normalise,
+            clip_pseudo_labels=imputation.clip_pseudo_labels,
+            alternate=imputation.alternate,
+            cvr_steps=imputation.cvr_steps,
+        ),
+    )
+
+
+def build_model(schema: Schema, config: ModelConfig, objective: ObjectiveConfig, rates: BaseRates, seed: int) -> Escm2Model:
+    """The model with its tables on the meta device; its dense part is the same on every rank, by the seed."""
+    embeddings = PooledEmbeddings(schema.tables, config.embedding_dim, torch.device("meta"))
+    num_inputs = embeddings.num_outputs + len(schema.numeric)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = Escm2Head(
+            num_inputs,
+            _backbone(num_inputs, config),
+            config.tower_hidden,
+            imputation=objective.kind == "escm2-dr",
+            imputation_trains_shared=objective.imputation.trains_embedding,
+        )
+    head.set_base_rates(rates.ctr, rates.cvr)
+    return Escm2Model(schema.tables, embeddings, head)
+
+
+def shard(module: nn.Module, schema: Schema, config: Config, runtime: Runtime) -> ShardedModel:
+    """Shard a module that holds the model over the ranks of this job, as the config says."""
+    training = config.training
+    return shard_model(
+        module,
+        [feature.name for feature in schema.tables],
+        runtime,
+        seed=training.seed,
+        init_std=config.model.embedding_init_std,
+        sparse_learning_rate=training.sparse_learning_rate,
+        local_batch_size=training.global_batch_size // runtime.world_size,
+        forced=training.sharding,
+    )
+
+
+def build_optimizer(module: DistributedModelParallel, learning_rate: float, weight_decay: float) -> CombinedOptimizer:
+    """AdamW for the dense part beside the row-wise Adagrad that steps the tables in the backward pass.
+
+    The dense state is made now, as AdamW's first step would: lazily made, it could not be restored before that step, and a tower not yet
+    stepped would have none to save.
+    """
+    dense = KeyedOptimizerWrapper(
+        dense_parameters(module), lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    )
+    for parameter in dense.params.values():
+        assert isinstance(parameter, Tensor)
+        dense.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return CombinedOptimizer([("tables", module.fused_optimizer), ("dense", dense)])
+
+
+def _backbone(num_inputs: int, config: ModelConfig) -> Backbone:
+    if isinstance(config.backbone, SharedBottom):
+        return SharedBottomNetwork(num_inputs, config.backbone.hidden)
+    return Mmoe(num_inputs, config.backbone.experts, config.backbone.hidden)

@@ -1,0 +1,147 @@
+"""What training says of itself: one record every few steps, to `metrics.jsonl` and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from escm2rec.evaluation import metrics
+from escm2rec.objectives.imputation import share_outside
+from escm2rec.objectives.propensity import PropensitySums, propensity_report
+from escm2rec.sharding.runtime import Runtime
+from escm2rec.training.step import StepOutput
+
+WINDOW_ROWS = 131_072  # AUC and calibration are of at most so many of the latest impressions: sorting them takes 20 ms
+
+
+class TrainingMetrics:
+    """Collects steps and turns them into records over the steps since the last one; all ranks call it alike."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._rows_by_rank = WINDOW_ROWS // runtime.world_size
+        self._restart()
+
+    def add(self, output: StepOutput) -> None:
+        """Take one step's output."""
+        for name, share in output.shares.items():
+            self._losses.setdefault(name, []).append(share)
+        self._rows.append(torch.stack([output.ctr_logit, output.cvr_logit, output.click, output.conversion])[:, : output.num_rows])
+        self._num_rows += output.num_rows
+        while sum(part.shape[1] for part in self._rows) - self._rows[0].shape[1] >= self._rows_by_rank:
+            self._rows.popleft()
+        self._propensity = output.propensity if self._propensity is None else self._propensity.merge(output.propensity)
+        if output.pseudo_labels is not None:
+            self._pseudo_labels = output.pseudo_labels if self._pseudo_labels is None else self._pseudo_labels + output.pseudo_labels
+
+    def record(self, step: int, epoch: int, phase_names: tuple[str, ...]) -> dict[str, Any]:
+        """The record of the steps since the last one (on rank 0; an empty one elsewhere), and a new start.
+
+        `phase_names` are the loss terms that the steps may have held, in an order that all ranks share.
+        """
+        losses = self._mean_losses(phase_names)
+        propensity, pseudo_labels, num_rows = self._reduced()
+        rows = self._gathered_rows()
+        seconds = time.perf_counter() - self._since
+        record: dict[str, Any] = {"step": step, "epoch": epoch, "rows": num_rows, "rows_per_s": round(num_rows / seconds, 1)}
+        if self._runtime.is_main:
+            record |= losses | _quality(rows) | propensity
+            if pseudo_labels is not None:
+                record["pseudo_labels_outside"] = pseudo_labels
+        self._restart()
+        return {name: value for name, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
+
+    def _restart(self) -> None:
+        self._losses: dict[str, list[Tensor]] = {}
+        self._rows: deque[Tensor] = deque()
+        self._num_rows = 0
+        self._propensity: PropensitySums | None = None
+        self._pseudo_labels: Tensor | None = None
+        self._since = time.perf_counter()
+
+    def _mean_losses(self, names: tuple[str, ...]) -> dict[str, float]:
+        device = self._runtime.device
+        sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+        for index, name in enumerate(names):
+            shares = self._losses.get(name, [])
+            if shares:
+                sums[index] = torch.stack([torch.stack(shares).double().sum(), torch.tensor(float(len(shares)), device=device)])
+        totals = sums[:, 0].contiguous()
+        dist.all_reduce(totals, group=self._runtime.group)
+        return {f"loss_{name}": float(totals[i] / sums[i, 1]) for i, name in enumerate(names) if sums[i, 1] > 0}
+
+    def _reduced(self) -> tuple[dict[str, float], float | None, int]:
+        assert self._propensity is not None
+        added, largest = self._propensity.added.clone(), self._propensity.largest.clone()
+        counts = torch.zeros(3, dtype=torch.float64, device=self._runtime.device)
+        counts[0] = self._num_rows
+        if self._pseudo_labels is not None:
+            counts[1:] = self._pseudo_labels.double()
+        dist.all_reduce(added, group=self._runtime.group)
+        dist.all_reduce(counts, group=self._runtime.group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._runtime.group)
+        report = propensity_report(PropensitySums(added, largest))
+        named = {f"propensity_{name}": float(value) for name, value in report._asdict().items() if value is not None}
+        return named, share_outside(counts[1:]) if self._pseudo_labels is not None else None, int(counts[0])
+
+    def _gathered_rows(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+        mine = torch.cat(list(self._rows), dim=1).cpu().numpy()
+        gathered: list[Any] | None = [None] * self._runtime.world_size if self._runtime.is_main else None
+        dist.gather_object(mine, gathered, dst=0, group=self._runtime.group)
+        return np.concatenate(gathered, axis=1) if gathered is not None else mine
+
+
+def _quality(rows: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> dict[str, float]:
+    """AUC and calibration of each task, by population, over the window."""
+    ctr_logit, cvr_logit, click, conversion = rows
+    clicked = click > 0
+    tasks = {
+        "ctr": (ctr_logit, click),
+        "cvr_clicked": (cvr_logit[clicked], conversion[clicked]),
+        "ctcvr": (metrics.ctcvr_logits(ctr_logit, cvr_logit), click * conversion),
+    }
+    found: dict[str, float] = {"window_rows": len(click), "window_clicks": int(clicked.sum())}
+    for task, (logits, labels) in tasks.items():
+        found[f"{task}_auc"] = metrics.auc(logits, labels)
+        found[f"{task}_calibration"] = metrics.calibration(logits, labels)
+    return found
+
+
+class MetricsLog:
+    """Appends records to `metrics.jsonl` and TensorBoard events; does nothing off rank 0."""
+
+    def __init__(self, run: Path, runtime: Runtime) -> None:
+        self._active = runtime.is_main
+        if self._active:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
+            self._events = SummaryWriter(run / "tensorboard")  # type: ignore[no-untyped-call]
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one record, at once on disk."""
+        if not self._active:
+            return
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name not in ("step", "epoch"):
+                self._events.add_scalar(name, value, record["step"])  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._active:
+            self._file.close()
+            self._events.close()  # type: ignore[no-untyped-call]

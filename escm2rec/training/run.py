@@ -1,0 +1,99 @@
+"""The run folder: what a training leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from escm2rec.config import Config, parse_config
+from escm2rec.errors import ConfigError, DataError
+from escm2rec.folder import MANIFEST, read_manifest, refuse_existing, write_json, write_manifest
+from escm2rec.reader.dataset import Dataset
+from escm2rec.schema import Schema
+from escm2rec.training.build import BaseRates
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model on disk.
+
+    `config.json`, `schema.json` and `vocabulary/` to read raw rows, `plan.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and the
+    `manifest.json` that makes it complete.
+    """
+
+    path: Path
+    config: Config
+    schema: Schema
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open a finished run; DataError when it is absent or incomplete."""
+        manifest = read_manifest(path, "run")
+        return cls(path, _read_config(path), Schema.load(path / "schema.json"), manifest)
+
+    @property
+    def rates(self) -> BaseRates:
+        """Base rates of its training split."""
+        return BaseRates(self.manifest["base_ctr"], self.manifest["base_cvr"])
+
+    @property
+    def checkpoint(self) -> Path:
+        """Its last checkpoint."""
+        return self.path / str(self.manifest["checkpoint"])
+
+
+def start_run(out: Path, config: Config, dataset: Dataset, resume: bool, overwrite: bool) -> None:
+    """Make the run folder, or check that it can be resumed with this config and data set."""
+    if resume and out.exists():
+        _check_resumable(out, config, dataset)
+        (out / MANIFEST).unlink(missing_ok=True)
+        return
+    refuse_existing(out, overwrite)
+    try:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        shutil.copytree(dataset.path / "vocabulary", out / "vocabulary")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror or error}", "choose another --out or mend its permissions") from error
+    dataset.schema.save(out / "schema.json")
+    write_json(out / "config.json", config.model_dump(mode="json"))
+
+
+def finish_run(out: Path, content: dict[str, Any]) -> None:
+    """Write the manifest that makes the run complete."""
+    write_manifest(out, "run", content)
+
+
+def _check_resumable(out: Path, config: Config, dataset: Dataset) -> None:
+    before, now = _read_config(out).model_dump(mode="json"), config.model_dump(mode="json")
+    different = [
+        key
+        for key in _differences(before, now)
+        if not key.startswith(("training.epochs", "training.checkpoint_every", "training.log_every"))
+    ]
+    if different:
+        raise ConfigError(
+            f"{out} was trained with another config: {', '.join(different[:5])} differ(s)",
+            "resume with the config of the run, or train into another --out",
+        )
+    if Schema.load(out / "schema.json").hash() != dataset.schema.hash():
+        raise DataError(f"{out} was trained on a data set of another schema than {dataset.path}", "resume with the data set of the run")
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [found for key in keys for found in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+    return [] if before == now else [path]
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        tree = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} has no readable config.json", "is it a run folder?") from error
+    return parse_config(tree, where=str(path / "config.json"))

@@ -1,0 +1,154 @@
+"""The `train` verb: a data set in, a run out, on the ranks that there are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
+
+from escm2rec.config import Config
+from escm2rec.doctor import require_matching_packages
+from escm2rec.errors import DataError
+from escm2rec.folder import write_json
+from escm2rec.progress import Progress
+from escm2rec.reader.batch import Batch
+from escm2rec.reader.dataset import Dataset
+from escm2rec.reader.reader import Reader
+from escm2rec.sharding.planner import plan_as_json
+from escm2rec.sharding.runtime import Runtime, distributed_runtime, on_main
+from escm2rec.training.build import BaseRates, build_model, build_objective, build_optimizer, shard
+from escm2rec.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from escm2rec.training.metrics import MetricsLog, TrainingMetrics
+from escm2rec.training.run import finish_run, start_run
+from escm2rec.training.step import Loss, TrainingModel
+
+LOSS_TERMS = ("ctr", "cvr", "ctcvr", "imputation")
+
+
+def train(config: Config, data: Path, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train a model on the training split of `data` and leave a run at `out`; called by all ranks alike.
+
+    With `resume`, goes on from the last complete checkpoint of `out`, on any number of ranks, with the batches that an undisturbed
+    training would have had; without one it starts anew. Returns what is worth knowing of the run.
+    """
+    require_matching_packages()
+    with distributed_runtime() as runtime:
+        dataset = on_main(runtime, lambda: _start(config, data, out, resume, overwrite))
+        trainer = Trainer(config, dataset, out, runtime)
+        if resume:
+            trainer.resume()
+        return trainer.train()
+
+
+class Trainer:
+    """One rank's training: model, optimizers, reader and where it stands."""
+
+    def __init__(self, config: Config, dataset: Dataset, out: Path, runtime: Runtime) -> None:
+        self.config, self.out, self.runtime = config, out, runtime
+        training = config.training
+        self.rates = BaseRates.of(dataset.split_counts("train"))
+        self.objective = build_objective(config.objective, self.rates.ctr)
+        self.loss = Loss(self.objective, runtime.group)
+        model = TrainingModel(build_model(dataset.schema, config.model, config.objective, self.rates, training.seed), self.loss)
+        sharded = shard(model, dataset.schema, config, runtime)
+        self.module: DistributedModelParallel = sharded.module
+        if runtime.is_main:
+            write_json(out / "plan.json", {"world_size": runtime.world_size, **plan_as_json(sharded.plan)})
+        self.optimizer: CombinedOptimizer = build_optimizer(self.module, training.dense_learning_rate, training.dense_weight_decay)
+        self.reader = Reader(
+            dataset,
+            "train",
+            training.global_batch_size,
+            runtime.rank,
+            runtime.world_size,
+            seed=training.seed,
+            lanes=training.shuffle_lanes,
+            prefetch=training.prefetch_batches,
+            pin_memory=runtime.device.type == "cuda",
+        )
+        self.total_steps = training.epochs * self.reader.num_steps
+        self.step = 0  # steps trained, over all epochs; the reader is further ahead
+        self.schema_hash = dataset.schema.hash()
+
+    def resume(self) -> None:
+        """Go on from the last complete checkpoint, if there is one."""
+        folder = latest_checkpoint(self.out)
+        if folder is None:
+            return
+        progress = load_checkpoint(folder, self.module, self.optimizer)
+        if progress["steps_per_epoch"] != self.reader.num_steps:
+            seen = progress["steps_per_epoch"]
+            raise DataError(
+                f"{folder} counts {seen} steps an epoch, the data set gives {self.reader.num_steps}", "resume with the data set of the run"
+            )
+        self.step = progress["step"]
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end, log, save, and finish the run."""
+        started, first_step = time.perf_counter(), self.step
+        record: dict[str, Any] = {}
+        with MetricsLog(self.out, self.runtime) as log, Progress("train", self.total_steps, self.runtime.is_main) as progress:
+            for record in self._records():
+                log.write(record)
+                progress.update(self.step, record)
+        seconds = time.perf_counter() - started
+        checkpoint = latest_checkpoint(self.out)
+        assert checkpoint is not None
+        rows = (self.step - first_step) * self.reader.num_rows // self.reader.num_steps
+        summary = {
+            "objective": self.objective.kind,
+            "steps": self.step,
+            "epochs": self.config.training.epochs,
+            "world_size": self.runtime.world_size,
+            "checkpoint": str(checkpoint.relative_to(self.out)),
+            "base_ctr": self.rates.ctr,
+            "base_cvr": self.rates.cvr,
+            "schema_hash": self.schema_hash,
+            "seconds": round(seconds, 3),
+            "rows_per_s": round(rows / seconds, 1),
+            "last_metrics": record,
+        }
+        on_main(self.runtime, lambda: finish_run(self.out, summary))
+        return {"run": str(self.out), **summary}
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """Train step by step; yield a record of metrics when one is due."""
+        training = self.config.training
+        metrics = TrainingMetrics(self.runtime)
+        pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
+        batches = self._batches()
+        warm_up_steps = self.config.objective.propensity.warmup_fraction * self.total_steps
+        while self.step < self.total_steps:
+            self.loss.phase = self.objective.phase(self.step)
+            self.loss.warm_up = self.step < warm_up_steps
+            metrics.add(pipeline.progress(batches))
+            self.step += 1
+            last = self.step == self.total_steps
+            if last or self.step % training.log_every_steps == 0:
+                yield metrics.record(self.step, (self.step - 1) // self.reader.num_steps, LOSS_TERMS)
+            if last or (training.checkpoint_every_steps and self.step % training.checkpoint_every_steps == 0):
+                progress = {"step": self.step, "steps_per_epoch": self.reader.num_steps}
+                save_checkpoint(self.out, self.step, progress, self.module, self.optimizer, self.runtime)
+
+    def _batches(self) -> Iterator[Batch]:
+        """All batches still to be trained, epoch after epoch."""
+        first_epoch, first_step = divmod(self.step, self.reader.num_steps)
+        epochs = range(first_epoch, self.config.training.epochs)
+        return chain.from_iterable(self.reader.epoch(epoch, first_step if epoch == first_epoch else 0) for epoch in epochs)
+
+
+def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool) -> Dataset:
+    dataset = Dataset.open(data)
+    dataset.split_counts("train")
+    if dataset.manifest.get("negative_keep_rate", 1.0) != 1.0:
+        raise DataError(
+            f"the negatives of {data} were down-sampled, which training does not correct yet", "preprocess without down-sampling"
+        )
+    start_run(out, config, dataset, resume, overwrite)
+    return dataset

@@ -1,0 +1,51 @@
+"""Runs a list of calls on several real ranks: `run_ranks` starts torchrun on this file, which is the worker too."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CALL_TIMEOUT_S = 180
+
+
+def run_ranks(world_size: int, calls: list[tuple[str, dict[str, Any]]], folder: Path, timeout_s: float = CALL_TIMEOUT_S) -> list[Any]:
+    """Each call ('module:function', keyword arguments as JSON) on `world_size` ranks, in one process group; rank 0's results.
+
+    A call that raises an Escm2Error gives {"error": type, "message": ...} and the others still run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    todo, done = folder / "calls.json", folder / "results.json"
+    todo.write_text(json.dumps(calls))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "-m", "tests.ranks"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    result = subprocess.run(
+        [*command, str(todo), str(done)], env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    assert result.returncode == 0, f"{world_size} ranks failed:\n{result.stderr[-6000:]}"
+    return list(json.loads(done.read_text()))
+
+
+def main() -> None:
+    """The worker: one rank of `run_ranks`."""
+    from escm2rec.errors import Escm2Error
+    from escm2rec.sharding.runtime import distributed_runtime
+
+    results: list[Any] = []
+    with distributed_runtime() as runtime:
+        for name, arguments in json.loads(Path(sys.argv[1]).read_text()):
+            module, _, function = name.partition(":")
+            try:
+                results.append(getattr(importlib.import_module(module), function)(**arguments))
+            except Escm2Error as error:
+                results.append({"error": type(error).__name__, "message": str(error)})
+        if runtime.is_main:
+            Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""report.html: complete, offline, escaped."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from escm2rec.evaluation.html import aligned, number, write_html
+from escm2rec.evaluation.report import build_report
+from tests.evaluation_world import simulated
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects headings, links and images."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.images: list[str] = []
+        self.outside: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if tag == "img" and name == "src":
+                self.images.append(value or "")
+            elif name in {"src", "href", "action"}:
+                self.outside.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in {"h1", "h2"}:
+            self.headings.append(data)
+
+
+def page_of(report: dict[str, Any], folder: Path, title: str = "A title") -> tuple[Page, str]:
+    write_html(report, folder / "report.html", title)
+    assert [path.name for path in folder.iterdir()] == ["report.html"]
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    return Page(text), text
+
+
+def test_a_full_report_is_one_page_without_scripts_or_hosts(tmp_path: Path) -> None:
+    made = build_report(simulated(), by=["scene"], user="user")
+    page, text = page_of({**made, "run": {"objective": "ips", "step": 12000, "lambda": {"cvr": 0.1}, "resumed": None}}, tmp_path)
+    sections = [
+        "Metrics",
+        "CVR against the known truth",
+        "Calibration",
+        "Ranking",
+        "Propensity",
+        "Ranking within users, by user",
+        "By scene",
+    ]
+    assert page.headings == ["A title", *sections, "What the words mean"]
+    assert len(page.images) == 8
+    for image in page.images:
+        drawn = base64.b64decode(image.removeprefix("data:image/svg+xml;base64,")).decode()
+        assert "<svg" in drawn
+        assert "<script" not in drawn
+    assert page.outside == []
+    assert "script" not in page.tags
+    assert re.findall(r"https?://|@import|url\(", text) == []
+    for said in (
+        "4,000 impressions",
+        "12,000",
+        "{&quot;cvr&quot;: 0.1}",
+        number(made["cvr_clicked"]["auc"]),
+        number(made["cvr_unclicked"]["kl"]),
+    ):
+        assert said in text, said
+
+
+def test_the_same_report_gives_the_same_page(tmp_path: Path) -> None:
+    made = build_report(simulated(500))
+    pages = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        pages.append(page_of(made, tmp_path / name)[1])
+    assert pages[0] == pages[1]
+
+
+def test_values_are_escaped(tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script>"
+    frame = simulated(500).with_columns(pl.lit(attack).alias("kept.<i>scene"), pl.lit(1).alias("kept.<u>"))
+    made = build_report(frame, by=["<i>scene"], user="<u>")
+    made["run"] = {attack: attack, "nested": {"a": attack}}
+    made["propensity"][attack] = attack
+    page, text = page_of(made, tmp_path, title=attack)
+    assert "script" not in page.tags
+    assert {"i", "u"}.isdisjoint(page.tags)
+    assert "alert(1)" in text
+
+
+@pytest.mark.parametrize("rows", [0, 1, 30])
+def test_a_report_with_nothing_to_show_says_why(rows: int, tmp_path: Path) -> None:
+    none = simulated(rows, truth=False).with_columns(click=pl.lit(0), conversion=pl.lit(0), weight=pl.lit(2.0))
+    page, text = page_of(build_report(none, by=["scene"], user="user"), tmp_path)
+    assert page.images == []
+    assert f"CTR, all impressions: no {'AUC' if rows else 'mean predicted'}" in text
+    assert ("(no positives)" if rows else "(no impressions)") in text
+    assert "nan" not in re.sub(r"<style>.*</style>", "", text, flags=re.S).lower().split()
+
+
+def test_many_groups_are_cut_and_said_to_be(tmp_path: Path) -> None:
+    made = build_report(simulated(), by=["user"])
+    made["groups"]["user"] |= {"groups_left_out": 7, "impressions_left_out": 1234}
+    _, text = page_of(made, tmp_path)
+    assert "The 100 largest of 200 reported groups; the others are in report.json." in text
+    assert "7 smaller groups with 1,234 impressions are not reported." in text
+    assert text.split("<h2>By user")[1].count("<tr>") == 101
+
+
+def test_numbers_have_four_significant_digits_and_aligned_points() -> None:
+    values = {0.123456: "0.1235", 12.3456: "12.35", 1.0: "1.000", 0.99999: "1.000", 123456.0: "123,456", 0.00012345: "0.0001234"}
+    values |= {3.21e-7: "3.210×10⁻⁷", 1.5e9: "1.500×10⁹", 0.0: "0", -0.5: "-0.5000"}
+    assert {value: number(value) for value in values} == values
+    assert (number(1234567), number(None), number(12345.678)) == ("1,234,567", "–", "12,346")
+    pad = '<span class="pad" aria-hidden="true">'
+    assert aligned([0.01234, 1.234, 12]) == ["0.01234", f"1.234{pad}00</span>", f"12{pad}.00000</span>"]
+    assert aligned([1.5, None]) == ["1.500", '<span class="none">–</span>']

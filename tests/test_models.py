@@ -1,0 +1,198 @@
+"""The dense part of the model: shapes, and who trains whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.objectives_world import make_objective
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from escm2rec.models.backbone import Backbone, Mmoe, SharedBottom, SoftmaxGate
+from escm2rec.models.head import Escm2Head
+from escm2rec.models.predictions import Predictions
+from escm2rec.models.tower import Tower
+from escm2rec.objectives.objective import Phase
+from escm2rec.objectives.reduction import local_denominators, reduce_terms
+
+NUM_INPUTS = 6
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "shared_bottom": lambda: SharedBottom(NUM_INPUTS, (5,)),
+    "bare": lambda: SharedBottom(NUM_INPUTS, ()),
+    "mmoe": lambda: Mmoe(NUM_INPUTS, 3, (5, 4)),
+}
+
+
+def make_head(backbone: str, imputation: bool = True, trains_shared: bool = False) -> Escm2Head:
+    torch.manual_seed(0)
+    return Escm2Head(NUM_INPUTS, BACKBONES[backbone](), (7,), imputation, trains_shared)
+
+
+def make_inputs(rows: int = 8) -> Tensor:
+    return torch.randn(rows, NUM_INPUTS, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def step(head: nn.Module, inputs: Tensor, phase: Phase) -> Tensor:
+    """Forward, loss and backward of one rank."""
+    rows = torch.arange(len(inputs))
+    predictions = head(inputs)
+    assert isinstance(predictions, Predictions)
+    objective = make_objective("escm2-dr", predicts="label")
+    terms = objective.terms(predictions, rows % 2, rows % 4 == 1, torch.ones(len(inputs)), phase, warm_up=False)
+    loss, _ = reduce_terms(terms, local_denominators(terms), world_size=1)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def trained(head: nn.Module) -> set[str]:
+    """Parameters that received a gradient, zero or not."""
+    return {name for name, parameter in head.named_parameters() if parameter.grad is not None}
+
+
+def imputation_names(head: nn.Module) -> set[str]:
+    return {name for name, _ in head.named_parameters() if name.startswith("imputation.")}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("rows", [0, 1, 8])
+def test_logits_are_one_a_row(backbone: str, rows: int) -> None:
+    predictions = make_head(backbone)(make_inputs(rows))
+    assert [logit.shape for logit in predictions] == [(rows,)] * 3
+    assert make_head(backbone, imputation=False)(make_inputs(rows)).imputation_logit is None
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_an_empty_batch_has_a_backward(backbone: str) -> None:
+    # A rank whose share of a batch is empty takes part in the step all the same.
+    head = make_head(backbone)
+    assert step(head, make_inputs(0), "joint") == 0
+    grads = [parameter.grad for parameter in head.parameters()]
+    assert len(grads) > 10
+    assert all(grad is not None and (grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_imputation_phase_trains_the_imputation_part_alone(backbone: str) -> None:
+    head, inputs = make_head(backbone), make_inputs()
+    step(head, inputs, "imputation")
+    assert trained(head) == imputation_names(head)
+    assert inputs.grad is None
+    assert head.imputation is not None
+    assert len(imputation_names(head)) == len(list(head.imputation.parameters()))
+    assert any("gate" in name for name in imputation_names(head)) is (backbone == "mmoe")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_cvr_phase_trains_all_but_the_imputation_part(backbone: str) -> None:
+    head, inputs = make_head(backbone), make_inputs()
+    step(head, inputs, "cvr")
+    assert trained(head) == {name for name, _ in head.named_parameters()} - imputation_names(head)
+    assert inputs.grad is not None
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_joint_phase_keeps_the_imputation_loss_out_of_the_shared_part(backbone: str) -> None:
+    joint, alone = make_head(backbone), make_head(backbone)
+    inputs, same_inputs = make_inputs(), make_inputs()
+    step(joint, inputs, "joint")
+    step(alone, same_inputs, "cvr")
+    for (name, left), right in zip(joint.named_parameters(), alone.parameters(), strict=True):
+        if not name.startswith("imputation."):
+            assert left.grad is not None
+            assert right.grad is not None
+            assert torch.equal(left.grad, right.grad), name
+    assert inputs.grad is not None
+    assert same_inputs.grad is not None
+    assert torch.equal(inputs.grad, same_inputs.grad)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_imputation_may_train_the_shared_part_when_asked(backbone: str) -> None:
+    head, inputs = make_head(backbone, trains_shared=True), make_inputs()
+    step(head, inputs, "imputation")
+    assert trained(head) == imputation_names(head) | {name for name, _ in head.named_parameters() if name.startswith("backbone.")}
+    assert inputs.grad is not None
+    assert inputs.grad.abs().sum() > 0
+
+
+def test_held_parameters_stay_bit_identical_under_adam() -> None:
+    # A gradient of zero would not do: Adam's momentum would go on moving them.
+    head, inputs = make_head("mmoe"), make_inputs()
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=0.1)
+    step(head, inputs, "joint")
+    optimizer.step()
+    before = {name: parameter.detach().clone() for name, parameter in head.named_parameters()}
+    optimizer.zero_grad()
+    step(head, inputs, "imputation")
+    optimizer.step()
+    moved = {name for name, parameter in head.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == imputation_names(head)
+
+
+def test_each_task_has_a_gate_of_its_own() -> None:
+    head, inputs = make_head("mmoe"), make_inputs()
+    gates = [task.gate for task in (head.ctr, head.cvr, head.imputation) if task is not None]
+    shares = [gate.shares(inputs) for gate in gates if isinstance(gate, SoftmaxGate)]
+    assert len(shares) == 3
+    for share in shares:
+        assert share.shape == (8, 3)
+        torch.testing.assert_close(share.sum(dim=1), torch.ones(8))
+    assert not torch.equal(shares[0], shares[1])
+
+
+def test_mixture_is_the_gated_sum_of_the_experts() -> None:
+    backbone = Mmoe(NUM_INPUTS, 3, (5,))
+    gate, inputs = backbone.gate(), make_inputs()
+    expected = sum(gate.shares(inputs)[:, [index]] * expert(inputs) for index, expert in enumerate(backbone.experts))
+    torch.testing.assert_close(gate(inputs, backbone(inputs)), expected)
+
+
+def test_shared_bottom_without_layers_is_the_identity() -> None:
+    backbone, inputs = SharedBottom(NUM_INPUTS, ()), make_inputs()
+    assert torch.equal(backbone.gate()(inputs, backbone(inputs)), inputs)
+    assert (backbone.num_outputs, list(backbone.parameters())) == (NUM_INPUTS, [])
+
+
+def test_tower_without_layers_is_linear() -> None:
+    tower, inputs = Tower(NUM_INPUTS, ()), make_inputs()
+    torch.testing.assert_close(tower(inputs), inputs @ tower.output.weight[0] + tower.output.bias)
+
+
+def test_base_rates_are_where_training_starts() -> None:
+    head = make_head("shared_bottom")
+    for task in (head.ctr, head.cvr):
+        nn.init.zeros_(task.tower.output.weight)
+    head.set_base_rates(ctr=0.04, cvr=0.005)
+    predictions = head(make_inputs())
+    torch.testing.assert_close(torch.sigmoid(predictions.ctr_logit), torch.full((8,), 0.04))
+    torch.testing.assert_close(torch.sigmoid(predictions.cvr_logit), torch.full((8,), 0.005))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, float("nan")])
+def test_base_rates_have_a_logit(rate: float) -> None:
+    with pytest.raises(ValueError, match="above 0 and below 1"):
+        make_head("bare").set_base_rates(ctr=0.1, cvr=rate)
+
+
+def test_same_seed_gives_the_same_head() -> None:
+    for left, right in zip(make_head("mmoe").parameters(), make_head("mmoe").parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_alternation_works_under_ddp(tmp_path: Path) -> None:
+    # Half of the parameters have no gradient in each phase: DDP must neither wait for them nor invent zeros.
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        head = make_head("mmoe")
+        ddp = DistributedDataParallel(head, find_unused_parameters=True)
+        phases: tuple[Phase, ...] = ("cvr", "imputation", "cvr")
+        for phase in phases:
+            ddp.zero_grad(set_to_none=True)
+            step(ddp, make_inputs(), phase)
+            names = imputation_names(head)
+            assert trained(head) == (names if phase == "imputation" else {name for name, _ in head.named_parameters()} - names)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,143 @@
+"""Training on real ranks: the same steps on one and on two, resumption, and what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.encoded import write_dataset
+from tests.ranks import run_ranks
+
+OBJECTIVES: dict[str, list[str]] = {
+    "esmm": ["objective.kind=esmm"],
+    "naive": ["objective.kind=naive"],
+    "naive+ctcvr": ["objective.kind=naive+ctcvr"],
+    "escm2-ips": ["objective.kind=escm2-ips"],
+    "escm2-dr-error": ["objective.kind=escm2-dr"],
+    "escm2-dr-label": ["objective.kind=escm2-dr", "objective.imputation.predicts=label"],
+    "escm2-dr-joint": [
+        "objective.kind=escm2-dr",
+        "objective.imputation.alternate=false",
+        "model.backbone={kind: mmoe, experts: 2, hidden: [8]}",
+    ],
+}
+PLANS: dict[str, list[str]] = {"planner": [], "row_wise": ["training.sharding={'*': row_wise}"]}
+NUM_STEPS = 20
+Runs = dict[tuple[str, str, int], list[dict[str, Any]]]
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _train_all(data: Path, folder: Path, world_size: int) -> Runs:
+    calls, places = [], {}
+    for objective, settings in OBJECTIVES.items():
+        for plan, sharding in PLANS.items():
+            out = folder / f"{objective}-{plan}-{world_size}"
+            places[(objective, plan, world_size)] = out
+            calls.append(("tests.training_calls:train_run", {"data": str(data), "out": str(out), "overrides": settings + sharding}))
+    results = run_ranks(world_size, calls, folder / f"ranks-{world_size}")
+    assert [result.get("steps") for result in results] == [NUM_STEPS] * len(calls), results
+    return {key: _records(out) for key, out in places.items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # 20 steps of 256: the last rows make the steps uneven, so that padding is at work too.
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", {"train": NUM_STEPS * 256 - 37, "test": 700})
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    folder = tmp_path_factory.mktemp("runs")
+    yield _train_all(data, folder, 1) | _train_all(data, folder, 2)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_and_two_ranks_take_the_same_steps_under_every_plan(runs: Runs, objective: str) -> None:
+    reference = runs[(objective, "planner", 1)]
+    compared = 0
+    for plan, world_size in [("planner", 2), ("row_wise", 1), ("row_wise", 2)]:
+        records = runs[(objective, plan, world_size)]
+        assert len(records) == len(reference) == NUM_STEPS
+        for expected, seen in zip(reference, records, strict=True):
+            losses = [name for name in expected if name.startswith("loss_")]
+            assert [name for name in seen if name.startswith("loss_")] == losses
+            assert losses
+            for name in losses:
+                assert seen[name] == pytest.approx(expected[name], abs=1e-5), (plan, world_size, seen["step"], name)
+                compared += 1
+    assert compared >= 3 * NUM_STEPS
+
+
+def test_alternation_trains_imputation_every_second_step(runs: Runs) -> None:
+    terms = [sorted(name for name in record if name.startswith("loss_")) for record in runs[("escm2-dr-error", "planner", 1)]]
+    assert terms == [["loss_ctcvr", "loss_ctr", "loss_cvr"], ["loss_imputation"]] * (NUM_STEPS // 2)
+
+
+def test_every_row_is_trained_once_an_epoch(runs: Runs) -> None:
+    for key, records in runs.items():
+        assert sum(record["rows"] for record in records) == NUM_STEPS * 256 - 37, key
+
+
+def test_records_hold_what_the_method_asks_for(runs: Runs) -> None:
+    record = runs[("escm2-dr-label", "planner", 2)][-1]
+    expected = {"ctr_auc", "ctr_calibration", "cvr_clicked_auc", "cvr_clicked_calibration", "ctcvr_auc", "ctcvr_calibration"}
+    expected |= {"propensity_floor_share", "propensity_effective_sample_size", "propensity_mean_weight", "propensity_largest_share"}
+    expected |= {"rows_per_s", "pseudo_labels_outside"}
+    assert expected <= record.keys()
+
+
+def test_a_resumed_run_goes_on_as_if_undisturbed(data: Path, runs: Runs, tmp_path: Path) -> None:
+    """Trained to step 8 on two ranks, cut off, and resumed on one and on two ranks: steps 9 to 20 are those of the undisturbed run."""
+    settings = [*OBJECTIVES["escm2-dr-error"], "training.checkpoint_every_steps=8"]
+    call = {"data": str(data), "out": str(tmp_path / "run"), "overrides": settings}
+    run_ranks(2, [("tests.training_calls:train_run", call)], tmp_path / "first")
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-16", "step-20"], "the last two checkpoints are kept"
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-20")
+    (tmp_path / "run" / "manifest.json").unlink()
+    expected = runs[("escm2-dr-error", "planner", 2)][16:]
+    for world_size in (1, 2):
+        out = tmp_path / f"resumed-{world_size}"
+        shutil.copytree(tmp_path / "run", out)
+        (out / "metrics.jsonl").unlink()
+        result = run_ranks(
+            world_size, [("tests.training_calls:train_run", {**call, "out": str(out), "resume": True})], tmp_path / f"again-{world_size}"
+        )
+        assert result[0]["steps"] == NUM_STEPS
+        records = _records(out)
+        assert [record["step"] for record in records] == [17, 18, 19, 20]
+        for want, seen in zip(expected, records, strict=True):
+            for name in (name for name in want if name.startswith("loss_")):
+                assert seen[name] == pytest.approx(want[name], abs=1e-5)
+
+
+def test_a_damaged_checkpoint_and_another_config_are_refused(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    call = {"data": str(data), "out": str(out), "overrides": OBJECTIVES["esmm"]}
+    train = "tests.training_calls:train_run"
+    run_ranks(1, [(train, call)], tmp_path / "first")
+    shards = sorted((out / "checkpoints" / "step-20").glob("*.distcp"))
+    assert shards
+    for shard in shards:
+        shard.write_bytes(shard.read_bytes()[:100])
+    results = run_ranks(
+        1,
+        [
+            (train, call),
+            (train, {**call, "resume": True, "overrides": ["objective.kind=naive", "model.embedding_dim=16"]}),
+            (train, {**call, "resume": True, "overrides": [*OBJECTIVES["esmm"], "training.epochs=2"]}),
+        ],
+        tmp_path / "again",
+    )
+    assert [result["error"] for result in results] == ["ConfigError", "ConfigError", "DataError"]
+    assert f"the output folder {out} exists" in results[0]["message"]
+    assert "was trained with another config: model.embedding_dim, objective.kind differ(s)" in results[1]["message"]
+    assert f"cannot load checkpoint {out / 'checkpoints' / 'step-20'}" in results[2]["message"]

@@ -1,0 +1,20 @@
+"""What the ranks of the training tests do, with arguments that fit into JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from escm2rec.evaluation.evaluate import evaluate
+from escm2rec.training.train import train
+from tests.encoded import config
+
+
+def train_run(data: str, out: str, overrides: list[str], resume: bool = False) -> dict[str, Any]:
+    """Train with the tests' config."""
+    return train(config(*overrides), Path(data), Path(out), resume=resume)
+
+
+def evaluate_run(run: str, data: str, split: str = "test", by: list[str] | None = None) -> dict[str, Any]:
+    """Evaluate a run."""
+    return evaluate(Path(run), Path(data), split, by or [], overwrite=True)  # type: ignore[arg-type]
