@@ -1,0 +1,135 @@
+"""Speed of preprocess on simulated Ali-CCP text, and of three ways to parse that text. Prints one JSON object.
+
+    python -m benchmarks.preprocess --impressions 1000000
+
+whole: raw text to data set, with data/aliccp.yaml. parse: every feature of every line to flat columns (line, field, id, value), best of
+`--repeats`; duckdb is measured when it is installed. MB are 10^6 bytes of raw text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from escm2rec.config import SimulationConfig, load_config
+from escm2rec.preprocess import preprocess
+from escm2rec.preprocess.aliccp_text import FieldCodes, Lines, Needs, TextBlock, text_blocks
+from escm2rec.preprocess.common import BLOCK_BYTES
+from escm2rec.preprocess.parallel import default_workers, ordered_map
+from escm2rec.simulate import simulate
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADER = {"sample_skeleton": 5, "common_features": 2}
+SPLIT = "data.split={by: hash, column: common_feature_index, train: 0.8, validation: 0.1, test: 0.1}"
+
+
+def parse_with_numpy(path: Path, header: int, fields: list[str]) -> int:
+    """The parser of escm2rec: the number of features read."""
+    codes, needs = FieldCodes(fields), dict.fromkeys(fields, Needs(ids=True, values=True))
+
+    def task(block: TextBlock) -> Callable[[], int]:
+        return lambda: sum(len(column.values) for column in Lines(block, header).fields(codes, needs).values())
+
+    return sum(ordered_map((task(block) for block in text_blocks(path, BLOCK_BYTES)), default_workers()))
+
+
+def parse_with_polars(path: Path, header: int, fields: list[str]) -> int:
+    """The same by polars string operations."""
+    lines = pl.read_csv(path, separator="\n", has_header=False, quote_char=None, new_columns=["line"])
+    parts = lines["line"].str.splitn(",", header + 1).struct.field(f"field_{header}").str.split("\x01")
+    features = pl.DataFrame({"line": range(len(parts)), "feature": parts}).explode("feature")
+    split = features.select("line", pl.col("feature").str.replace("\x03", "\x02", literal=True).str.split_exact("\x02", 2).alias("part"))
+    flat = split.select(
+        "line",
+        pl.col("part").struct.field("field_0").cast(pl.Categorical),
+        pl.col("part").struct.field("field_1").cast(pl.Int64),
+        pl.col("part").struct.field("field_2").cast(pl.Float64),
+    )
+    return len(flat.filter(pl.col("field_0").cast(pl.String).is_in(fields)))
+
+
+def parse_with_duckdb(path: Path, header: int, fields: list[str]) -> int:
+    """The same by duckdb's SQL."""
+    import duckdb
+
+    columns = {f"column{number}": "VARCHAR" for number in range(header + 1)}
+    connection = duckdb.connect()
+    connection.execute(f"SET threads = {default_workers()}")
+    table = connection.sql(
+        f"""
+        WITH lines AS (
+            SELECT row_number() OVER () AS line, string_split(column{header}, chr(1)) AS features
+            FROM read_csv('{path}', delim = ',', header = false, quote = '', escape = '', columns = {columns}, auto_detect = false,
+                          max_line_size = 10000000)),
+        features AS (SELECT line, string_split(replace(unnest(features), chr(3), chr(2)), chr(2)) AS part FROM lines)
+        SELECT line, part[1] AS field, part[2]::BIGINT AS id, part[3]::DOUBLE AS value FROM features WHERE part[1] IN {tuple(fields)}
+        """
+    ).to_arrow_table()
+    return int(table.num_rows)
+
+
+def parse_rate(parser: Callable[[Path, int, list[str]], int], files: list[Path], fields: list[str], repeats: int) -> dict[str, Any]:
+    """Best rate of a parser over all files."""
+    best, features = float("inf"), 0
+    for _ in range(repeats):
+        began = time.perf_counter()
+        features = sum(parser(file, HEADER[file.name.rsplit("_", 1)[0]], fields) for file in files)
+        best = min(best, time.perf_counter() - began)
+    size = sum(file.stat().st_size for file in files)
+    return {"features": features, "seconds": round(best, 3), "mb_per_s": round(size / best / 1e6, 1)}
+
+
+def whole_rate(logs: Path, out: Path, size: int) -> dict[str, Any]:
+    """Rate of the whole job, raw text to data set."""
+    config = load_config(ROOT / "data" / "aliccp.yaml", [SPLIT]).data
+    began = time.perf_counter()
+    result = preprocess(config, logs, out)
+    seconds = time.perf_counter() - began
+    written = sum(file.stat().st_size for file in out.rglob("*.parquet"))
+    rows = sum(split["rows"] for split in result["splits"].values())
+    return {
+        "seconds": round(seconds, 3),
+        "mb_per_s": round(size / seconds / 1e6, 1),
+        "rows_per_s": round(rows / seconds),
+        "written_mb": round(written / 1e6, 1),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--impressions", type=int, default=1_000_000)
+    options.add_argument("--repeats", type=int, default=2)
+    arguments = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = Path(folder) / "logs"
+        simulate(logs, arguments.impressions, 1, SimulationConfig())
+        files = sorted(logs.glob("*.csv"))
+        size = sum(file.stat().st_size for file in files)
+        whole = whole_rate(logs, Path(folder) / "out", size)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        fields = sorted({feature.column for feature in load_config(ROOT / "data" / "aliccp.yaml").data.features})
+        parsers = {"numpy": parse_with_numpy, "polars": parse_with_polars, "duckdb": parse_with_duckdb}
+        parse: dict[str, Any] = {}
+        for name, parser in parsers.items():
+            try:
+                parse[name] = parse_rate(parser, files, fields, arguments.repeats)
+            except ImportError:
+                parse[name] = None
+    print(
+        json.dumps(
+            {"raw_mb": round(size / 1e6, 1), "threads": default_workers(), "whole": whole, "peak_rss_mb": round(peak), "parse": parse}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Ali-CCP skeleton files: blocks of impressions that point at their common records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from escm2rec.errors import DataError
+from escm2rec.preprocess.aliccp_columns import ABSENT, INDEX_BYTES, AliccpColumns, SideColumns, common_keys, key_text, present
+from escm2rec.preprocess.aliccp_text import Lines, TextBlock, text_blocks
+from escm2rec.preprocess.block import RawBlock, take_rows
+from escm2rec.preprocess.common import BLOCK_BYTES, CommonRecords
+from escm2rec.preprocess.digits import whole_numbers
+from escm2rec.preprocess.files import RawFile
+from escm2rec.preprocess.ragged import Float64s, Int64s
+from escm2rec.preprocess.rejections import IDENTIFIER, LABEL, MISSING_COMMON, SEVERAL, TRUTH
+
+HEADER = 5  # sample_id, click, buy, common_feature_index, feature_num
+TRUTH_COLUMNS = ("sample_id", "true_propensity", "true_cvr")
+
+
+class SkeletonFile:
+    """One skeleton file with its common records."""
+
+    def __init__(self, file: RawFile, columns: AliccpColumns, common: CommonRecords) -> None:
+        self.file = file
+        self.common = common
+        self._columns = columns
+        self._read_truth = file.truth is not None and columns.request.labels
+
+    def tasks(self) -> Iterator[Callable[[], RawBlock]]:
+        """One task a block of text, in order; each parses it."""
+        truth = _TruthRows(self.file) if self._read_truth else None
+        for block in text_blocks(self.file.path, BLOCK_BYTES):
+            yield self._task(block, truth.take(block.lines) if truth is not None else None)
+        if truth is not None:
+            truth.finish()
+
+    def _task(self, block: TextBlock, truth: pa.Table | None) -> Callable[[], RawBlock]:
+        return lambda: self._parse(block, truth)
+
+    def _parse(self, block: TextBlock, truth: pa.Table | None) -> RawBlock:
+        lines = Lines(block, HEADER)
+        keys = common_keys(lines, 3)
+        records = self.common.find(keys)
+        lines.bad.mark(records < 0, MISSING_COMMON, "common_feature_index", lines.column_text(3))
+        side = self._columns.read(lines)
+        self._mark_several(lines, side, records)
+        labels = self._labels(lines) if self._columns.request.labels else {}
+        samples = self._sample_ids(lines, truth is not None)
+        if truth is not None:
+            labels |= _truth_labels(self.file, lines, samples, truth)
+        extras = self._extras(side, keys, records, samples)
+        rows = block.first_line + np.arange(lines.count, dtype=np.int64)
+        whole = RawBlock(self.file, rows, lines.bad.lines, dict(side.features), extras, labels, records, lines.bad.found)
+        return whole.take(lines.bad.good)
+
+    def _labels(self, lines: Lines) -> dict[str, Any]:
+        labels: dict[str, Any] = {}
+        for number, (name, column) in enumerate((("click", "click"), ("conversion", "buy")), start=1):
+            starts, ends = lines.span(number)
+            label = lines.buffer[starts] - np.uint8(ord("0"))
+            lines.bad.mark((ends - starts != 1) | (label > 1), LABEL, column, lines.column_text(number))
+            labels[name] = label
+        return labels
+
+    def _sample_ids(self, lines: Lines, needed: bool) -> Int64s:
+        if not needed and "sample_id" not in self._columns.request.extras:
+            return np.empty(0, dtype=np.int64)
+        samples, good = whole_numbers(lines.words, *lines.span(0))
+        lines.bad.mark(~good, IDENTIFIER, "sample_id", lines.column_text(0))
+        return samples.view(np.int64)
+
+    def _mark_several(self, lines: Lines, side: SideColumns, records: Int64s) -> None:
+        """A single-valued field must not be on both sides of an impression."""
+        for feature in self._columns.request.features:
+            if feature.kind in ("categorical", "numeric"):
+                here = present(side.features[feature.name]) & (records >= 0)
+                if here.any():
+                    here[here] = present(take_rows(self.common.features[feature.name], records[here]))
+                    lines.bad.mark(here, SEVERAL, feature.column, lambda rows: ["one here and one in the common record"] * len(rows))
+
+    def _extras(self, side: SideColumns, keys: Int64s, records: Int64s, samples: Int64s) -> dict[str, pa.Array]:
+        extras: dict[str, pa.Array] = {}
+        for name in self._columns.request.extras:
+            if name == "sample_id":
+                extras[name] = pa.array(samples)
+            elif name == "common_feature_index":
+                extras[name] = _fixed_strings(*key_text(keys), len(keys))
+            else:
+                ids = side.extras[name]
+                ids = np.where(ids == ABSENT, self.common.extras[name][records], ids) if self.common.count else ids
+                extras[name] = pa.array(ids, mask=ids == ABSENT)
+        return extras
+
+
+def _fixed_strings(data: bytes, width: int, count: int) -> pa.Array:
+    assert width == INDEX_BYTES
+    offsets = np.arange(count + 1, dtype=np.int32) * width
+    return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(data))
+
+
+class _TruthRows:
+    """Reads the truth file beside a skeleton, so many rows at a time."""
+
+    def __init__(self, file: RawFile) -> None:
+        assert file.truth is not None
+        self.path, self._skeleton = file.truth, file.path
+        try:
+            parquet = pq.ParquetFile(self.path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{self.path} is not a Parquet file: {error}", "fetch or simulate it again") from error
+        missing = [name for name in TRUTH_COLUMNS if name not in parquet.schema_arrow.names]
+        if missing:
+            raise DataError(f"{self.path} has no column {missing[0]!r}", f"a truth file has {', '.join(TRUTH_COLUMNS)}")
+        self._batches = parquet.iter_batches(columns=list(TRUTH_COLUMNS))
+        self._rest: pa.Table | None = None
+
+    def take(self, rows: int) -> pa.Table:
+        """The next rows; DataError when there are fewer."""
+        parts = [self._rest] if self._rest is not None else []
+        while sum(len(part) for part in parts) < rows:
+            batch = next(self._batches, None)
+            if batch is None:
+                raise DataError(f"{self.path} has fewer rows than {self._skeleton}", "truth goes row by row with the skeleton")
+            parts.append(pa.Table.from_batches([batch]))
+        table = pa.concat_tables(parts)
+        self._rest = table.slice(rows)
+        return table.slice(0, rows)
+
+    def finish(self) -> None:
+        """DataError when rows are left."""
+        if (self._rest is not None and len(self._rest)) or next(self._batches, None) is not None:
+            raise DataError(f"{self.path} has more rows than {self._skeleton}", "truth goes row by row with the skeleton")
+
+
+def _truth_labels(file: RawFile, lines: Lines, samples: Int64s, truth: pa.Table) -> dict[str, Any]:
+    said = truth["sample_id"].to_numpy()
+    differ = np.flatnonzero((said != samples) & ~lines.bad.mask)
+    if len(differ):
+        row = int(differ[0])
+        raise DataError(
+            f"{file.truth}: row {lines.bad.lines[row]}: expected sample_id {samples[row]} as in {file.path}, found {said[row]}",
+            "truth goes row by row with the skeleton",
+        )
+    labels: dict[str, Any] = {}
+    for name in TRUTH_COLUMNS[1:]:
+        values: Float64s = truth[name].to_numpy().astype(np.float64)
+        lines.bad.mark(~((values >= 0) & (values <= 1)), TRUTH, name, lambda rows, v=values: [str(x) for x in v[rows]])  # type: ignore[misc]
+        labels[name] = values.astype(np.float32)
+    return labels

@@ -1,0 +1,67 @@
+"""The raw files of a source, each with those that belong to it."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+
+from escm2rec.config import AliccpSource, TableSource
+from escm2rec.errors import DataError
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """One file of impressions, and for Ali-CCP its common and truth files."""
+
+    path: Path
+    common: Path | None = None
+    truth: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """File name without its folder: what splits go by."""
+        return self.path.name
+
+    @property
+    def all_paths(self) -> list[Path]:
+        """Every path that is read for this file."""
+        return [path for path in (self.path, self.common, self.truth) if path is not None]
+
+
+def raw_files(source: AliccpSource | TableSource, path: Path) -> list[RawFile]:
+    """The files of a source under `path` (a folder, or one file), in the order of their names.
+
+    DataError when there are none, or when an Ali-CCP skeleton lacks its common or truth file.
+    """
+    pattern = source.skeleton if isinstance(source, AliccpSource) else source.files
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = sorted(entry for entry in path.iterdir() if entry.is_file() and fnmatch.fnmatchcase(entry.name, pattern))
+    else:
+        raise DataError(f"no raw logs at {path}", "check the path")
+    if not found:
+        raise DataError(f"no file in {path} matches the pattern {pattern!r}", "set data.source to the names of the files")
+    if isinstance(source, AliccpSource):
+        return [_with_companions(source, skeleton) for skeleton in found]
+    return [RawFile(file) for file in found]
+
+
+def _with_companions(source: AliccpSource, skeleton: Path) -> RawFile:
+    before, after = source.skeleton.split("*")
+    name = skeleton.name
+    if not fnmatch.fnmatchcase(name, source.skeleton):
+        raise DataError(
+            f"{skeleton} does not match the skeleton pattern {source.skeleton!r}", "set data.source.skeleton, or pass the folder"
+        )
+    part = name[len(before) : len(name) - len(after)]
+
+    def companion(pattern: str, what: str) -> Path:
+        file = skeleton.with_name(pattern.replace("*", part))
+        if not file.is_file():
+            raise DataError(f"{skeleton} has no {what} file: {file} is missing", f"set data.source.{what}, or fetch the file")
+        return file
+
+    truth = companion(source.truth, "truth") if source.truth is not None else None
+    return RawFile(skeleton, companion(source.common, "common"), truth)

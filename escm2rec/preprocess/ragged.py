@@ -1,0 +1,81 @@
+"""Rows that hold any number of values each: flat values, offsets, and perhaps weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Array = npt.NDArray[Any]
+Bools = npt.NDArray[np.bool_]
+Bytes = npt.NDArray[np.uint8]
+Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
+UInt64s = npt.NDArray[np.uint64]
+Float32s = npt.NDArray[np.float32]
+Float64s = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Row i holds `values[offsets[i]:offsets[i + 1]]`, and the same slice of `weights` when there are any.
+
+    `values` are numpy numbers, or Arrow strings; `offsets` begin at 0 and end at the number of values.
+    """
+
+    values: Any
+    offsets: Int64s
+    weights: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Int64s:
+        """Number of values of each row."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: Int64s) -> Ragged:
+        """The rows at these positions, in this order; a position of -1 gives an empty row."""
+        offsets, index = ragged_index(self.offsets, rows)
+        values = self.values.take(pa.array(index)) if isinstance(self.values, pa.Array) else self.values[index]
+        return Ragged(values, offsets, None if self.weights is None else self.weights[index])
+
+
+def offsets_of(lengths: Array) -> Int64s:
+    """Offsets that begin at 0, from lengths."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def ragged_index(offsets: Int64s, rows: Int64s) -> tuple[Int64s, Int64s]:
+    """Offsets of the taken rows, and the position of each of their values among the old values; row -1 is empty."""
+    starts = offsets[rows]
+    lengths = offsets[rows + 1] - starts
+    if len(rows) and rows.min() < 0:
+        lengths = np.where(rows < 0, 0, lengths)
+    new = offsets_of(lengths)
+    index = np.repeat(starts - new[:-1], lengths)
+    index += np.arange(len(index), dtype=np.int64)
+    return new, index
+
+
+def concat_rows(first: Ragged, second: Ragged) -> Ragged:
+    """Row by row, the values of `first` and then those of `second` (numpy values, equally many rows)."""
+    if len(second.values) == 0:
+        return first
+    if len(first.values) == 0:
+        return second
+    offsets = first.offsets + second.offsets
+    both = Ragged(
+        np.concatenate([first.values, second.values]),
+        np.concatenate([first.offsets, second.offsets[1:] + first.offsets[-1]]),
+        np.concatenate([first.weights, second.weights]) if first.weights is not None and second.weights is not None else None,
+    )
+    rows = np.arange(2 * len(first), dtype=np.int64).reshape(2, -1).T.reshape(-1)
+    mixed = both.take(rows)
+    return Ragged(mixed.values, offsets, mixed.weights)

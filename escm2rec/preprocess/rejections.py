@@ -1,0 +1,130 @@
+"""Rows that cannot be used: refused with their place, or left out and counted by reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from escm2rec.errors import DataError
+from escm2rec.preprocess.ragged import Bools, Int64s
+
+FIRST_OFFENDERS = 5
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a row cannot be used: its name in the manifest, what was expected, and what to do."""
+
+    name: str
+    expected: str
+    hint: str = "mend the input, or set data.bad_rows to count to leave such rows out"
+
+
+MALFORMED = Reason("malformed line", "comma-separated columns, then field\\x02id\\x03value joined by \\x01")
+TRUNCATED = Reason(
+    "truncated line", "a line that ends with a newline", "the file was cut off: fetch it again, or set data.bad_rows to count"
+)
+FEATURE_NUM = Reason("feature_num", "the number of features in the list")
+LABEL = Reason("label", "0 or 1")
+IDENTIFIER = Reason("id", "a whole number from 0 to 9223372036854775807")
+INT64 = Reason("id", "a whole number that fits int64")
+NUMBER = Reason("number", "a finite number (above -1 with log1p)")
+COMMON_INDEX = Reason("common_feature_index", "16 hexadecimal digits in lower case")
+MISSING_COMMON = Reason("missing common record", "an index that the common file holds", "are skeleton and common file of the same set?")
+DUPLICATE_COMMON = Reason("duplicate common record", "one record for each index, or equal ones")
+SEVERAL = Reason("several values", "at most one value", "declare the feature with kind: list or weighted_list")
+UNEQUAL = Reason("unequal lists", "as many weights as values")
+NULL_IN_LIST = Reason("null in a list", "values and weights without null")
+PAIR = Reason("weighted value", "a value, the weight separator, and a finite weight")
+TRUTH = Reason("truth", "a probability from 0 to 1")
+WEIGHT = Reason("weight", "a finite number above 0")
+COLUMNS = Reason("number of columns", "as many columns as the header names")
+CONVERSION = Reason(
+    "conversion without click",
+    "no conversion where click is 0",
+    "set data.conversion_without_click to drop or click to keep going",
+)
+NO_SPLIT = Reason("no split", "a row that belongs to train, validation or test")
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Rows of one file with one problem."""
+
+    reason: Reason
+    file: str
+    column: str
+    count: int
+    lines: list[int]
+    seen: list[str]
+
+    def error(self) -> DataError:
+        """The first of these rows as an error."""
+        column = f", column {self.column}" if self.column else ""
+        return DataError(
+            f"{self.file}: row {self.lines[0]}{column}: {self.reason.name}: expected {self.reason.expected}, found {self.seen[0]}",
+            self.reason.hint,
+        )
+
+
+class BadRows:
+    """Marks the rows of one block that cannot be used; each row counts once, for its first problem."""
+
+    def __init__(self, file: Path, lines: Int64s) -> None:
+        self.file = str(file)
+        self.lines = lines
+        self.mask: Bools = np.zeros(len(lines), dtype=np.bool_)
+        self.found: list[Rejection] = []
+
+    def mark(self, where: Bools, reason: Reason, column: str, seen: Callable[[Int64s], list[str]]) -> None:
+        """Mark the rows where `where` holds; `seen` gives the offending text of rows by position in the block."""
+        rows = np.flatnonzero(where & ~self.mask)
+        if not len(rows):
+            return
+        self.mask[rows] = True
+        first = rows[:FIRST_OFFENDERS]
+        texts = [text if len(text) <= 80 else text[:77] + "..." for text in seen(first)]
+        self.found.append(Rejection(reason, self.file, column, len(rows), self.lines[first].tolist(), texts))
+
+    @property
+    def good(self) -> Int64s:
+        """Positions of the rows without a problem."""
+        return np.flatnonzero(~self.mask)
+
+
+def values_at(values: Any) -> Callable[[Int64s], list[str]]:
+    """`seen` for BadRows.mark from a numpy or Arrow column with one value a row."""
+
+    def seen(rows: Int64s) -> list[str]:
+        picked = values[rows].tolist() if isinstance(values, np.ndarray) else values.take(rows).to_pylist()
+        return [repr(value) if isinstance(value, str) else "null" if value is None else str(value) for value in picked]
+
+    return seen
+
+
+@dataclass
+class Rejected:
+    """What a whole job left out, for the manifest. Refuses at the first rejection unless told to count."""
+
+    refuse: bool
+    reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, rejections: list[Rejection], refusals: Sequence[Rejection] = ()) -> None:
+        """Count the rejections; raise DataError for the lowest row of the refusals, and of the rejections when refusing."""
+        fatal = [*refusals, *(rejections if self.refuse else ())]
+        if fatal:
+            raise min(fatal, key=lambda rejection: rejection.lines[0]).error()
+        for rejection in rejections:
+            self.count(rejection)
+
+    def count(self, rejection: Rejection) -> None:
+        """Count these without refusing."""
+        entry = self.reasons.setdefault(rejection.reason.name, {"rows": 0, "first": []})
+        entry["rows"] += rejection.count
+        for line, seen in zip(rejection.lines, rejection.seen, strict=True):
+            if len(entry["first"]) < FIRST_OFFENDERS:
+                entry["first"].append({"file": rejection.file, "row": line, "column": rejection.column, "value": seen})

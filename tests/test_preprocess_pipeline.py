@@ -1,0 +1,290 @@
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from escm2rec.config import DataConfig
+from escm2rec.errors import ConfigError, DataError
+from escm2rec.preprocess import encode_raw, preprocess, raw_files
+from escm2rec.preprocess.parallel import ordered_map
+from escm2rec.schema import Schema
+from tests.preprocess_logs import (
+    aliccp_config,
+    common_line,
+    key,
+    made,
+    read_split,
+    skeleton_line,
+    small_aliccp,
+    table_config,
+    write_aliccp,
+    write_parquet,
+)
+
+ONE = [{"name": "c", "kind": "categorical"}]
+HASHED = {"by": "hash", "train": 0.7, "validation": 0.1, "test": 0.2}
+
+
+def numbered(path: Path, rows: int) -> Path:
+    return write_parquet(path, {"c": [row % 7 for row in range(rows)], "row": list(range(rows)), "click": [row % 2 for row in range(rows)]})
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return manifest
+
+
+def test_parts_and_row_groups_have_the_configured_rows(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "a.parquet", 250)
+    out, result = made(table_config(ONE, rows_per_file=100, rows_per_group=30, keep=["row"]), source, tmp_path / "out")
+    parts = sorted((out / "train").iterdir())
+    assert [part.name for part in parts] == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    groups = [[pq.ParquetFile(part).metadata.row_group(i).num_rows for i in range(pq.ParquetFile(part).num_row_groups)] for part in parts]
+    assert groups == [[30, 30, 30, 10], [30, 30, 30, 10], [30, 20]]
+    assert [row["kept.row"] for row in read_split(out)] == list(range(250))
+    assert result["splits"]["train"] == {"rows": 250, "clicks": 125, "conversions": 0}
+
+
+def test_the_manifest_describes_every_file(tmp_path: Path) -> None:
+    out, result = made(table_config(ONE, rows_per_file=40, split=HASHED), numbered(tmp_path / "a.parquet", 100), tmp_path / "out")
+    manifest = manifest_of(out)
+    assert manifest["kind"] == "data set"
+    assert manifest["schema_hash"] == Schema.load(out / "schema.json").hash() == result["schema_hash"]
+    assert manifest["negative_keep_rate"] == 1.0
+    assert manifest["input"] == [{"path": str(tmp_path / "a.parquet"), "bytes": (tmp_path / "a.parquet").stat().st_size}]
+    files = [file for split in manifest["splits"].values() for file in split["files"]]
+    assert len(files) == 4
+    for file in files:
+        data = (out / file["path"]).read_bytes()
+        table = pq.read_table(out / file["path"])
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (file["bytes"], file["sha256"])
+        assert (len(table), sum(table["click"].to_pylist())) == (file["rows"], file["clicks"])
+    assert sum(file["rows"] for file in files) == 100
+    assert {entry.name for entry in out.iterdir()} == {"manifest.json", "schema.json", "vocabulary", "train", "validation", "test"}
+
+
+def test_shares_of_missing_and_unknown_values(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", {"c": [1, None, 1, 2], "l": [[1, 2], [], [1], [3]], "n": [1.0, None, 2.0, 3.0]})
+    write_parquet(tmp_path / "test.parquet", {"c": [9, 1], "l": [[9], [9, 1, 1]], "n": [1.0, 1.0]})
+    features = [{"name": "c", "kind": "categorical"}, {"name": "l", "kind": "list"}, {"name": "n", "kind": "numeric"}]
+    config = table_config(features, split={"by": "file", "train": "train*", "test": "test*"})
+    out, _ = made(config, tmp_path, tmp_path / "out")
+    shares = manifest_of(out)["features"]
+    nothing = {"validation": None}
+    assert shares["c"] == {
+        "pooling_factor": 0.75,
+        "missing": {"train": 0.25, "test": 0.0, **nothing},
+        "oov": {"train": 0.0, "test": 0.5, **nothing},
+    }
+    assert shares["l"] == {
+        "pooling_factor": 1.0,
+        "missing": {"train": 0.25, "test": 0.0, **nothing},
+        "oov": {"train": 0.0, "test": 0.5, **nothing},
+    }
+    assert shares["n"] == {"pooling_factor": 0.75, "missing": {"train": 0.25, "test": 0.0, **nothing}}
+
+
+def test_everything_is_fitted_on_training_rows(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", {"c": [1, 1], "n": [0.0, 2.0]})
+    write_parquet(tmp_path / "test.parquet", {"c": [5, 1], "n": [100.0, 1.0]})
+    features = [{"name": "c", "kind": "categorical"}, {"name": "n", "kind": "numeric"}]
+    out, _ = made(table_config(features, split={"by": "file", "train": "train*", "test": "test*"}), tmp_path, tmp_path / "out")
+    assert [(row["c"], row["n"]) for row in read_split(out, "test")] == [(0, 99.0), (1, 0.0)]
+
+
+@pytest.mark.parametrize("kind", ["int", "text"])
+def test_splits_by_column(tmp_path: Path, kind: str) -> None:
+    days = [1, 2, 3, 4, None]
+    write_parquet(
+        tmp_path / "a.parquet", {"c": [1] * 5, "day": days if kind == "int" else [None if day is None else str(day) for day in days]}
+    )
+    split = {"by": "column", "column": "day", "train": ["1", "2"], "test": ["3"]}
+    out, result = made(table_config(ONE, split=split), tmp_path / "a.parquet", tmp_path / "out")
+    assert [result["splits"][name]["rows"] for name in ("train", "validation", "test")] == [2, 0, 1]
+    assert result["rejected"] == {"no split": 2}
+    assert [each["value"] for each in manifest_of(out)["rejected"]["no split"]["first"]] == ["4", "None"]
+
+
+def test_a_file_of_no_split_is_counted(tmp_path: Path) -> None:
+    numbered(tmp_path / "train.parquet", 3)
+    numbered(tmp_path / "other.parquet", 4)
+    config = table_config(ONE, split={"by": "file", "train": "train*"})
+    assert made(config, tmp_path, tmp_path / "out")[1]["rejected"] == {"no split": 4}
+
+
+def test_splits_by_hash_of_the_row_or_of_a_column(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "a.parquet", 2000)
+    by_row = made(table_config(ONE, split=HASHED, keep=["row"]), source, tmp_path / "row")[0]
+    salted = made(table_config(ONE, split={**HASHED, "salt": "x"}, keep=["row"]), source, tmp_path / "salt")[0]
+    by_column = made(table_config(ONE, split={**HASHED, "column": "c"}, keep=["c"]), source, tmp_path / "column")[0]
+    rows = {name: {each["kept.row"] for each in read_split(by_row, name)} for name in ("train", "validation", "test")}
+    assert sum(map(len, rows.values())) == 2000
+    assert abs(len(rows["train"]) - 1400) < 100
+    assert abs(len(rows["validation"]) - 200) < 60
+    assert {each["kept.row"] for each in read_split(salted)} != rows["train"]
+    values = [{each["kept.c"] for each in read_split(by_column, name)} for name in ("train", "validation", "test")]
+    assert sum(map(len, values)) == 7
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    logs = small_aliccp(tmp_path / "logs")
+    first, second = (made(aliccp_config(keep=["101"]), logs, tmp_path / name)[0] for name in ("first", "second"))
+    names = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file() and path.name != "manifest.json")
+    assert len(names) == 6
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert {**manifest_of(first), "seconds": 0} == {**manifest_of(second), "seconds": 0}
+
+
+@pytest.mark.parametrize("kind", ["aliccp", "table"])
+def test_a_conversion_without_click_follows_the_rule(tmp_path: Path, kind: str) -> None:
+    if kind == "aliccp":
+        lines = [skeleton_line(row, click, buy, key(1), []) for row, (click, buy) in enumerate([(0, 0), (0, 1), (1, 1)])]
+        logs = write_aliccp(tmp_path / "logs", "".join(lines), common_line(key(1), []))
+        configs = {rule: aliccp_config(conversion_without_click=rule) for rule in ("refuse", "drop", "click")}
+    else:
+        logs = write_parquet(tmp_path / "a.parquet", {"c": [1, 2, 3], "click": [0, 0, 1], "conversion": [0, 1, 1]})
+        configs = {rule: table_config(ONE, conversion_without_click=rule) for rule in ("refuse", "drop", "click")}
+    with pytest.raises(DataError, match=r"row 2, column click: conversion without click: .*\nhint: set data.conversion_without_click"):
+        preprocess(configs["refuse"], logs, tmp_path / "refuse")
+    dropped, result = made(configs["drop"], logs, tmp_path / "drop")
+    assert [(row["click"], row["conversion"]) for row in read_split(dropped)] == [(0, 0), (1, 1)]
+    assert result["rejected"] == {"conversion without click": 1}
+    clicked, result = made(configs["click"], logs, tmp_path / "click")
+    assert [(row["click"], row["conversion"]) for row in read_split(clicked)] == [(0, 0), (1, 1), (1, 1)]
+    assert result["rejected"] == {}
+    assert manifest_of(clicked)["conversion_without_click"] == {"rule": "click", "rows": 1}
+
+
+def test_bad_rows_that_count_do_not_loosen_the_click_rule(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "a.parquet", {"c": [1, 2], "click": [0, 0], "conversion": [0, 1]})
+    with pytest.raises(DataError, match="conversion without click"):
+        preprocess(table_config(ONE, bad_rows="count"), file, tmp_path / "out")
+
+
+def test_input_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no raw logs at .*nowhere"):
+        preprocess(table_config(ONE), tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(DataError, match=r"no file in .* matches the pattern '\*\.parquet'"):
+        preprocess(table_config(ONE), tmp_path, tmp_path / "out")
+    with pytest.raises(DataError, match=r"matches the pattern 'sample_skeleton_\*\.csv'"):
+        preprocess(aliccp_config(), tmp_path, tmp_path / "out")
+    (tmp_path / "other.csv").touch()
+    with pytest.raises(DataError, match=r"other\.csv does not match the skeleton pattern"):
+        preprocess(aliccp_config(), tmp_path / "other.csv", tmp_path / "out")
+
+
+def test_an_existing_output_is_kept_unless_told(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "a.parquet", 10)
+    out, _ = made(table_config(ONE), source, tmp_path / "out")
+    before = manifest_of(out)
+    with pytest.raises(ConfigError, match=r"the output folder .* exists\nhint: .*--overwrite"):
+        preprocess(table_config(ONE), source, out)
+    assert manifest_of(out) == before
+    preprocess(table_config(ONE, keep=["row"]), source, out, overwrite=True)
+    assert manifest_of(out) != before
+
+
+def encoded(out: Path, logs: Path, **options: Any) -> Iterator[pa.Table]:
+    schema = Schema.load(out / "schema.json")
+    for block in encode_raw(schema, out / "vocabulary", raw_files(schema.source, logs), **options):
+        yield block.table
+
+
+@pytest.mark.parametrize("block_rows", [2, 65_536])
+def test_encode_raw_gives_the_columns_of_the_data_set(tmp_path: Path, block_rows: int) -> None:
+    config, logs = aliccp_config(keep=["101", "sample_id"]), small_aliccp(tmp_path / "logs")
+    out, _ = made(config, logs, tmp_path / "out")
+    expected = pq.read_table(out / "train" / "part-00000.parquet")
+    tables = list(encoded(out, logs, keep=["101", "sample_id"], block_rows=block_rows, labels=True))
+    assert max(map(len, tables)) <= block_rows
+    assert pa.concat_tables(tables).equals(expected.select(tables[0].column_names))
+    assert set(tables[0].column_names) == set(expected.column_names)
+    bare = pa.concat_tables(encoded(out, logs, keep=["sample_id"], block_rows=block_rows))
+    assert set(bare.column_names) == set(expected.column_names) - {"click", "conversion", "kept.101"}
+    assert bare.equals(expected.select(bare.column_names))
+
+
+def test_encode_raw_needs_no_labels_and_keeps_files_apart(tmp_path: Path) -> None:
+    config: DataConfig = table_config([*ONE, {"name": "t", "kind": "list"}])
+    columns = {"c": [1, 2, 2], "t": [["a"], [], ["b", "a"]]}
+    write_parquet(tmp_path / "train.parquet", columns)
+    out, _ = made(config, tmp_path / "train.parquet", tmp_path / "out")
+    (tmp_path / "candidates").mkdir()
+    for name in ("one", "two"):
+        pq.write_table(pa.table({**columns, "who": [name] * 3}), tmp_path / "candidates" / f"{name}.parquet")
+    schema = Schema.load(out / "schema.json")
+    files = raw_files(schema.source, tmp_path / "candidates")
+    blocks = list(encode_raw(schema, out / "vocabulary", files, keep=["who"], block_rows=2))
+    assert [(block.file.name, len(block.table)) for block in blocks] == [
+        ("one.parquet", 2),
+        ("one.parquet", 1),
+        ("two.parquet", 2),
+        ("two.parquet", 1),
+    ]
+    expected = [{name: row[name] for name in ("c", "t")} for row in read_split(out)]
+    rows = [row for block in blocks for row in block.table.to_pylist()]
+    assert rows == [{**row, "kept.who": name} for name in ("one", "two") for row in expected]
+
+
+def test_encode_raw_refuses_bad_rows_and_other_types(tmp_path: Path) -> None:
+    config = table_config([*ONE, {"name": "n", "kind": "numeric"}], bad_rows="count")
+    write_parquet(tmp_path / "a.parquet", {"c": [1, 2], "n": [1.0, 2.0]})
+    out, _ = made(config, tmp_path / "a.parquet", tmp_path / "out")
+    write_parquet(tmp_path / "b.parquet", {"c": [1, 2], "n": [1.0, float("nan")]})
+    with pytest.raises(DataError, match=r"b\.parquet: row 2, column n: number"):
+        list(encoded(out, tmp_path / "b.parquet", keep=[]))
+    write_parquet(tmp_path / "c.parquet", {"c": ["x", "y"], "n": [1.0, 1.0]})
+    with pytest.raises(DataError, match="column 'c' holds string values, it was trained on int64"):
+        list(encoded(out, tmp_path / "c.parquet", keep=[]))
+
+
+def test_a_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "a.parquet", 10)
+    out, _ = made(table_config(ONE), source, tmp_path / "out")
+    short = pq.read_table(out / "vocabulary" / "c.parquet").slice(1)
+    pq.write_table(short, out / "vocabulary" / "c.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet holds 6 values, the schema says 7"):
+        list(encoded(out, source, keep=[]))
+    (out / "vocabulary" / "c.parquet").unlink()
+    with pytest.raises(DataError, match=r"cannot read the vocabulary .*c\.parquet"):
+        list(encoded(out, source, keep=[]))
+
+
+def test_ordered_map_keeps_order_and_holds_few_results() -> None:
+    started: list[int] = []
+
+    def task(number: int) -> int:
+        return number
+
+    def tasks() -> Iterator[Any]:
+        for number in range(20):
+            started.append(number)
+            yield lambda n=number: task(n)
+
+    results = []
+    for result in ordered_map(tasks(), 3):
+        results.append(result)
+        assert len(started) - len(results) <= 3
+    assert results == list(range(20))
+
+
+def test_ordered_map_raises_what_a_task_raises() -> None:
+    def fail() -> int:
+        raise DataError("this one")
+
+    with pytest.raises(DataError, match="this one"):
+        list(ordered_map([lambda: 1, fail, lambda: 2], 2))
+
+
+def test_wide_ids_are_found_without_a_dense_table(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(-(2**62), 2**62, 100).tolist()
+    write_parquet(tmp_path / "a.parquet", {"c": ids})
+    out, _ = made(table_config(ONE), tmp_path / "a.parquet", tmp_path / "out")
+    assert [row["c"] for row in read_split(out)] == (np.argsort(np.argsort(ids)) + 1).tolist()
