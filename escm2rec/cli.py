@@ -1,0 +1,264 @@
+"""The command `escm2rec`: one verb each for what the library does.
+
+A verb imports what it needs when it runs, so `--help` loads neither torch nor polars. stdout carries one JSON object, the
+result, from rank 0; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, ParamSpec
+
+import typer
+
+from escm2rec import __version__
+from escm2rec.errors import ConfigError, Escm2Error
+
+Result = dict[str, Any]
+P = ParamSpec("P")
+
+EXIT_UNEXPECTED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+DEBUG_FLAG = "--debug"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+config_app = typer.Typer(help="Look at a config before it is used.", rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="YAML config file.", show_default=False)]
+Overrides = Annotated[list[str], typer.Option("--set", help="Override a config key, as a.b=value; may be repeated.", metavar="KEY=VALUE")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
+DataFolder = Annotated[Path, typer.Option("--data", help="Data set folder, as preprocess writes it.", show_default=False)]
+RunFolder = Annotated[Path, typer.Option("--run", help="Run folder, as train writes it.", show_default=False)]
+
+
+def _verb(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Keep stdout for the result: what a library prints while the verb works goes to stderr."""
+
+    @functools.wraps(function)
+    def work(*args: P.args, **kwargs: P.kwargs) -> Result:
+        with contextlib.redirect_stdout(sys.stderr):
+            return function(*args, **kwargs)
+
+    return work
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(DEBUG_FLAG, help="Show tracebacks and debug logs; may stand before or after the command.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Unbiased click and conversion models (ESCM2) on TorchRec's sharded embeddings."""
+
+
+@app.command()
+@_verb
+def simulate(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the simulated logs.", show_default=False)],
+    impressions: Annotated[int, typer.Option("--impressions", min=1, help="How many impressions to draw.", show_default=False)],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same logs.")] = 0,
+    format: Annotated[Literal["aliccp", "parquet"], typer.Option("--format", help="Ali-CCP's raw text, or one Parquet table.")] = "aliccp",
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML config whose section `simulation` is used.", show_default="built-in rates")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    overwrite: Overwrite = False,
+) -> Result:
+    """Draw impression logs whose truth is known.
+
+    Each impression comes with its click propensity and its conversion rate.
+    """
+    from escm2rec.config import load_simulation
+    from escm2rec.simulate import simulate
+
+    return simulate(out, impressions, seed, load_simulation(config, overrides), format, overwrite)
+
+
+@app.command()
+@_verb
+def preprocess(
+    config: ConfigFile,
+    input: Annotated[Path, typer.Option("--input", help="Folder with the raw logs.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the data set.", show_default=False)],
+    overrides: Overrides = [],  # noqa: B006
+    overwrite: Overwrite = False,
+) -> Result:
+    """Turn raw logs into a data set.
+
+    It holds encoded splits, vocabularies, a schema and a manifest.
+    """
+    from escm2rec.config import load_config
+    from escm2rec.preprocess import preprocess
+
+    return preprocess(load_config(config, overrides).data, input, out, overwrite)
+
+
+@app.command()
+@_verb
+def train(
+    config: ConfigFile,
+    data: DataFolder,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the run: config, plan, metrics, checkpoints.", show_default=False)],
+    overrides: Overrides = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --out, if any.")] = False,
+    overwrite: Overwrite = False,
+) -> Result:
+    """Train a model on a data set.
+
+    Started by torchrun or TorchX, on every rank there is.
+    """
+    _require_matching_packages()
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other", "--resume goes on with the run in --out, --overwrite drops it")
+    from escm2rec.config import load_config
+    from escm2rec.training.train import train
+
+    return train(load_config(config, overrides), data, out, resume, overwrite)
+
+
+@app.command()
+@_verb
+def evaluate(
+    run: RunFolder,
+    data: DataFolder,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option("--split", help="Which split to measure.")] = "test",
+    by: Annotated[list[str], typer.Option("--by", help="Also report by this column; repeat it, or give a comma list.")] = [],  # noqa: B006
+    user: Annotated[str | None, typer.Option("--user", help="Column of the user, for GAUC.", show_default="no GAUC")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run's report.")] = False,
+) -> Result:
+    """Measure a trained model on a split.
+
+    Writes the report of the run.
+    """
+    _require_matching_packages()
+    from escm2rec.evaluation.evaluate import evaluate
+
+    return evaluate(run, data, split, _names(by), user, overwrite)
+
+
+@app.command()
+@_verb
+def score(
+    run: RunFolder,
+    input: Annotated[list[Path], typer.Option("--input", help="Candidate logs, a file or a folder; may be repeated.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the predictions.", show_default=False)],
+    keep: Annotated[
+        list[str], typer.Option("--keep", help="Column to keep; repeat it, or give a comma list. [default: those the schema keeps]")
+    ] = [],  # noqa: B006
+    overwrite: Overwrite = False,
+) -> Result:
+    """Score candidate logs with a trained model.
+
+    Writes p_ctr, p_cvr and p_ctcvr of each row.
+    """
+    _require_matching_packages()
+    from escm2rec.scoring.score import score
+
+    return score(run, input, out, _names(keep) or None, overwrite)
+
+
+@app.command()
+@_verb
+def doctor() -> Result:
+    """Check that torch, torchrec and fbgemm fit each other."""
+    from escm2rec.doctor import check_installation
+
+    return check_installation()
+
+
+@config_app.command("schema")
+@_verb
+def config_schema() -> Result:
+    """Print the JSON Schema of the config, for editors."""
+    from escm2rec.config import config_json_schema
+
+    return config_json_schema()
+
+
+@config_app.command("check")
+@_verb
+def config_check(
+    config: Annotated[Path, typer.Argument(help="YAML config file.", show_default=False)],
+    overrides: Overrides = [],  # noqa: B006
+) -> Result:
+    """Check a config and print it complete, every default filled in."""
+    from escm2rec.config import load_config
+
+    return load_config(config, overrides).model_dump(mode="json")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line, by default `sys.argv`'s, and leave with its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = DEBUG_FLAG in args
+    args = [arg for arg in args if arg != DEBUG_FLAG]
+    if args == ["--version"]:
+        print(f"escm2rec {__version__}")
+        sys.exit(0)
+    _configure_logging(debug)
+    try:
+        result = app(args, prog_name="escm2rec", standalone_mode=False)
+        if isinstance(result, int):  # not a result: typer's exit code after --help or an interrupt
+            sys.exit(result)
+        if _rank() == 0:
+            print(_to_json(result), flush=True)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        sys.exit(_report_error(error, debug))
+    sys.exit(0)
+
+
+def _report_error(error: Exception, debug: bool) -> int:
+    """Say on stderr what happened and what to do next; the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, Escm2Error):
+        message, hint, code = error.message, error.hint, error.exit_code
+    elif hasattr(error, "format_message"):  # typer's and click's usage errors
+        command = getattr(getattr(error, "ctx", None), "command_path", "escm2rec")
+        message, hint, code = error.format_message(), f"{command} --help shows what it takes", EXIT_USAGE
+    else:
+        message = f"{type(error).__name__}: {error}"
+        hint, code = "" if debug else f"run the same command with {DEBUG_FLAG} to see where it happened", EXIT_UNEXPECTED
+    rank = _rank()
+    print(f"error: {message}" if rank == 0 else f"error (rank {rank}): {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return code
+
+
+def _configure_logging(debug: bool) -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    talk = logging.DEBUG if debug else logging.INFO
+    logging.getLogger("escm2rec").setLevel(talk if _rank() == 0 else logging.ERROR)
+
+
+def _to_json(result: Result) -> str:
+    # JSON has no NaN and no infinity: they become null.
+    return json.dumps(json.loads(json.dumps(result, default=os.fspath), parse_constant=lambda _: None), indent=2)
+
+
+def _rank() -> int:
+    """The rank that torchrun gave this process; 0 without torchrun."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def _names(values: Sequence[str]) -> list[str]:
+    """Column names of a repeated option whose values may be comma lists."""
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+
+def _require_matching_packages() -> None:
+    from escm2rec.doctor import require_matching_packages
+
+    require_matching_packages()

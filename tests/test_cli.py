@@ -1,0 +1,295 @@
+"""The command line: what it hands to the library, what it prints where, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from escm2rec import cli
+from escm2rec.config import Config, SimulationConfig, load_config
+from escm2rec.errors import ConfigError, DataError, Escm2Error, InstallationError, RunError
+
+ROOT = Path(__file__).parents[1]
+VERBS = ("simulate", "preprocess", "train", "evaluate", "score")
+HEAVY = ("torch", "torchrec", "polars", "pyarrow", "numpy", "pydantic", "matplotlib")
+CONFIG = """
+data:
+  source: {kind: table}
+  split: {by: hash, train: 0.8, validation: 0.1, test: 0.1}
+  features:
+    - {name: user, kind: categorical}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG, encoding="utf-8")
+    return path
+
+
+def run(*argv: str) -> int:
+    """Run the command in this process; its exit code."""
+    with pytest.raises(SystemExit) as left:
+        cli.main(argv)
+    return int(left.value.code or 0)
+
+
+def replace_library(monkeypatch: pytest.MonkeyPatch, module: str, name: str, function: Callable[..., Any]) -> None:
+    """Put `function` where a verb imports its library function from."""
+    fake = types.ModuleType(module)
+    setattr(fake, name, function)
+    monkeypatch.setitem(sys.modules, module, fake)
+
+
+def python(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False
+    )
+
+
+# --- help ---------------------------------------------------------------------------------------
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = (
+        "import sys\nfrom escm2rec.cli import main\ntry:\n    main(['--help'])\n"
+        f"except SystemExit:\n    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    done = python("-c", program)
+    assert done.stderr.strip() == "[]"
+    assert all(f"  {verb} " in done.stdout for verb in (*VERBS, "doctor", "config"))
+
+
+def test_help_is_instant() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert python("-m", "escm2rec", "--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_program_of_a_verb_is_its_command(verb: str) -> None:
+    program = python(f"apps/{verb}.py", "--help")
+    assert (program.returncode, program.stderr) == (0, "")
+    assert program.stdout.startswith(f"Usage: escm2rec {verb} ")
+    assert program.stdout == python("-m", "escm2rec", verb, "--help").stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == "escm2rec 0.1.0\n"
+
+
+# --- what a verb hands to the library -----------------------------------------------------------
+
+CALLS: list[tuple[str, str, list[str], Callable[[Config], list[Any]]]] = [
+    (
+        "simulate",
+        "escm2rec.simulate",
+        ["--out", "o", "--impressions", "7"],
+        lambda _: [Path("o"), 7, 0, SimulationConfig(), "aliccp", False],
+    ),
+    (
+        "simulate",
+        "escm2rec.simulate",
+        ["--out", "o", "--impressions", "7", "--seed", "3", "--format", "parquet", "--overwrite", "--set", "simulation.ctr=0.5"],
+        lambda _: [Path("o"), 7, 3, SimulationConfig(ctr=0.5), "parquet", True],
+    ),
+    (
+        "preprocess",
+        "escm2rec.preprocess",
+        ["--config", "CONFIG", "--input", "i", "--out", "o"],
+        lambda config: [config.data, Path("i"), Path("o"), False],
+    ),
+    (
+        "train",
+        "escm2rec.training.train",
+        ["--config", "CONFIG", "--data", "d", "--out", "o", "--resume"],
+        lambda config: [config, Path("d"), Path("o"), True, False],
+    ),
+    (
+        "evaluate",
+        "escm2rec.evaluation.evaluate",
+        ["--run", "r", "--data", "d"],
+        lambda _: [Path("r"), Path("d"), "test", [], None, False],
+    ),
+    (
+        "evaluate",
+        "escm2rec.evaluation.evaluate",
+        ["--run", "r", "--data", "d", "--split", "validation", "--by", "hour, page", "--by", "city", "--user", "user", "--overwrite"],
+        lambda _: [Path("r"), Path("d"), "validation", ["hour", "page", "city"], "user", True],
+    ),
+    (
+        "score",
+        "escm2rec.scoring.score",
+        ["--run", "r", "--input", "a", "--input", "b", "--out", "o", "--keep", "x,y", "--keep", "z"],
+        lambda _: [Path("r"), [Path("a"), Path("b")], Path("o"), ["x", "y", "z"], False],
+    ),
+    (
+        "score",
+        "escm2rec.scoring.score",
+        ["--run", "r", "--input", "a", "--out", "o", "--overwrite"],
+        lambda _: [Path("r"), [Path("a")], Path("o"), None, True],
+    ),
+]
+
+
+@pytest.mark.parametrize(("verb", "module", "options", "expected"), CALLS)
+def test_verb_calls_its_library_function(
+    verb: str,
+    module: str,
+    options: list[str],
+    expected: Callable[[Config], list[Any]],
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls: list[list[Any]] = []
+
+    def library(*args: Any) -> dict[str, Any]:
+        calls.append(list(args))
+        print("a library that talks on stdout")
+        return {"rows": 3, "auc": float("nan"), "out": Path("o")}
+
+    replace_library(monkeypatch, module, verb, library)
+    assert run(verb, *[str(config) if option == "CONFIG" else option for option in options]) == 0
+    assert calls == [expected(load_config(config))]
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"rows": 3, "auc": None, "out": "o"}
+    assert captured.err == "a library that talks on stdout\n"
+
+
+def test_overrides_reach_the_library(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+
+    def library(config: Config, *_: Any) -> dict[str, Any]:
+        seen.append(config)
+        return {}
+
+    replace_library(monkeypatch, "escm2rec.training.train", "train", library)
+    options = ["--config", str(config), "--data", "d", "--out", "o", "--set", "training.epochs=3", "--set", "model.tower_hidden=[8, 4]"]
+    assert run("train", *options) == 0
+    assert (seen[0].training.epochs, seen[0].model.tower_hidden) == (3, [8, 4])
+
+
+def test_only_rank_0_prints_the_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    replace_library(monkeypatch, "escm2rec.simulate", "simulate", lambda *_: {"rows": 3})
+    for rank, expected in (("0", {"rows": 3}), ("1", None)):
+        monkeypatch.setenv("RANK", rank)
+        assert run("simulate", "--out", "o", "--impressions", "1") == 0
+        printed = capsys.readouterr().out
+        assert (json.loads(printed) if printed else None) == expected
+
+
+# --- config -------------------------------------------------------------------------------------
+
+
+def test_config_check_prints_the_complete_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("config", "check", str(config), "--set", "training.epochs=2") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert Config.model_validate(printed) == load_config(config, ["training.epochs=2"])
+
+
+def test_config_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("config", "schema") == 0
+    assert set(json.loads(capsys.readouterr().out)["properties"]) == {"data", "model", "objective", "training", "simulation"}
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+ERRORS: list[tuple[BaseException, int, str]] = [
+    (ConfigError("the key is wrong", "mend the key"), 2, "error: the key is wrong\nhint: mend the key\n"),
+    (DataError("the file is wrong"), 2, "error: the file is wrong\n"),
+    (InstallationError("the pair is wrong", "mend the pair"), 2, "error: the pair is wrong\nhint: mend the pair\n"),
+    (RunError("the loss is not a number", "lower the rate"), 1, "error: the loss is not a number\nhint: lower the rate\n"),
+    (ValueError("17"), 1, "error: ValueError: 17\nhint: run the same command with --debug to see where it happened\n"),
+    (KeyboardInterrupt(), 130, ""),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "told"), ERRORS, ids=[type(case[0]).__name__ for case in ERRORS])
+def test_errors_are_told_without_a_traceback(
+    error: BaseException, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def library(*_: Any) -> dict[str, Any]:
+        raise error
+
+    replace_library(monkeypatch, "escm2rec.simulate", "simulate", library)
+    assert run("simulate", "--out", "o", "--impressions", "1") == code
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", told)
+    if isinstance(error, Exception):
+        for position in (["--debug", "simulate"], ["simulate", "--debug"]):
+            assert run(*position, "--out", "o", "--impressions", "1") == code
+            debugged = capsys.readouterr().err
+            assert debugged.startswith("Traceback (most recent call last):")
+            assert told.splitlines()[0] in debugged
+
+
+def test_another_rank_names_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def library(*_: Any) -> dict[str, Any]:
+        raise Escm2Error("out of memory")
+
+    replace_library(monkeypatch, "escm2rec.simulate", "simulate", library)
+    monkeypatch.setenv("RANK", "3")
+    assert run("simulate", "--out", "o", "--impressions", "1") == 1
+    assert capsys.readouterr().err == "error (rank 3): out of memory\n"
+
+
+USAGE: list[tuple[list[str], str, str]] = [
+    ([], "Missing command", "escm2rec --help"),
+    (["evalute"], "evalute", "escm2rec --help"),
+    (["train", "--confg", "x"], "--confg", "escm2rec train --help"),
+    (["train", "--config", "x"], "--data", "escm2rec train --help"),
+    (["simulate", "--out", "o", "--impressions", "0"], "--impressions", "escm2rec simulate --help"),
+    (["simulate", "--out", "o", "--impressions", "many"], "--impressions", "escm2rec simulate --help"),
+    (["simulate", "--out", "o", "--impressions", "1", "--format", "orc"], "--format", "escm2rec simulate --help"),
+    (["evaluate", "--run", "r", "--data", "d", "--split", "dev"], "--split", "escm2rec evaluate --help"),
+    (["score", "--run", "r", "--out", "o"], "--input", "escm2rec score --help"),
+]
+
+
+@pytest.mark.parametrize(("argv", "named", "help_command"), USAGE, ids=[" ".join(case[0]) or "nothing" for case in USAGE])
+def test_bad_usage_exits_2_and_names_the_help(argv: list[str], named: str, help_command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*argv) == 2
+    captured = capsys.readouterr()
+    message, hint = captured.err.strip().rsplit("\n", 1)
+    assert captured.out == ""
+    assert message.startswith("error: ")
+    assert named in message
+    assert hint == f"hint: {help_command} shows what it takes"
+
+
+def test_resume_excludes_overwrite(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--config", str(config), "--data", "d", "--out", "o", "--resume", "--overwrite") == 2
+    assert capsys.readouterr().err == (
+        "error: --resume and --overwrite exclude each other\nhint: --resume goes on with the run in --out, --overwrite drops it\n"
+    )
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "score"])
+def test_packages_are_checked_before_torch_is_loaded(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise InstallationError("torchrec is not installed", "install it")
+
+    monkeypatch.setattr("escm2rec.doctor.require_matching_packages", refuse)
+    options = {
+        "train": ["--config", "absent.yaml", "--data", "d", "--out", "o"],
+        "evaluate": ["--run", "r", "--data", "d"],
+        "score": ["--run", "r", "--input", "i", "--out", "o"],
+    }
+    assert run(verb, *options[verb]) == 2
+    assert capsys.readouterr().err == "error: torchrec is not installed\nhint: install it\n"
