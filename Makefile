@@ -1,0 +1,66 @@
+# install   create .venv with the pinned packages (BUILD=cpu|cuda, by default what nvidia-smi says; PYTHON=python3.12)
+# test      ruff, mypy and pytest, as .ci/run does
+# demo      simulate, preprocess, train, evaluate and score in .demo
+# bench     every benchmark; each prints JSON
+# wheel     build dist/*.whl
+# clean     remove what these made, but not .venv
+
+BUILD ?= $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+INSTALLED := $(VENV)/.installed-$(BUILD)
+INSTALLED_DEV := $(VENV)/.installed-dev
+IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: install test demo bench wheel clean
+.DELETE_ON_ERROR:
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements/common.txt requirements/$(BUILD).txt pyproject.toml
+	@set -e; python=; \
+	for stamp in $(VENV)/.installed-cpu $(VENV)/.installed-cuda; do \
+	  if [ "$$stamp" != "$@" ] && [ -e "$$stamp" ]; then echo "removing $(VENV): it holds the other build"; rm -rf $(VENV); fi; \
+	done; \
+	if ! $(BIN)/python -c '$(IS_NEW_ENOUGH)' 2>/dev/null; then \
+	  for candidate in $(or $(PYTHON),python3.11 python3 python3.12 python3.13); do \
+	    if "$$candidate" -c '$(IS_NEW_ENOUGH)' 2>/dev/null; then python=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "error: no Python 3.11 or newer among: $(or $(PYTHON),python3.11 python3 python3.12 python3.13)" >&2; \
+	    echo "hint: install one, or name it: make install PYTHON=/path/to/python3.11" >&2; exit 2; \
+	  fi; \
+	  echo "creating $(VENV) with $$("$$python" --version)"; "$$python" -m venv --clear $(VENV); \
+	fi; \
+	echo "installing requirements/$(BUILD).txt"; \
+	$(PIP) install --no-deps -r requirements/$(BUILD).txt; \
+	$(PIP) install --no-deps --no-build-isolation -e .; \
+	$(BIN)/python -m escm2rec doctor; \
+	touch $@
+
+$(INSTALLED_DEV): requirements/dev.txt $(INSTALLED)
+	@echo "installing requirements/dev.txt"
+	@$(PIP) install --no-deps -r requirements/dev.txt
+	@touch $@
+
+test: $(INSTALLED_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+demo: install
+	$(BIN)/python apps/demo.py --out .demo
+
+bench: install
+	@set -e; for file in $$(grep -l '__main__' benchmarks/*.py); do \
+	  name=$$(basename "$$file" .py); echo "benchmarks.$$name" >&2; $(BIN)/python -m "benchmarks.$$name"; \
+	done
+
+wheel: install
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
