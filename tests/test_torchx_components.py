@@ -1,0 +1,225 @@
+"""What each component submits, without a cluster; and two real launches on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer.main
+from torchx.runner import Runner, get_runner
+from torchx.specs.file_linter import get_fn_docstring, validate
+
+from escm2rec.cli import app
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "torchx_components" / "escm2rec.py"
+SINGLE = ("simulate", "preprocess")
+DISTRIBUTED = ("train", "evaluate", "score")
+VERBS = (*SINGLE, *DISTRIBUTED)
+JOB_ARGUMENTS = {"image", "name", "h", "cpu", "memory_mb", "env", "max_retries", "mounts"}
+RANK_ARGUMENTS = {"j", "gpu", "rdzv_port"}
+SCHEDULERS: dict[str, dict[str, str]] = {"local_cwd": {}, "slurm": {"partition": "cpu"}, "kubernetes": {"queue": "default"}}
+
+# Of each verb: the component's arguments, and the command line they become.
+EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
+    "simulate": (
+        ["--out", "o", "--impressions", "7", "--format", "parquet", "--config", "c.yaml", "--set", "simulation.ctr=0.1"],
+        ["--out", "o", "--impressions", "7", "--seed", "0", "--format", "parquet", "--config", "c.yaml", "--set", "simulation.ctr=0.1"],
+    ),
+    "preprocess": (
+        ["--config", "c.yaml", "--input", "i", "--out", "o", "--overwrite", "True"],
+        ["--config", "c.yaml", "--input", "i", "--out", "o", "--overwrite"],
+    ),
+    "train": (
+        ["--config", "c.yaml", "--data", "d", "--out", "a b", "--set", "training.epochs=2,model.tower_hidden=[8,4]", "--resume", "true"],
+        [
+            "--config",
+            "c.yaml",
+            "--data",
+            "d",
+            "--out",
+            "a b",
+            "--set",
+            "training.epochs=2",
+            "--set",
+            "model.tower_hidden=[8,4]",
+            "--resume",
+        ],
+    ),
+    "evaluate": (
+        ["--run", "r", "--data", "d", "--by", "hour,page", "--user", "u"],
+        ["--run", "r", "--data", "d", "--split", "test", "--by", "hour", "--by", "page", "--user", "u"],
+    ),
+    "score": (
+        ["--run", "r", "--input", "a,b", "--out", "o", "--keep", "x"],
+        ["--run", "r", "--input", "a", "--input", "b", "--out", "o", "--keep", "x"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def components() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("components_under_test", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    with get_runner() as runner:
+        yield runner
+
+
+def commands(request: Any, scheduler: str) -> list[list[str]]:
+    """The command of every node in a scheduler's request."""
+    if scheduler == "local_cwd":
+        return [replica.args for replicas in request.role_params.values() for replica in replicas]
+    if scheduler == "slurm":
+        return [[replica.entrypoint, *replica.args] for replica in request.replicas.values()]
+    tasks = request.resource["spec"]["tasks"]
+    return [task["template"].spec.containers[0].command for task in tasks]
+
+
+# --- what a component is ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_torchx_lint_passes(verb: str) -> None:
+    assert validate(str(FILE), verb) == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_component_takes_the_options_of_its_verb(verb: str, components: ModuleType) -> None:
+    commands: Any = typer.main.get_command(app)
+    options = {option.removeprefix("--") for parameter in commands.commands[verb].params for option in parameter.opts} - {"help"}
+    parameters = inspect.signature(getattr(components, verb)).parameters
+    job = JOB_ARGUMENTS | (RANK_ARGUMENTS if verb in DISTRIBUTED else set())
+    assert set(parameters) == options | job
+    for parameter in commands.commands[verb].params:
+        default = parameters[parameter.opts[0].removeprefix("--")].default
+        assert (default is inspect.Parameter.empty) == parameter.required
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_argument_is_explained(verb: str, components: ModuleType) -> None:
+    component = getattr(components, verb)
+    summary, explained = get_fn_docstring(component)
+    assert len(summary) > 20
+    assert [name for name in inspect.signature(component).parameters if not explained[name].strip()] == []
+
+
+def test_components_import_torchx_only() -> None:
+    program = f"import sys, runpy; runpy.run_path({str(FILE)!r}); print([m for m in ('torch', 'escm2rec', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- what a component submits -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("verb", SINGLE)
+def test_single_process_request(runner: Runner, verb: str, scheduler: str) -> None:
+    arguments, expected = EXAMPLES[verb]
+    info = runner.dryrun_component(f"{FILE}:{verb}", arguments, scheduler, SCHEDULERS[scheduler])
+    assert commands(info.request, scheduler) == [["python", f"apps/{verb}.py", *expected]]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("verb", DISTRIBUTED)
+def test_distributed_request(runner: Runner, verb: str, scheduler: str) -> None:
+    arguments, expected = EXAMPLES[verb]
+    job = ["-j", "2x3", "--rdzv_port", "29511"]
+    info = runner.dryrun_component(f"{FILE}:{verb}", [*job, *arguments], scheduler, SCHEDULERS[scheduler])
+    nodes = commands(info.request, scheduler)
+    assert len(nodes) == 2
+    for shell, flag, command in nodes:
+        assert (shell, flag) == ("bash", "-c")
+        torchrun, script, options = command.partition(f" apps/{verb}.py ")
+        assert script
+        assert "--nnodes 2 --nproc_per_node 3 " in torchrun
+        assert re.search(r"--rdzv_endpoint \S+:29511 ", torchrun)
+        assert shlex.split(options) == expected
+
+
+def test_resources_and_environment_are_asked_for(runner: Runner) -> None:
+    arguments = [*EXAMPLES["train"][0], "-j", "1x8", "--cpu", "16", "--gpu", "8", "--memory_mb", "64000", "--env", "A=1,B=2"]
+    arguments += ["--max_retries", "3", "--mounts", "type=bind,src=/logs,dst=/data,readonly", "--image", "escm2rec:1", "--name", "nightly"]
+    info = runner.dryrun_component(f"{FILE}:train", arguments, "kubernetes", SCHEDULERS["kubernetes"])
+    (task,) = info.request.resource["spec"]["tasks"]
+    (container,) = task["template"].spec.containers
+    assert container.image == "escm2rec:1"
+    assert container.resources.limits == {"cpu": "16000m", "memory": "64000M", "nvidia.com/gpu": "8"}
+    assert {"A": "1", "B": "2"}.items() <= {variable.name: variable.value for variable in container.env}.items()
+    assert ("/data", True) in {(mount.mount_path, mount.read_only) for mount in container.volume_mounts}
+    assert task["maxRetry"] == 3
+    assert info.request.resource["metadata"]["name"].startswith("nightly-")
+
+
+def test_named_resource_takes_precedence(runner: Runner) -> None:
+    arguments = [*EXAMPLES["simulate"][0], "--h", "aws_m5.2xlarge"]
+    info = runner.dryrun_component(f"{FILE}:simulate", arguments, "slurm", SCHEDULERS["slurm"])
+    (replica,) = info.request.replicas.values()
+    assert replica.sbatch_opts["cpus-per-task"] == "8"
+
+
+# --- real launches ------------------------------------------------------------------------------
+
+
+def launch(cwd: Path, *arguments: str) -> str:
+    """`torchx run -s local_cwd`, with this environment's programs first on PATH; what it printed."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torchx.cli.main", "run", "-s", "local_cwd", *arguments],
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_simulate_runs_under_torchx(tmp_path: Path) -> None:
+    printed = launch(ROOT, f"{FILE}:simulate", "--out", str(tmp_path / "logs"), "--impressions", "50")
+    assert "SUCCEEDED" in printed
+    assert (tmp_path / "logs" / "manifest.json").is_file()
+
+
+def test_two_nodes_are_two_agents(tmp_path: Path) -> None:
+    apps = tmp_path / "apps"
+    apps.mkdir()
+    (apps / "train.py").write_text(
+        "import json, os, sys\n"
+        "told = {name: os.environ[name] for name in ('RANK', 'GROUP_RANK', 'LOCAL_RANK', 'WORLD_SIZE')}\n"
+        "open(f'rank{told[\"RANK\"]}.json', 'w').write(json.dumps([told, sys.argv[1:]]))\n",
+        encoding="utf-8",
+    )
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    arguments = ["--config", "c", "--data", "d", "--out", "o"]
+    launch(tmp_path, f"{FILE}:train", "-j", "2x1", "--rdzv_port", str(port), *arguments)
+    told = [json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    assert [argv for _, argv in told] == [arguments, arguments]
+    assert {ranks["GROUP_RANK"] for ranks, _ in told} == {"0", "1"}
+    assert [(ranks["LOCAL_RANK"], ranks["WORLD_SIZE"]) for ranks, _ in told] == [("0", "2"), ("0", "2")]

@@ -1,0 +1,305 @@
+"""One TorchX component a verb: `torchx run -s SCHEDULER torchx_components/escm2rec.py:VERB --OPTION ...`.
+
+A component takes its verb's options under the same names and starts `apps/VERB.py` in the image's working directory. What
+differs is what TorchX can pass: a list is a comma list, a flag takes a value (`--overwrite True`), and `--set` takes its
+overrides in one go (`--set training.epochs=2,model.tower_hidden=[8,4]`).
+
+`Optional[...]` and `List[...]` are what torchx 0.7 reads, and `dist.ddp` is what both it and the nightly have (there with a
+notice of deprecation). The file must not import torch or escm2rec.
+"""
+
+import re
+from typing import Dict, List, Optional, Union
+
+import torchx
+import torchx.specs as specs
+from torchx.components import dist
+
+
+def simulate(
+    out: str,
+    impressions: int,
+    seed: int = 0,
+    format: str = "aliccp",
+    config: Optional[str] = None,
+    set: Optional[str] = None,
+    overwrite: bool = False,
+    image: str = torchx.IMAGE,
+    name: str = "simulate",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    memory_mb: int = 8192,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Draw impression logs whose truth is known, in one process.
+
+    Args:
+        out: folder for the simulated logs
+        impressions: how many impressions to draw
+        seed: the same seed gives the same logs
+        format: aliccp (raw text) or parquet
+        config: YAML config whose section simulation is used
+        set: config overrides, as a.b=value,c.d=value
+        overwrite: replace what is at out
+        image: container image, or the directory to run in on schedulers without containers
+        name: name of the job
+        h: named resource of the host; takes precedence over cpu and memory_mb
+        cpu: CPU cores
+        memory_mb: memory in MB
+        env: environment variables, as A=1,B=2
+        max_retries: how often the scheduler may start it again
+        mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
+    """
+    arguments = _options(
+        out=out, impressions=impressions, seed=seed, format=format, config=config, set=_overrides(set), overwrite=overwrite
+    )
+    resource = specs.resource(cpu=cpu, memMB=memory_mb, h=h)
+    return _single_process("simulate", arguments, image, name, resource, env, max_retries, mounts)
+
+
+def preprocess(
+    config: str,
+    input: str,
+    out: str,
+    set: Optional[str] = None,
+    overwrite: bool = False,
+    image: str = torchx.IMAGE,
+    name: str = "preprocess",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    memory_mb: int = 8192,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Turn raw logs into a data set, in one process.
+
+    Args:
+        config: YAML config file
+        input: folder with the raw logs
+        out: folder for the data set
+        set: config overrides, as a.b=value,c.d=value
+        overwrite: replace what is at out
+        image: container image, or the directory to run in on schedulers without containers
+        name: name of the job
+        h: named resource of the host; takes precedence over cpu and memory_mb
+        cpu: CPU cores
+        memory_mb: memory in MB
+        env: environment variables, as A=1,B=2
+        max_retries: how often the scheduler may start it again
+        mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
+    """
+    arguments = _options(config=config, input=input, out=out, set=_overrides(set), overwrite=overwrite)
+    resource = specs.resource(cpu=cpu, memMB=memory_mb, h=h)
+    return _single_process("preprocess", arguments, image, name, resource, env, max_retries, mounts)
+
+
+def train(
+    config: str,
+    data: str,
+    out: str,
+    set: Optional[str] = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    j: str = "1x2",
+    image: str = torchx.IMAGE,
+    name: str = "train",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memory_mb: int = 8192,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Train a model on a data set, one rank a process.
+
+    Args:
+        config: YAML config file
+        data: data set folder, as preprocess writes it
+        out: folder for the run
+        set: config overrides, as a.b=value,c.d=value
+        resume: go on from the newest complete checkpoint in out, if any
+        overwrite: replace what is at out
+        j: {nodes}x{processes per node}; with GPUs, one process each
+        image: container image, or the directory to run in on schedulers without containers
+        name: name of the job
+        h: named resource of a node; takes precedence over cpu, gpu and memory_mb
+        cpu: CPU cores of a node
+        gpu: GPUs of a node
+        memory_mb: memory of a node in MB
+        env: environment variables, as A=1,B=2
+        max_retries: how often the scheduler may start it again
+        rdzv_port: port on the first node where the ranks meet; several nodes only
+        mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
+    """
+    return dist.ddp(
+        *_options(config=config, data=data, out=out, set=_overrides(set), resume=resume, overwrite=overwrite),
+        script="apps/train.py",
+        image=image,
+        name=name,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memory_mb,
+        j=j,
+        env=env,
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+        mounts=mounts,
+    )
+
+
+def evaluate(
+    run: str,
+    data: str,
+    split: str = "test",
+    by: Optional[List[str]] = None,
+    user: Optional[str] = None,
+    overwrite: bool = False,
+    j: str = "1x2",
+    image: str = torchx.IMAGE,
+    name: str = "evaluate",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memory_mb: int = 8192,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Measure a trained model on a split, one rank a process.
+
+    Args:
+        run: run folder, as train writes it
+        data: data set folder, as preprocess writes it
+        split: train, validation or test
+        by: columns to report by
+        user: column of the user, for GAUC
+        overwrite: replace the run's report
+        j: {nodes}x{processes per node}; with GPUs, one process each
+        image: container image, or the directory to run in on schedulers without containers
+        name: name of the job
+        h: named resource of a node; takes precedence over cpu, gpu and memory_mb
+        cpu: CPU cores of a node
+        gpu: GPUs of a node
+        memory_mb: memory of a node in MB
+        env: environment variables, as A=1,B=2
+        max_retries: how often the scheduler may start it again
+        rdzv_port: port on the first node where the ranks meet; several nodes only
+        mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
+    """
+    return dist.ddp(
+        *_options(run=run, data=data, split=split, by=by, user=user, overwrite=overwrite),
+        script="apps/evaluate.py",
+        image=image,
+        name=name,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memory_mb,
+        j=j,
+        env=env,
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+        mounts=mounts,
+    )
+
+
+def score(
+    run: str,
+    input: List[str],
+    out: str,
+    keep: Optional[List[str]] = None,
+    overwrite: bool = False,
+    j: str = "1x2",
+    image: str = torchx.IMAGE,
+    name: str = "score",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    gpu: int = 0,
+    memory_mb: int = 8192,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    rdzv_port: int = 29500,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Score candidate logs with a trained model, one rank a process.
+
+    Args:
+        run: run folder, as train writes it
+        input: candidate logs, files or folders
+        out: folder for the predictions
+        keep: columns to keep; by default those the schema keeps
+        overwrite: replace what is at out
+        j: {nodes}x{processes per node}; with GPUs, one process each
+        image: container image, or the directory to run in on schedulers without containers
+        name: name of the job
+        h: named resource of a node; takes precedence over cpu, gpu and memory_mb
+        cpu: CPU cores of a node
+        gpu: GPUs of a node
+        memory_mb: memory of a node in MB
+        env: environment variables, as A=1,B=2
+        max_retries: how often the scheduler may start it again
+        rdzv_port: port on the first node where the ranks meet; several nodes only
+        mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
+    """
+    return dist.ddp(
+        *_options(run=run, input=input, out=out, keep=keep, overwrite=overwrite),
+        script="apps/score.py",
+        image=image,
+        name=name,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memory_mb,
+        j=j,
+        env=env,
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+        mounts=mounts,
+    )
+
+
+def _single_process(
+    verb: str,
+    arguments: List[str],
+    image: str,
+    name: str,
+    resource: specs.Resource,
+    env: Optional[Dict[str, str]],
+    max_retries: int,
+    mounts: Optional[List[str]],
+) -> specs.AppDef:
+    role = specs.Role(
+        name=verb,
+        image=image,
+        entrypoint="python",
+        args=[f"apps/{verb}.py", *arguments],
+        env=env or {},
+        resource=resource,
+        max_retries=max_retries,
+        mounts=specs.parse_mounts(mounts or []),
+    )
+    return specs.AppDef(name=name, roles=[role])
+
+
+def _options(**values: Union[bool, int, str, List[str], None]) -> List[str]:
+    """The verb's command line: nothing for None and False, a bare flag for True, a list's option repeated."""
+    arguments: List[str] = []
+    for option, value in values.items():
+        if value is True:
+            arguments.append(f"--{option}")
+        elif value is not None and value is not False:
+            for item in value if isinstance(value, list) else [value]:
+                arguments += [f"--{option}", str(item)]
+    return arguments
+
+
+def _overrides(text: Optional[str]) -> List[str]:
+    """`a.b=1,c=[2,3]` as `a.b=1` and `c=[2,3]`: a comma ends an override only where another `key=` follows."""
+    return re.split(r",\s*(?=[A-Za-z_][\w.]*=)", text) if text else []
