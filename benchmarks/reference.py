@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from escm2rec.config import TableSource
 from escm2rec.folder import new_folder, sha256_of, write_manifest
@@ -62,6 +63,7 @@ def _impressions(schema: Schema, rows: int, rng: np.random.Generator) -> pa.Tabl
     return pa.table(columns)
 
 
-def _ids(count: int, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+def _ids(count: int, rng: np.random.Generator) -> NDArray[np.int32]:
     # Log-uniform over the table: as heavy-tailed as Zipf with exponent 1.
-    return (np.exp(rng.random(count) * np.log(TABLE_ROWS)) - 1).astype(np.int32)
+    ids: NDArray[np.int32] = (np.exp(rng.random(count) * np.log(TABLE_ROWS)) - 1).astype(np.int32)
+    return ids

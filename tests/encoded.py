@@ -20,7 +20,7 @@ def schema() -> Schema:
     """A categorical, a list, a weighted list, a small categorical with missing values, and two numbers."""
     tables = [("user", "categorical"), ("tags", "list"), ("history", "weighted_list"), ("scene", "categorical")]
     features = [
-        Feature(name=name, kind=kind, column=name, value_type="int64", encoding="hash", num_embeddings=TABLE_ROWS[name])  # type: ignore[arg-type]
+        Feature(name=name, kind=kind, column=name, value_type="int64", encoding="hash", num_embeddings=TABLE_ROWS[name])
         for name, kind in tables
     ]
     numbers = [Feature(name=name, kind="numeric", column=name) for name in ("price", "age")]

@@ -63,7 +63,7 @@ def test_wrong_arguments_are_refused(folder: Path, results: dict[int, Any]) -> N
     unfinished = folder / "unfinished"
     (unfinished / "checkpoints").mkdir(parents=True)
     right = {"run": str(folder / "run"), "data": str(folder / "data")}
-    wrong = {
+    wrong: dict[str, dict[str, Any]] = {
         "the data set at": {**right, "data": str(incomplete)},
         f"no run at {folder / 'absent'}": {**right, "run": str(folder / "absent")},
         f"the run at {unfinished} is incomplete": {**right, "run": str(unfinished)},

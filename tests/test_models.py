@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.objectives_world import make_objective
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +16,7 @@ from escm2rec.models.predictions import Predictions
 from escm2rec.models.tower import Tower
 from escm2rec.objectives.objective import Phase
 from escm2rec.objectives.reduction import local_denominators, reduce_terms
+from tests.objectives_world import make_objective
 
 NUM_INPUTS = 6
 BACKBONES: dict[str, Callable[[], Backbone]] = {

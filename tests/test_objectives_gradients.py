@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.objectives_world import KINDS, close, make_batch, make_objective, take_step
 
 from escm2rec.objectives.objective import Kind, Phase
+from tests.objectives_world import KINDS, close, make_batch, make_objective, take_step
 
 ROWS = 12
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.objectives_world import KINDS, Batch, close, make_batch, make_objective, take_step
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,6 +19,7 @@ from escm2rec.objectives.imputation import imputation_losses
 from escm2rec.objectives.objective import Kind, Phase
 from escm2rec.objectives.propensity import propensity
 from escm2rec.objectives.reduction import LossTerm, local_denominators, reduce_terms
+from tests.objectives_world import KINDS, Batch, close, make_batch, make_objective, take_step
 
 
 def ips_parts(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.objectives_world import KINDS, Batch, make_objective, take_step
 from torch import Tensor
 
 from escm2rec.models.predictions import Predictions
 from escm2rec.objectives.bce import bce_losses
 from escm2rec.objectives.ctcvr import ctcvr_losses
 from escm2rec.objectives.objective import Kind, Phase
+from tests.objectives_world import KINDS, Batch, make_objective, take_step
 
 Array = NDArray[np.float64]
 GRID = np.linspace(-80, 80, 65)

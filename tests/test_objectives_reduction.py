@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.objectives_world import KINDS, Batch, close, make_batch, make_objective, take_step
 from torch import Tensor
 
 from escm2rec.objectives.objective import Kind, Objective, Phase
 from escm2rec.objectives.reduction import LossTerm, local_denominators, reduce_terms
+from tests.objectives_world import KINDS, Batch, close, make_batch, make_objective, take_step
 
 
 def phase_of(kind: Kind) -> Phase:

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tests.objectives_world import make_objective
 from torch import Tensor
 
 from escm2rec.models.predictions import Predictions
 from escm2rec.objectives.bce import bce_losses, softplus
 from escm2rec.objectives.objective import Kind
 from escm2rec.objectives.reduction import LossTerm, local_denominators, reduce_terms
+from tests.objectives_world import make_objective
 
 TRUE_CTR = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
 TRUE_CVR = torch.tensor([0.05, 0.2, 0.3, 0.6, 0.8], dtype=torch.float64)

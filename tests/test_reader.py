@@ -144,7 +144,7 @@ def test_incomplete_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no rows in split 'test'"):
         Dataset.open(folder).split_counts("test")
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match="is incomplete: it has no manifest.json"):
+    with pytest.raises(DataError, match=r"is incomplete: it has no manifest\.json"):
         Dataset.open(folder)
     with pytest.raises(DataError, match="no data set at"):
         Dataset.open(tmp_path / "absent")

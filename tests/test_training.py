@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +53,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
-    yield _train_all(data, folder, 1) | _train_all(data, folder, 2)
+    return _train_all(data, folder, 1) | _train_all(data, folder, 2)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

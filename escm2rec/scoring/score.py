@@ -20,7 +20,7 @@ from escm2rec.errors import ConfigError
 from escm2rec.evaluation.metrics import ctcvr_logits, sigmoid
 from escm2rec.folder import new_folder, write_manifest
 from escm2rec.models.predictions import Predictions
-from escm2rec.preprocess.raw import EncodedBlock, RawFile, encode_raw, raw_files
+from escm2rec.preprocess import EncodedBlock, RawFile, encode_raw, raw_files
 from escm2rec.progress import Progress
 from escm2rec.reader.columns import Slice, assemble, decode
 from escm2rec.reader.reader import read_ahead

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from escm2rec.evaluation import metrics
@@ -30,6 +31,10 @@ class TrainingMetrics:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._rows_by_rank = WINDOW_ROWS // runtime.world_size
+        self._losses: dict[str, list[Tensor]]
+        self._rows: deque[Tensor]  # [4, rows of a step]: CTR and CVR logit, click, conversion
+        self._propensity: PropensitySums | None
+        self._pseudo_labels: Tensor | None
         self._restart()
 
     def add(self, output: StepOutput) -> None:
@@ -62,11 +67,11 @@ class TrainingMetrics:
         return {name: value for name, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
 
     def _restart(self) -> None:
-        self._losses: dict[str, list[Tensor]] = {}
-        self._rows: deque[Tensor] = deque()
+        self._losses = {}
+        self._rows = deque()
         self._num_rows = 0
-        self._propensity: PropensitySums | None = None
-        self._pseudo_labels: Tensor | None = None
+        self._propensity = None
+        self._pseudo_labels = None
         self._since = time.perf_counter()
 
     def _mean_losses(self, names: tuple[str, ...]) -> dict[str, float]:
@@ -105,7 +110,7 @@ def _quality(rows: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> dict[st
     """AUC and calibration of each task, by population, over the window."""
     ctr_logit, cvr_logit, click, conversion = rows
     clicked = click > 0
-    tasks = {
+    tasks: dict[str, tuple[ArrayLike, ArrayLike]] = {
         "ctr": (ctr_logit, click),
         "cvr_clicked": (cvr_logit[clicked], conversion[clicked]),
         "ctcvr": (metrics.ctcvr_logits(ctr_logit, cvr_logit), click * conversion),
@@ -126,7 +131,7 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
-            self._events = SummaryWriter(run / "tensorboard")  # type: ignore[no-untyped-call]
+            self._events = SummaryWriter(run / "tensorboard")
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record, at once on disk."""
@@ -136,7 +141,7 @@ class MetricsLog:
         self._file.flush()
         for name, value in record.items():
             if name not in ("step", "epoch"):
-                self._events.add_scalar(name, value, record["step"])  # type: ignore[no-untyped-call]
+                self._events.add_scalar(name, value, record["step"])
 
     def __enter__(self) -> Self:
         return self
@@ -144,4 +149,4 @@ class MetricsLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._active:
             self._file.close()
-            self._events.close()  # type: ignore[no-untyped-call]
+            self._events.close()
