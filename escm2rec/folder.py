@@ -18,6 +18,7 @@ from typing import Any
 from escm2rec.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
+RUN_CONFIG = "config.json"  # what an unfinished run has
 LAYOUT_VERSION = 1
 
 
@@ -27,6 +28,7 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 
     Raises ConfigError when `path` exists and may not be overwritten, or cannot be written.
     """
+    path = path.absolute()
     refuse_existing(path, overwrite)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -47,13 +49,19 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """ConfigError when `path` exists and holds anything, unless `overwrite`."""
-    if overwrite or not path.exists():
+    """ConfigError when `path` exists and holds anything, unless `overwrite`; and then when escm2rec did not make it."""
+    if not path.exists():
         return
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
         return
-    raise ConfigError(f"the output folder {path} exists", "choose another --out, or pass --overwrite to replace it")
+    if not overwrite:
+        raise ConfigError(f"the output folder {path} exists", "choose another --out, or pass --overwrite to replace it")
+    if not any((path / name).is_file() for name in (MANIFEST, RUN_CONFIG)):
+        raise ConfigError(
+            f"will not overwrite {path}: it has neither {MANIFEST} nor {RUN_CONFIG}, so escm2rec did not make it",
+            "choose another --out, or remove it by hand",
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

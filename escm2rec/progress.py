@@ -1,37 +1,52 @@
-"""A progress bar on stderr, for people: none when stderr is no terminal."""
+"""How far a verb has come, for people, on stderr: a bar on a terminal, a log line now and then elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+LINE_EVERY_S = 20.0
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows steps done of `total`, rows/s and the time left; silent unless `active` and stderr is a terminal."""
+    """Rows done of `total` (None when nobody knows), rows/s and the time left; silent unless `active`."""
 
-    def __init__(self, name: str, total: int | None, active: bool) -> None:
+    def __init__(self, name: str, total: int | None, active: bool = True) -> None:
+        self._name, self._total, self._active = name, total, active
+        self._rows = 0
+        self._began = self._told = time.monotonic()
         self._bar: RichProgress | None = None
         if active and sys.stderr.isatty():
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
             self._bar = RichProgress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task(name, total=total, note="")
+            self._task = self._bar.add_task(name, total=total, said="")
 
-    def update(self, done: int, record: dict[str, Any]) -> None:
-        """Show where we are, with rows/s and losses of a record of metrics."""
+    def add(self, rows: int, note: str = "") -> None:
+        """So many more rows are done; `note` is shown beside them."""
+        self._rows += rows
+        now = time.monotonic()
         if self._bar is not None:
-            losses = " ".join(f"{name}={value:.4f}" for name, value in record.items() if name.startswith("loss_"))
-            self._bar.update(self._task, completed=done, note=f"{record.get('rows_per_s', 0):,.0f} rows/s {losses}")
+            self._bar.update(self._task, completed=self._rows, said=self._said(now, note))
+        elif self._active and now - self._told >= LINE_EVERY_S:
+            self._told = now
+            logger.info("%s: %s", self._name, self._said(now, note))
+
+    def _said(self, now: float, note: str) -> str:
+        seconds = max(now - self._began, 1e-9)
+        of = f" of {self._total:,}" if self._total is not None else ""
+        left = ""
+        if self._bar is None and self._total is not None and self._rows:
+            left = f", {seconds * (self._total - self._rows) / self._rows:,.0f} s left"
+        return f"{self._rows:,}{of} rows, {self._rows / seconds:,.0f} rows/s{left}" + (f", {note}" if note else "")
 
     def __enter__(self) -> Self:
         if self._bar is not None:

@@ -150,7 +150,7 @@ def test_distributed_request(runner: Runner, verb: str, scheduler: str) -> None:
     assert len(nodes) == 2
     for shell, flag, command in nodes:
         assert (shell, flag) == ("bash", "-c")
-        torchrun, script, options = command.partition(f" apps/{verb}.py ")
+        torchrun, script, options = command.partition(f" -- apps/{verb}.py ")
         assert script
         assert "--nnodes 2 --nproc_per_node 3 " in torchrun
         assert re.search(r"--rdzv_endpoint \S+:29511 ", torchrun)

@@ -4,6 +4,8 @@ A component takes its verb's options under the same names and starts `apps/VERB.
 differs is what TorchX can pass: a list is a comma list, a flag takes a value (`--overwrite True`), and `--set` takes its
 overrides in one go (`--set training.epochs=2,model.tower_hidden=[8,4]`).
 
+`--` ends torchrun's own options before the program: its parser would take `--run` for an abbreviation of its `--run-path`.
+
 `Optional[...]` and `List[...]` are what torchx 0.7 reads, and `dist.ddp` is what both it and the nightly have (there with a
 notice of deprecation). The file must not import torch or escm2rec.
 """
@@ -136,21 +138,8 @@ def train(
         rdzv_port: port on the first node where the ranks meet; several nodes only
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
-    return dist.ddp(
-        *_options(config=config, data=data, out=out, set=_overrides(set), resume=resume, overwrite=overwrite),
-        script="apps/train.py",
-        image=image,
-        name=name,
-        h=h,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memory_mb,
-        j=j,
-        env=env,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-        mounts=mounts,
-    )
+    arguments = _options(config=config, data=data, out=out, set=_overrides(set), resume=resume, overwrite=overwrite)
+    return _distributed("train", arguments, image, name, h, cpu, gpu, memory_mb, j, env, max_retries, rdzv_port, mounts)
 
 
 def evaluate(
@@ -193,21 +182,8 @@ def evaluate(
         rdzv_port: port on the first node where the ranks meet; several nodes only
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
-    return dist.ddp(
-        *_options(run=run, data=data, split=split, by=by, user=user, overwrite=overwrite),
-        script="apps/evaluate.py",
-        image=image,
-        name=name,
-        h=h,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memory_mb,
-        j=j,
-        env=env,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-        mounts=mounts,
-    )
+    arguments = _options(run=run, data=data, split=split, by=by, user=user, overwrite=overwrite)
+    return _distributed("evaluate", arguments, image, name, h, cpu, gpu, memory_mb, j, env, max_retries, rdzv_port, mounts)
 
 
 def score(
@@ -248,21 +224,8 @@ def score(
         rdzv_port: port on the first node where the ranks meet; several nodes only
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
-    return dist.ddp(
-        *_options(run=run, input=input, out=out, keep=keep, overwrite=overwrite),
-        script="apps/score.py",
-        image=image,
-        name=name,
-        h=h,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memory_mb,
-        j=j,
-        env=env,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-        mounts=mounts,
-    )
+    arguments = _options(run=run, input=input, out=out, keep=keep, overwrite=overwrite)
+    return _distributed("score", arguments, image, name, h, cpu, gpu, memory_mb, j, env, max_retries, rdzv_port, mounts)
 
 
 def _single_process(
@@ -286,6 +249,42 @@ def _single_process(
         mounts=specs.parse_mounts(mounts or []),
     )
     return specs.AppDef(name=name, roles=[role])
+
+
+def _distributed(
+    verb: str,
+    arguments: List[str],
+    image: str,
+    name: str,
+    h: Optional[str],
+    cpu: int,
+    gpu: int,
+    memory_mb: int,
+    j: str,
+    env: Optional[Dict[str, str]],
+    max_retries: int,
+    rdzv_port: int,
+    mounts: Optional[List[str]],
+) -> specs.AppDef:
+    script = f"apps/{verb}.py"
+    job = dist.ddp(
+        *arguments,
+        script=script,
+        image=image,
+        name=name,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memory_mb,
+        j=j,
+        env=env,
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+        mounts=mounts,
+    )
+    for role in job.roles:
+        role.args = [text.replace(f" {script}", f" -- {script}", 1) for text in role.args]
+    return job
 
 
 def _options(**values: Union[bool, int, str, List[str], None]) -> List[str]:

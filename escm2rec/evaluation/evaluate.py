@@ -85,7 +85,7 @@ def _predict(run: Run, dataset: Dataset, split: Split, columns: tuple[str, ...],
         extra_columns=columns,
     )
     parts: list[pa.Table] = []
-    with Progress("evaluate", reader.num_steps, runtime.is_main) as progress:
+    with Progress("evaluate", reader.num_rows, runtime.is_main) as progress:
         for batch, extra in reader.read_ahead(0):
             logits, rows = model(batch), batch.num_rows
             found = {"ctr_logit": logits.ctr_logit.numpy(), "cvr_logit": logits.cvr_logit.numpy()}
@@ -93,7 +93,7 @@ def _predict(run: Run, dataset: Dataset, split: Split, columns: tuple[str, ...],
             if dataset.schema.has_weight:
                 found["weight"] = batch.weight[:rows].numpy()
             parts.append(pa.table({**found, **dict(zip(extra.column_names, extra.columns, strict=True))}))
-            progress.update(len(parts), {})
+            progress.add(rows * runtime.world_size)
     gathered: list[Any] | None = [None] * runtime.world_size if runtime.is_main else None
     dist.gather_object(pa.concat_tables(parts), gathered, dst=0, group=runtime.group)
     if gathered is None:

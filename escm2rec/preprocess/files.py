@@ -29,10 +29,11 @@ class RawFile:
         return [path for path in (self.path, self.common, self.truth) if path is not None]
 
 
-def raw_files(source: AliccpSource | TableSource, path: Path) -> list[RawFile]:
+def raw_files(source: AliccpSource | TableSource, path: Path, labels: bool = True) -> list[RawFile]:
     """The files of a source under `path` (a folder, or one file), in the order of their names.
 
-    DataError when there are none, or when an Ali-CCP skeleton lacks its common or truth file.
+    Truth files are looked for with `labels` only. DataError when there are no files, or when an Ali-CCP skeleton lacks its common or truth
+    file.
     """
     pattern = source.skeleton if isinstance(source, AliccpSource) else source.files
     if path.is_file():
@@ -44,11 +45,11 @@ def raw_files(source: AliccpSource | TableSource, path: Path) -> list[RawFile]:
     if not found:
         raise DataError(f"no file in {path} matches the pattern {pattern!r}", "set data.source to the names of the files")
     if isinstance(source, AliccpSource):
-        return [_with_companions(source, skeleton) for skeleton in found]
+        return [_with_companions(source, skeleton, labels) for skeleton in found]
     return [RawFile(file) for file in found]
 
 
-def _with_companions(source: AliccpSource, skeleton: Path) -> RawFile:
+def _with_companions(source: AliccpSource, skeleton: Path, labels: bool) -> RawFile:
     before, after = source.skeleton.split("*")
     name = skeleton.name
     if not fnmatch.fnmatchcase(name, source.skeleton):
@@ -63,5 +64,5 @@ def _with_companions(source: AliccpSource, skeleton: Path) -> RawFile:
             raise DataError(f"{skeleton} has no {what} file: {file} is missing", f"set data.source.{what}, or fetch the file")
         return file
 
-    truth = companion(source.truth, "truth") if source.truth is not None else None
+    truth = companion(source.truth, "truth") if source.truth is not None and labels else None
     return RawFile(skeleton, companion(source.common, "common"), truth)

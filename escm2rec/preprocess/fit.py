@@ -22,6 +22,7 @@ from escm2rec.preprocess.rejections import Rejected, Rejection
 from escm2rec.preprocess.sources import OpenFile, common_of
 from escm2rec.preprocess.splits import TRAIN, split_numbers
 from escm2rec.preprocess.vocabulary import ValueCounter, count_values, fit_vocabulary
+from escm2rec.progress import Progress
 from escm2rec.schema import Feature, Schema
 
 
@@ -74,8 +75,8 @@ class _Counts:
 class Fitter:
     """Counts training impressions of any number of files."""
 
-    def __init__(self, config: DataConfig) -> None:
-        self._config = config
+    def __init__(self, config: DataConfig, progress: Progress) -> None:
+        self._config, self._progress = config, progress
         self._counters = {f.name: ValueCounter() for f in config.features if f.kind != "numeric" and f.hash_size is None}
         self._moments = {f.name: Moments() for f in config.features if f.kind == "numeric"}
         self._types: dict[str, Any] = {}
@@ -89,6 +90,7 @@ class Fitter:
         for counts in ordered_map((self._task(task) for task in opened.tasks()), workers):
             rejected.add(counts.rejections, counts.refusals)
             self.rows += counts.rows
+            self._progress.add(counts.rows, opened.file.name)
             self._merge(counts.features, str(opened.file.path))
             if times is not None and counts.records is not None:
                 times += np.bincount(counts.records, minlength=len(times))
@@ -187,9 +189,10 @@ def draft(feature: FeatureConfig) -> Feature:
 
 def fit(config: DataConfig, opened: Iterable[OpenFile], vocabulary: Path, workers: int) -> Schema:
     """Count the training rows of these files and fit the schema; DataError when there are none."""
-    fitter = Fitter(config)
-    for file in opened:
-        fitter.add_file(file, workers)
+    with Progress("count", None) as progress:
+        fitter = Fitter(config, progress)
+        for file in opened:
+            fitter.add_file(file, workers)
     if not fitter.rows:
         raise DataError("no row belongs to the training split", "check data.split, and the rejected rows if data.bad_rows is count")
     return fitter.finish(vocabulary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -28,8 +27,7 @@ from escm2rec.preprocess.rejections import NO_SPLIT, Rejected, Rejection
 from escm2rec.preprocess.shares import Shares
 from escm2rec.preprocess.sources import Opener, OpenFile, common_of
 from escm2rec.preprocess.splits import file_may_train, split_column, split_numbers
-
-logger = logging.getLogger(__name__)
+from escm2rec.progress import Progress
 
 WORKSPACE = "work"  # inside the unfinished folder, removed before it is complete
 
@@ -102,7 +100,6 @@ class _Job:
         opened: dict[RawFile, OpenFile] = {}
 
         def training_file(file: RawFile) -> OpenFile:
-            logger.info("counting %s", file.path)
             opened[file] = self._opener.open(file)
             return opened[file]
 
@@ -112,16 +109,16 @@ class _Job:
         encoder, shares = Encoder(schema, vocabulary), Shares(schema)
         config = self._config
         writers = {split: SplitWriter(self._folder / split, config.rows_per_file, config.rows_per_group) for split in SPLITS}
-        for file in self._files:
-            logger.info("encoding %s", file.path)
-            self._encode(opened.pop(file) if file in opened else self._opener.open(file), encoder, shares, writers)
+        with Progress("encode", None) as progress:
+            for file in self._files:
+                self._encode(opened.pop(file) if file in opened else self._opener.open(file), encoder, shares, writers, progress)
         splits = {split: writer.close() for split, writer in writers.items()}
         shutil.rmtree(self._workspace)
         if not splits["train"]["rows"]:
             raise DataError("no row belongs to the training split", "check data.split and data.conversion_without_click")
         return self._manifest(schema.hash(), splits, shares)
 
-    def _encode(self, opened: OpenFile, encoder: Encoder, shares: Shares, writers: dict[Split, SplitWriter]) -> None:
+    def _encode(self, opened: OpenFile, encoder: Encoder, shares: Shares, writers: dict[Split, SplitWriter], progress: Progress) -> None:
         raw = common_of(opened)
         folder = self._workspace / f"{opened.file.name}.encoded"
         common = encoder.common(raw, folder) if raw is not None else None
@@ -136,6 +133,7 @@ class _Job:
             for piece in block.pieces:
                 writers[piece.split].add(piece.table)
                 shares.add(piece.split, len(piece.table), piece.held)
+                progress.add(len(piece.table), opened.file.name)
         if raw is not None:  # the maps stay valid until they are let go of
             shutil.rmtree(folder)
             shutil.rmtree(self._opener.folder(opened.file))

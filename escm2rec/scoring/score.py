@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from escm2rec.config import KEPT_PREFIX
 from escm2rec.doctor import require_matching_packages
 from escm2rec.errors import ConfigError
 from escm2rec.evaluation.metrics import ctcvr_logits, sigmoid
-from escm2rec.folder import new_folder, write_manifest
+from escm2rec.folder import new_folder, refuse_existing, write_manifest
 from escm2rec.models.predictions import Predictions
 from escm2rec.preprocess import EncodedBlock, RawFile, encode_raw, raw_files
 from escm2rec.progress import Progress
@@ -36,13 +37,13 @@ def score(run: Path, inputs: Sequence[Path], out: Path, keep: Sequence[str] | No
     """Score raw rows with a run into Parquet parts, one an input file, rows in the order of the input; called by all ranks alike.
 
     Rows pass through the run's own schema and vocabulary; labels are neither needed nor read. A part holds the columns `keep` (those the
-    schema keeps, when None) and `p_ctr`, `p_cvr`, `p_ctcvr` (float32). Ranks take files in turn; one without a file left serves the
-    others with its tables.
+    schema keeps, when None) and `p_ctr`, `p_cvr`, `p_ctcvr` (float32); an input without rows has none, and the
+    manifest says so. Ranks take files in turn; one without a file left serves the others with its tables.
     """
     require_matching_packages()
     started = time.perf_counter()
     with distributed_runtime() as runtime:
-        opened, files = on_main(runtime, lambda: _open(run, inputs))
+        opened, files = on_main(runtime, lambda: _open(run, inputs, out, overwrite))
         kept = tuple(opened.schema.keep if keep is None else keep)
         _check_names(kept)
         model = TrainedModel(opened, runtime)
@@ -53,11 +54,13 @@ def score(run: Path, inputs: Sequence[Path], out: Path, keep: Sequence[str] | No
             scorer.score(files)
             gathered: list[Any] = [None] * runtime.world_size
             dist.all_gather_object(gathered, scorer.parts, group=runtime.group)
-            parts = sorted((part for each in gathered for part in each), key=lambda part: str(part["path"]))
+            # Rank r took files r, r + world_size, ...: turn by turn they are in the order of the input.
+            parts = [part for turn in zip_longest(*gathered) for part in turn if part is not None]
             content = {"run": str(run), "schema_hash": opened.schema.hash(), "columns": [*kept, *PREDICTION_COLUMNS], "files": parts}
             summary = {"rows": sum(int(part["rows"]) for part in parts), "seconds": round(time.perf_counter() - started, 3)}
             on_main(runtime, lambda: write_manifest(folder, "predictions", {**content, **summary}))
-        return {"predictions": str(out), "parts": len(parts), **summary, "columns": content["columns"]}
+        num_parts = sum(part["path"] is not None for part in parts)
+        return {"predictions": str(out), "parts": num_parts, **summary, "columns": content["columns"]}
 
 
 class _Scorer:
@@ -71,13 +74,15 @@ class _Scorer:
     def score(self, files: Sequence[RawFile]) -> None:
         """Score this rank's files: every `world_size`-th. All ranks make the same number of calls to the model."""
         mine = list(enumerate(files))[self.runtime.rank :: self.runtime.world_size]
-        with Progress("score", len(mine), self.runtime.is_main) as progress:
+        name = "score" if self.runtime.world_size == 1 else f"score (rank 0 of {self.runtime.world_size})"
+        with Progress(name, None, self.runtime.is_main) as progress:
             for done, (number, file) in enumerate(mine):
-                self._score_file(number, file)
-                progress.update(done + 1, {})
+                for rows in self._score_file(number, file):
+                    progress.add(rows, f"file {done + 1} of {len(mine)}")
             self._serve_others()
 
-    def _score_file(self, number: int, file: RawFile) -> None:
+    def _score_file(self, number: int, file: RawFile) -> Iterator[int]:
+        """Write one file's part; yield the rows of each block."""
         path = self.folder / f"part-{number:05d}.parquet"
         writer: pq.ParquetWriter | None = None
         rows = 0
@@ -88,11 +93,11 @@ class _Scorer:
                 writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
                 writer.write_table(table)
                 rows += table.num_rows
+                yield table.num_rows
         finally:
             if writer is not None:
                 writer.close()
-        if writer is not None:
-            self.parts.append({"path": path.name, "input": file.name, "rows": rows})
+        self.parts.append({"path": path.name if writer is not None else None, "input": str(file.path), "rows": rows})
 
     def _score_block(self, block: EncodedBlock) -> pa.Table:
         columns = decode(block.table, self.run.schema, labels=False, where=str(block.file))
@@ -122,9 +127,10 @@ class _Scorer:
             self.model(assemble([], self.run.schema, padded_rows=int(rows)))
 
 
-def _open(run: Path, inputs: Sequence[Path]) -> tuple[Run, list[RawFile]]:
+def _open(run: Path, inputs: Sequence[Path], out: Path, overwrite: bool) -> tuple[Run, list[RawFile]]:
+    refuse_existing(out, overwrite)
     opened = Run.open(run)
-    files = [file for path in inputs for file in raw_files(opened.schema.source, path)]
+    files = [file for path in inputs for file in raw_files(opened.schema.source, path, labels=False)]
     return opened, files
 
 

@@ -35,10 +35,11 @@ def shard_model(
     sparse_learning_rate: float,
     local_batch_size: int,
     forced: Mapping[str, str],
+    holds_parts: bool,
 ) -> ShardedModel:
     """Shard `module`, whose tables are on the meta device and whose dense part is alike on all ranks.
 
-    Tables take row-wise Adagrad inside the backward pass.
+    Tables take row-wise Adagrad inside the backward pass. `holds_parts` says that some steps leave dense parameters without gradients.
     """
     embeddings = [parameter for name, parameter in module.named_parameters() if ".embedding_bags." in name]
     apply_optimizer_in_backward(RowWiseAdagrad, embeddings, {"lr": sparse_learning_rate})
@@ -49,8 +50,8 @@ def shard_model(
         device=runtime.device,
         plan=plan,
         sharders=sharders(),
-        # Alternating objectives leave the held part without gradients: the stock wrapper's static graph refuses that.
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
+        # The stock wrapper's static graph refuses steps of different parts. Looking for unused ones costs a walk of the graph a step.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=holds_parts),
     )
     initialise_tables(sharded, seed, init_std)
     return ShardedModel(sharded, plan)

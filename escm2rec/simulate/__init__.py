@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 from escm2rec.config import SimulationConfig
 from escm2rec.errors import ConfigError
 from escm2rec.folder import new_folder, sha256_of, write_manifest
+from escm2rec.progress import Progress
 from escm2rec.simulate.aliccp import AliccpWriter
 from escm2rec.simulate.log import Impressions, shard
 from escm2rec.simulate.table import TableWriter
@@ -26,8 +26,6 @@ __all__ = ["LogFormat", "simulate"]
 
 LogFormat = Literal["aliccp", "parquet"]
 SHARD_ROWS = 1_000_000
-
-logger = logging.getLogger(__name__)
 
 
 def simulate(
@@ -48,13 +46,12 @@ def simulate(
     _check(impressions, seed, format)
     began = time.monotonic()
     totals, rows = _Totals(), dict[str, int]()
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite) as folder, Progress("simulate", impressions) as progress:
         world = make_world(config, seed)
         writer = AliccpWriter(world) if format == "aliccp" else TableWriter(world)
         for number, start in enumerate(range(0, impressions, SHARD_ROWS)):
             stop = min(start + SHARD_ROWS, impressions)
-            rows |= writer.write(folder, number, totals.over(shard(world, start, stop)))
-            logger.info("simulated %d of %d impressions", stop, impressions)
+            rows |= writer.write(folder, number, totals.over(shard(world, start, stop), progress))
         files = [{"name": name, "rows": count, "sha256": sha256_of(folder / name)} for name, count in rows.items()]
         content = {"format": format, "seed": seed, "config": config.model_dump(), **totals.summary(), "files": files}
         write_manifest(folder, "raw logs", content)
@@ -71,8 +68,8 @@ class _Totals:
     propensity: float = 0.0
     cvr: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})  # by click
 
-    def over(self, slices: Iterable[Impressions]) -> Iterator[Impressions]:
-        """Pass the slices on and add them up."""
+    def over(self, slices: Iterable[Impressions], progress: Progress) -> Iterator[Impressions]:
+        """Pass the slices on, add them up and tell how far it is."""
         for part in slices:
             self.impressions += len(part.click)
             self.clicks += int(np.count_nonzero(part.click))
@@ -81,6 +78,7 @@ class _Totals:
             for clicked in (False, True):
                 self.cvr[clicked] += float(part.cvr[part.click == clicked].sum())
             yield part
+            progress.add(len(part.click))
 
     def summary(self) -> dict[str, Any]:
         """Counts and means, as the result and the manifest hold them."""

@@ -89,6 +89,7 @@ def shard(module: nn.Module, schema: Schema, config: Config, runtime: Runtime) -
         sparse_learning_rate=training.sparse_learning_rate,
         local_batch_size=training.global_batch_size // runtime.world_size,
         forced=training.sharding,
+        holds_parts=config.objective.kind == "escm2-dr" and config.objective.imputation.alternate,
     )
 
 

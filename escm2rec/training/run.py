@@ -10,7 +10,7 @@ from typing import Any
 
 from escm2rec.config import Config, parse_config
 from escm2rec.errors import ConfigError, DataError
-from escm2rec.folder import MANIFEST, read_manifest, refuse_existing, write_json, write_manifest
+from escm2rec.folder import MANIFEST, RUN_CONFIG, read_manifest, refuse_existing, write_json, write_manifest
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
 from escm2rec.training.build import BaseRates
@@ -60,7 +60,7 @@ def start_run(out: Path, config: Config, dataset: Dataset, resume: bool, overwri
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror or error}", "choose another --out or mend its permissions") from error
     dataset.schema.save(out / "schema.json")
-    write_json(out / "config.json", config.model_dump(mode="json"))
+    write_json(out / RUN_CONFIG, config.model_dump(mode="json"))
 
 
 def finish_run(out: Path, content: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
 
 def _read_config(path: Path) -> Config:
     try:
-        tree = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        tree = json.loads((path / RUN_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} has no readable config.json", "is it a run folder?") from error
-    return parse_config(tree, where=str(path / "config.json"))
+        raise DataError(f"{path} has no readable {RUN_CONFIG}", "is it a run folder?") from error
+    return parse_config(tree, where=str(path / RUN_CONFIG))

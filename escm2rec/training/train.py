@@ -93,10 +93,12 @@ class Trainer:
         """Train to the end, log, save, and finish the run."""
         started, first_step = time.perf_counter(), self.step
         record: dict[str, Any] = {}
-        with MetricsLog(self.out, self.runtime) as log, Progress("train", self.total_steps, self.runtime.is_main) as progress:
+        rows_left = (self.total_steps - self.step) * self.reader.num_rows // self.reader.num_steps
+        with MetricsLog(self.out, self.runtime) as log, Progress("train", rows_left, self.runtime.is_main) as progress:
             for record in self._records():
                 log.write(record)
-                progress.update(self.step, record)
+                losses = [f"{name} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
+                progress.add(record["rows"], f"step {self.step} of {self.total_steps}, {' '.join(losses)}")
         seconds = time.perf_counter() - started
         checkpoint = latest_checkpoint(self.out)
         assert checkpoint is not None

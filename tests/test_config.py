@@ -1,0 +1,173 @@
+"""The config: checked whole, every problem with its place and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from escm2rec.config import Config, load_config, load_simulation, parse_config
+from escm2rec.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "source": {"kind": "table"},
+        "features": [{"name": "user", "kind": "categorical"}, {"name": "price", "kind": "numeric"}],
+        "split": {"by": "hash", "train": 0.9, "test": 0.1},
+    }
+    return {"data": {**data, **changes.pop("data", {})}, **changes}
+
+
+# Of each: what is changed, and the line that says what is wrong with it.
+PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"training": {"epoch": 2}}, "training.epoch: unknown key; did you mean 'epochs'?"),
+    "unknown section": ({"trainig": {}}, "trainig: unknown key; did you mean 'training'?"),
+    "unknown key without a like": ({"zzzzzz": 1}, "zzzzzz: unknown key"),
+    "wrong type": (
+        {"training": {"epochs": "many"}},
+        'training.epochs: Input should be a valid integer, unable to parse string as an integer (got "many")',
+    ),
+    "out of range": ({"objective": {"lambda_c": -1}}, "objective.lambda_c: Input should be greater than or equal to 0 (got -1)"),
+    "unknown objective": (
+        {"objective": {"kind": "escm3"}},
+        "objective.kind: Input should be 'esmm', 'naive', 'naive+ctcvr', 'escm2-ips' or 'escm2-dr'",
+    ),
+    "missing": ({"data": {"features": [{"name": "user"}]}}, "data.features.0.kind: required, missing"),
+    "reserved name": ({"data": {"features": [{"name": "click", "kind": "numeric"}]}}, "data.features.0: 'click' is a reserved column"),
+    "twice the same name": (
+        {"data": {"features": [{"name": "a", "kind": "numeric"}] * 2}},
+        "data: feature names must be unique, found twice: a",
+    ),
+    "log1p of ids": (
+        {"data": {"features": [{"name": "a", "kind": "list", "log1p": True}]}},
+        "data.features.0: log1p is for kind numeric only",
+    ),
+    "hash and vocabulary": (
+        {"data": {"features": [{"name": "a", "kind": "list", "hash_size": 9, "min_count": 2}]}},
+        "data.features.0: hash_size excludes min_count and max_size",
+    ),
+    "weights of a list": (
+        {"data": {"features": [{"name": "a", "kind": "list", "weights_column": "w"}]}},
+        "data.features.0: weights_column is for kind weighted_list only",
+    ),
+    "weights column of aliccp": (
+        {"data": {"source": {"kind": "aliccp"}, "features": [{"name": "a", "kind": "weighted_list", "weights_column": "w"}]}},
+        "data: feature 'a': weights_column is for table sources",
+    ),
+    "two stars": (
+        {"data": {"source": {"kind": "aliccp", "skeleton": "*_*.csv"}}},
+        "data.source: skeleton pattern '*_*.csv' must hold exactly one *",
+    ),
+    "shares": ({"data": {"split": {"by": "hash", "train": 0.5}}}, "data.split: train + validation + test must be 1, is 0.5"),
+    "sharding of no table": (
+        {"training": {"sharding": {"usr": "row_wise"}}},
+        "config: training.sharding names no table 'usr'; did you mean 'user'?",
+    ),
+    "sharding of a number": ({"training": {"sharding": {"price": "row_wise"}}}, "config: training.sharding names no table 'price'"),
+    "BCE of errors": ({"objective": {"imputation": {"loss": "bce"}}}, "objective.imputation: loss bce needs predicts: label"),
+    "clipped errors": (
+        {"objective": {"imputation": {"clip_pseudo_labels": True}}},
+        "objective.imputation: clip_pseudo_labels needs predicts: label",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_a_problem_is_told_with_its_place(case: str) -> None:
+    change, line = PROBLEMS[case]
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree(**change), where="c.yaml")
+    heading, *lines = caught.value.message.splitlines()
+    assert heading == "c.yaml has 1 problem(s):"
+    assert lines[0].startswith(f"  {line}")
+    assert caught.value.hint == "escm2rec config schema prints every key and what it takes"
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree(training={"epochs": 0, "sed": 1}, model={"embedding_dim": 3}))
+    assert caught.value.message.splitlines()[0] == "config has 3 problem(s):"
+    assert len(caught.value.message.splitlines()) == 4
+
+
+FILES: dict[str, tuple[str | bytes | None, str]] = {
+    "absent": (None, "no config file at"),
+    "no YAML": ("data: [", "is not valid YAML"),
+    "a list": ("- data", "must hold a mapping with the key 'data', found list"),
+    "no text": (b"\xff\xfe\xff", "cannot read config"),
+    "an object": ("data: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, case: str) -> None:
+    content, message = FILES[case]
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_overrides_are_yaml() -> None:
+    overrides = ["training.epochs=3", "model.tower_hidden=[8, 4]", "training.sharding={'*': row_wise}", "objective.ctcvr_detach_ctr=null"]
+    config = parse_config(tree(), overrides)
+    assert (config.training.epochs, config.model.tower_hidden, config.training.sharding) == (3, [8, 4], {"*": "row_wise"})
+    assert config.objective.ctcvr_detach_ctr is None
+
+
+OVERRIDES = {
+    "training.epochs": "--set takes a.b=value, got 'training.epochs'",
+    "=3": "--set takes a.b=value, got '=3'",
+    "data.features.0.kind=list": "'features' is not a section|'0' is not a section",
+    "training.epochs=[": r"--set training\.epochs: '\[' is not valid YAML",
+    "training.epoch=3": r"training\.epoch: unknown key; did you mean 'epochs'",
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_a_wrong_override_is_told(override: str) -> None:
+    with pytest.raises(ConfigError, match=OVERRIDES[override]):
+        parse_config(tree(), [override])
+
+
+def test_a_complete_config_reads_back_as_itself() -> None:
+    config = parse_config(tree(objective={"kind": "escm2-ips"}, model={"backbone": {"kind": "mmoe"}}))
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_the_ctr_head_is_left_to_its_own_loss_by_default_where_it_weighs() -> None:
+    expected = {"esmm": False, "naive": False, "naive+ctcvr": False, "escm2-ips": True, "escm2-dr": True}
+    found = {kind: parse_config(tree(objective={"kind": kind})).objective.detaches_ctr for kind in expected}
+    assert found == expected
+    assert parse_config(tree(objective={"kind": "escm2-ips", "ctcvr_detach_ctr": False})).objective.detaches_ctr is False
+
+
+def test_simulate_needs_no_config() -> None:
+    assert load_simulation(None, ["simulation.ctr=0.2"]).ctr == 0.2
+    assert (load_simulation(None).ctr, load_simulation(None).cvr) == (0.04, 0.005)
+    with pytest.raises(ConfigError, match=r"--set training\.\.\. has no effect on simulate without --config"):
+        load_simulation(None, ["training.epochs=3"])
+    with pytest.raises(ConfigError, match=r"simulation\.ctr: Input should be less than 1"):
+        load_simulation(None, ["simulation.ctr=2"])
+
+
+def test_every_config_in_data_is_valid() -> None:
+    files = sorted((ROOT / "data").glob("*.yaml"))
+    assert [file.stem for file in files] == ["aliccp", "aliexpress", "demo", "hillstrom"]
+    for file in files:
+        assert len(load_config(file).data.features) > 5
+
+
+def test_every_field_is_described() -> None:
+    schema = Config.model_json_schema()
+    sections = {"Config": schema, **schema["$defs"]}
+    fields = [(name, field, spec) for name, section in sections.items() for field, spec in section.get("properties", {}).items()]
+    assert len(fields) > 60
+    assert [
+        f"{name}.{field}" for name, field, spec in fields if not {"description", "$ref"} & spec.keys() and field not in ("kind", "by")
+    ] == []

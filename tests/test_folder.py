@@ -1,0 +1,118 @@
+"""Folders that are complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from escm2rec.errors import ConfigError, DataError
+from escm2rec.folder import LAYOUT_VERSION, new_folder, read_manifest, refuse_existing, write_manifest
+
+
+def made(path: Path, text: str = "whole", overwrite: bool = False) -> Path:
+    with new_folder(path, overwrite) as folder:
+        (folder / "part").write_text(text)
+        write_manifest(folder, "data set", {"rows": 1})
+    return path
+
+
+def fail_half_way(path: Path, overwrite: bool) -> None:
+    with new_folder(path, overwrite) as folder:
+        (folder / "part").write_text("half")
+        raise ZeroDivisionError
+
+
+def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way(out, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+    made(out)
+    assert read_manifest(out, "data set") == {"kind": "data set", "version": LAYOUT_VERSION, "rows": 1}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_a_killed_job_left_is_swept_away(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "old part").write_text("half")
+    assert sorted(path.name for path in made(tmp_path / "out").iterdir()) == ["manifest.json", "part"]
+
+
+def test_an_existing_folder_is_kept_unless_told(tmp_path: Path) -> None:
+    out = made(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"the output folder .*out exists\nhint: choose another --out, or pass --overwrite"):
+        made(out, "other")
+    assert (out / "part").read_text() == "whole"
+    made(out, "other", overwrite=True)
+    assert (out / "part").read_text() == "other"
+
+
+def test_a_failed_overwrite_keeps_what_was_there(tmp_path: Path) -> None:
+    out = made(tmp_path / "out")
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way(out, overwrite=True)
+    assert (out / "part").read_text() == "whole"
+
+
+def test_a_folder_of_somebody_else_is_never_overwritten(tmp_path: Path) -> None:
+    theirs = tmp_path / "home"
+    theirs.mkdir()
+    (theirs / "thesis.tex").write_text("ten years")
+    with pytest.raises(ConfigError, match=r"will not overwrite .*home: it has neither manifest\.json nor config\.json"):
+        refuse_existing(theirs, overwrite=True)
+    file = tmp_path / "file"
+    file.write_text("a file")
+    with pytest.raises(ConfigError, match="will not overwrite"):
+        refuse_existing(file, overwrite=True)
+    assert (theirs / "thesis.tex").exists()
+
+
+def test_an_empty_folder_is_as_good_as_none(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert (made(tmp_path / "out") / "part").is_file()
+
+
+def test_the_working_folder_is_a_place_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    made(Path("."))
+    assert (tmp_path / "here" / "part").is_file()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="cannot write to"):
+        made(tmp_path / "out")
+
+
+def test_a_place_under_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write to .*file: .*\nhint: choose another --out or mend its permissions"):
+        made(tmp_path / "file" / "out")
+
+
+MANIFESTS: dict[str, tuple[str | None, str]] = {
+    "incomplete": (None, "the data set at .* is incomplete: it has no manifest"),
+    "not JSON": ("{", "is not readable JSON"),
+    "another kind": (json.dumps({"kind": "run", "version": 1}), "is no data set: its manifest says 'run'"),
+    "a list": ("[]", "is no data set: its manifest says 'list'"),
+    "newer": (json.dumps({"kind": "data set", "version": 99}), f"has layout version 99, this escm2rec reads up to {LAYOUT_VERSION}"),
+}
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
+    text, message = MANIFESTS[case]
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_manifest(tmp_path, "data set")
+
+
+def test_an_absent_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no data set at .*absent"):
+        read_manifest(tmp_path / "absent", "data set")

@@ -1,0 +1,190 @@
+"""Scoring raw rows on real ranks: every row once, in the order of the input, as training would have encoded it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from escm2rec.config import load_config
+from escm2rec.preprocess import preprocess
+from tests.preprocess_logs import read_split
+from tests.ranks import run_ranks
+
+FEATURES = [
+    {"name": "user", "kind": "categorical"},
+    {"name": "shop", "kind": "categorical", "min_count": 2},
+    {"name": "tags", "kind": "list"},
+    {"name": "history", "kind": "weighted_list", "weights_column": "history_weight"},
+    {"name": "price", "kind": "numeric", "log1p": True},
+]
+TRAIN_ROWS = 4_000
+CANDIDATES = {"a.parquet": 1_500, "b.parquet": 0, "c.parquet": 701, "d.parquet": 64}
+NUM_CANDIDATES = sum(CANDIDATES.values())
+
+
+def raw_table(rows: int, seed: int, users: int = 200, labels: bool = False) -> pa.Table:
+    """Raw rows of all kinds, with missing values; `row` says which is which."""
+    rng = np.random.default_rng(seed)
+    price = rng.exponential(20.0, rows)
+    lengths = rng.integers(0, 4, rows)
+    offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
+    columns: dict[str, Any] = {
+        "row": [f"{seed}-{row}" for row in range(rows)],
+        "user": pa.array(rng.integers(0, users, rows), pa.int64(), mask=rng.random(rows) < 0.05),
+        "shop": pa.array([f"shop {number}" for number in rng.zipf(1.6, rows)], pa.string()),
+        "tags": pa.ListArray.from_arrays(offsets, pa.array(rng.integers(0, 30, lengths.sum()), pa.int64())),
+        "history": pa.ListArray.from_arrays(offsets, pa.array(rng.integers(0, 50, lengths.sum()), pa.int64())),
+        "history_weight": pa.ListArray.from_arrays(offsets, pa.array(rng.random(lengths.sum()), pa.float32())),
+        "price": price,
+    }
+    if labels:
+        click = rng.random(rows) < 1 / (1 + price / 20)
+        columns |= {"click": click.astype(np.int8), "conversion": (click & (rng.random(rows) < 0.3)).astype(np.int8)}
+    return pa.table(columns)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run, and candidate files without labels whose users and shops are partly unknown to it."""
+    root = tmp_path_factory.mktemp("scoring")
+    (root / "logs").mkdir()
+    (root / "candidates").mkdir()
+    pq.write_table(raw_table(TRAIN_ROWS, 0, labels=True), root / "logs" / "train.parquet")
+    for seed, (name, rows) in enumerate(CANDIDATES.items(), start=1):
+        pq.write_table(raw_table(rows, seed, users=300), root / "candidates" / name)
+    config = {
+        "data": {"source": {"kind": "table"}, "features": FEATURES, "keep": ["row"], "split": {"by": "hash", "train": 0.9, "test": 0.1}},
+        "model": {"embedding_dim": 8, "tower_hidden": [16]},
+        "training": {"global_batch_size": 128, "dense_learning_rate": 0.01, "epochs": 2},
+    }
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    preprocess(load_config(root / "config.yaml").data, root / "logs", root / "data")
+    call = {"config_file": str(root / "config.yaml"), "data": str(root / "data"), "out": str(root / "run")}
+    (result,) = run_ranks(1, [("tests.training_calls:train_file", call)], root / "train")
+    assert result["steps"] > 20
+    return root
+
+
+def score_call(folder: Path, path: Path, out: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    """A call for `run_ranks` that scores `path` into the folder `out`."""
+    return "tests.training_calls:score_run", {"run": str(folder / "run"), "inputs": [str(path)], "out": str(folder / out), **options}
+
+
+@pytest.fixture(scope="module")
+def predictions(folder: Path) -> dict[int, tuple[Any, Path]]:
+    """Results and folders of scoring the candidates, by ranks."""
+    outs = {ranks: f"out-{ranks}" for ranks in (1, 2, 3)}
+    calls = {ranks: score_call(folder, folder / "candidates", out) for ranks, out in outs.items()}
+    return {ranks: (run_ranks(ranks, [calls[ranks]], folder / f"ranks-{ranks}")[0], folder / out) for ranks, out in outs.items()}
+
+
+@pytest.fixture(scope="module")
+def others(folder: Path) -> Any:
+    """Other files scored on one rank: the training log, users unseen in training, chosen columns; and the test split evaluated."""
+    one = pq.read_table(folder / "candidates" / "d.parquet").slice(0, 1)
+    users = pa.array([10**12, -5, None], pa.int64())
+    pq.write_table(pa.concat_tables([one] * 3).set_column(1, "user", users).combine_chunks(), folder / "unseen.parquet")
+    calls = [
+        score_call(folder, folder / "logs", "train-log"),
+        score_call(folder, folder / "unseen.parquet", "unseen"),
+        score_call(folder, folder / "candidates" / "d.parquet", "kept", keep=["tags", "user"]),
+        ("tests.training_calls:evaluate_run", {"run": str(folder / "run"), "data": str(folder / "data")}),
+    ]
+    return run_ranks(1, calls, folder / "others")
+
+
+def parts(out: Path) -> list[pl.DataFrame]:
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [Path(file["input"]).name for file in manifest["files"]] == list(CANDIDATES)
+    assert [file["rows"] for file in manifest["files"]] == list(CANDIDATES.values())
+    return [pl.read_parquet(out / file["path"]) for file in manifest["files"] if file["path"] is not None]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_row_is_scored_once_in_the_order_of_the_input(predictions: dict[int, Any], folder: Path, ranks: int) -> None:
+    result, out = predictions[ranks]
+    assert (result["rows"], result["parts"]) == (NUM_CANDIDATES, 3)
+    found = parts(out)
+    inputs = [name for name, rows in CANDIDATES.items() if rows]
+    for name, part in zip(inputs, found, strict=True):
+        assert part.columns == ["row", "p_ctr", "p_cvr", "p_ctcvr"]
+        assert part["row"].to_list() == pq.read_table(folder / "candidates" / name)["row"].to_pylist()
+
+
+def test_any_number_of_ranks_scores_the_same(predictions: dict[int, Any]) -> None:
+    expected = pl.concat(parts(predictions[1][1]))
+    for ranks in (2, 3):
+        found = pl.concat(parts(predictions[ranks][1]))
+        for name in ("p_ctr", "p_cvr", "p_ctcvr"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=2e-6)
+
+
+def test_predictions_are_probabilities_that_multiply(predictions: dict[int, Any]) -> None:
+    found = pl.concat(parts(predictions[1][1]))
+    assert found.select(pl.col("p_ctr", "p_cvr", "p_ctcvr").is_between(0, 1).all()).row(0) == (True, True, True)
+    np.testing.assert_allclose(found["p_ctcvr"], found["p_ctr"] * found["p_cvr"], rtol=1e-5)
+    assert found["p_ctr"].std() > 0.01  # type: ignore[operator]
+    assert found.schema["p_ctr"] == pl.Float32
+
+
+def test_raw_rows_are_scored_as_evaluation_scores_encoded_ones(folder: Path, others: Any) -> None:
+    """The training log scored raw, against the run's model on the encoded test split: the mean of the same rows."""
+    predicted = pl.read_parquet(folder / "train-log" / "part-00000.parquet")
+    by_row = dict(zip(predicted["row"], predicted["p_ctr"], strict=True))
+    tested = [row["kept.row"] for row in read_split(folder / "data", "test")]
+    assert len(tested) > 300
+    assert np.mean([by_row[row] for row in tested]) == pytest.approx(others[-1]["metrics"]["ctr_mean_predicted"], rel=1e-5)
+
+
+@pytest.mark.usefixtures("others")
+def test_values_unseen_in_training_get_the_unknown_row(folder: Path) -> None:
+    p = pl.read_parquet(folder / "unseen" / "part-00000.parquet")["p_ctr"].to_list()
+    assert p[0] == pytest.approx(p[1], rel=1e-6), "both are unknown"
+    assert p[2] != pytest.approx(p[0], rel=1e-4), "a missing user is no user"
+
+
+@pytest.mark.usefixtures("others")
+def test_keep_chooses_the_columns(folder: Path) -> None:
+    part = pq.read_table(folder / "kept" / "part-00000.parquet")
+    raw = pq.read_table(folder / "candidates" / "d.parquet")
+    assert part.column_names == ["tags", "user", "p_ctr", "p_cvr", "p_ctcvr"]
+    assert part["tags"].to_pylist() == raw["tags"].to_pylist()
+    assert part["user"].to_pylist() == raw["user"].to_pylist()
+
+
+def test_wrong_arguments_and_inputs_are_refused(folder: Path, predictions: dict[int, Any]) -> None:
+    text, renamed, typed = folder / "text.parquet", folder / "renamed.parquet", folder / "typed.parquet"
+    text.write_text("no table")
+    raw = pq.read_table(folder / "candidates" / "d.parquet")
+    pq.write_table(raw.rename_columns(["row", "usr", *raw.column_names[2:]]), renamed)
+    pq.write_table(raw.set_column(1, "user", pa.array(["x"] * len(raw))), typed)
+    run = str(folder / "run")
+    wrong: dict[str, dict[str, Any]] = {
+        f"the output folder {predictions[1][1]} exists": {
+            "run": run,
+            "inputs": [str(folder / "candidates")],
+            "out": str(predictions[1][1]),
+        },
+        f"no raw logs at {folder / 'absent'}": {"run": run, "inputs": [str(folder / "absent")]},
+        f"no run at {folder / 'absent'}": {"run": str(folder / "absent"), "inputs": [str(folder / "candidates")]},
+        f"{folder / 'data'} is no run": {"run": str(folder / "data"), "inputs": [str(folder / "candidates")]},
+        f"{text} is not a Parquet file": {"run": run, "inputs": [str(text)]},
+        f"{renamed} has no column 'user'": {"run": run, "inputs": [str(renamed)]},
+        "column 'user' holds string values, it was trained on int64": {"run": run, "inputs": [str(typed)]},
+        "has no column 'rwo'": {"run": run, "inputs": [str(folder / "candidates")], "keep": ["rwo"]},
+        "cannot keep column 'p_ctr'": {"run": run, "inputs": [str(folder / "candidates")], "keep": ["p_ctr"]},
+    }
+    calls = [("tests.training_calls:score_run", {"out": str(folder / f"wrong-{n}"), **each}) for n, each in enumerate(wrong.values())]
+    found = run_ranks(1, calls, folder / "wrong")
+    assert len(found) == len(wrong)
+    for message, result in zip(wrong, found, strict=True):
+        assert message in result["message"]
+    assert not list(folder.glob("wrong-*")), "nothing half-written looks whole"
