@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from escm2rec.config import TableSource
 from escm2rec.folder import new_folder, sha256_of, write_manifest
+from escm2rec.preprocess.parts import PARQUET
 from escm2rec.schema import Feature, Schema
 
 TABLE_ROWS = 1_000_000
@@ -33,7 +34,7 @@ def write_reference_data(out: Path, rows: int, rows_per_file: int = 524_288, row
         for number, start in enumerate(range(0, rows, rows_per_file)):
             name = f"train/part-{number:05d}.parquet"
             table = _impressions(schema, min(rows_per_file, rows - start), np.random.default_rng(number))
-            pq.write_table(table, folder / name, row_group_size=rows_per_group, compression="zstd")
+            pq.write_table(table, folder / name, row_group_size=rows_per_group, **PARQUET)
             clicks, conversions = int(np.sum(table["click"])), int(np.sum(table["conversion"]))
             entry = {"path": name, "rows": table.num_rows, "clicks": clicks, "conversions": conversions}
             files.append({**entry, "sha256": sha256_of(folder / name)})
@@ -56,11 +57,14 @@ def _impressions(schema: Schema, rows: int, rng: np.random.Generator) -> pa.Tabl
         else:
             lengths = rng.poisson(LIST_LENGTH, rows)
             offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-            columns[feature.name] = pa.ListArray.from_arrays(offsets, _ids(int(offsets[-1]), rng))
+            kind = pa.list_(pa.field("element", pa.int32(), nullable=False))
+            columns[feature.name] = pa.ListArray.from_arrays(offsets, pa.array(_ids(int(offsets[-1]), rng)), type=kind)
     click = (rng.random(rows) < 0.04).astype(np.uint8)
     columns["click"] = pa.array(click)
     columns["conversion"] = pa.array(click * (rng.random(rows) < 0.05).astype(np.uint8))
-    return pa.table(columns)
+    # As preprocess writes them: ids of categorical features may be null, everything else says that it never is.
+    fields = [pa.field(name, column.type, nullable=name.startswith("single_")) for name, column in columns.items()]
+    return pa.table(list(columns.values()), schema=pa.schema(fields))
 
 
 def _ids(count: int, rng: np.random.Generator) -> NDArray[np.int32]:

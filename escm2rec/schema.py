@@ -11,6 +11,8 @@ Encoded Parquet columns of one impression:
     weight             float32, only when the source names one
     true_propensity, true_cvr   float32, only for simulated logs
     kept.<column>      raw columns carried along, with their own types
+
+What is never null says so in the Parquet schema: lists and their elements, numbers, labels.
 """
 
 from __future__ import annotations

@@ -11,44 +11,16 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from escm2rec.config import load_config
 from escm2rec.preprocess import preprocess
 from tests.preprocess_logs import read_split
 from tests.ranks import run_ranks
+from tests.raw_tables import raw_table, write_config
 
-FEATURES = [
-    {"name": "user", "kind": "categorical"},
-    {"name": "shop", "kind": "categorical", "min_count": 2},
-    {"name": "tags", "kind": "list"},
-    {"name": "history", "kind": "weighted_list", "weights_column": "history_weight"},
-    {"name": "price", "kind": "numeric", "log1p": True},
-]
 TRAIN_ROWS = 4_000
 CANDIDATES = {"a.parquet": 1_500, "b.parquet": 0, "c.parquet": 701, "d.parquet": 64}
 NUM_CANDIDATES = sum(CANDIDATES.values())
-
-
-def raw_table(rows: int, seed: int, users: int = 200, labels: bool = False) -> pa.Table:
-    """Raw rows of all kinds, with missing values; `row` says which is which."""
-    rng = np.random.default_rng(seed)
-    price = rng.exponential(20.0, rows)
-    lengths = rng.integers(0, 4, rows)
-    offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
-    columns: dict[str, Any] = {
-        "row": [f"{seed}-{row}" for row in range(rows)],
-        "user": pa.array(rng.integers(0, users, rows), pa.int64(), mask=rng.random(rows) < 0.05),
-        "shop": pa.array([f"shop {number}" for number in rng.zipf(1.6, rows)], pa.string()),
-        "tags": pa.ListArray.from_arrays(offsets, pa.array(rng.integers(0, 30, lengths.sum()), pa.int64())),
-        "history": pa.ListArray.from_arrays(offsets, pa.array(rng.integers(0, 50, lengths.sum()), pa.int64())),
-        "history_weight": pa.ListArray.from_arrays(offsets, pa.array(rng.random(lengths.sum()), pa.float32())),
-        "price": price,
-    }
-    if labels:
-        click = rng.random(rows) < 1 / (1 + price / 20)
-        columns |= {"click": click.astype(np.int8), "conversion": (click & (rng.random(rows) < 0.3)).astype(np.int8)}
-    return pa.table(columns)
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(raw_table(TRAIN_ROWS, 0, labels=True), root / "logs" / "train.parquet")
     for seed, (name, rows) in enumerate(CANDIDATES.items(), start=1):
         pq.write_table(raw_table(rows, seed, users=300), root / "candidates" / name)
-    config = {
-        "data": {"source": {"kind": "table"}, "features": FEATURES, "keep": ["row"], "split": {"by": "hash", "train": 0.9, "test": 0.1}},
-        "model": {"embedding_dim": 8, "tower_hidden": [16]},
-        "training": {"global_batch_size": 128, "dense_learning_rate": 0.01, "epochs": 2},
-    }
-    (root / "config.yaml").write_text(yaml.safe_dump(config))
-    preprocess(load_config(root / "config.yaml").data, root / "logs", root / "data")
+    preprocess(load_config(write_config(root / "config.yaml")).data, root / "logs", root / "data")
     call = {"config_file": str(root / "config.yaml"), "data": str(root / "data"), "out": str(root / "run")}
     (result,) = run_ranks(1, [("tests.training_calls:train_file", call)], root / "train")
     assert result["steps"] > 20

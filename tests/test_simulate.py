@@ -361,7 +361,7 @@ def test_bad_arguments_are_refused(impressions: int, seed: int, format: Any, mes
 
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
+    simulate(out, 50, 0, SMALL)
     (out / "kept").touch()
     with pytest.raises(ConfigError, match=r"the output folder .*out exists\nhint: .*--overwrite"):
         simulate(out, 100, 0, SMALL)

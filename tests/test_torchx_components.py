@@ -16,12 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import typer.main
 from torchx.runner import Runner, get_runner
 from torchx.specs.file_linter import get_fn_docstring, validate
 
 from escm2rec.cli import app
+from tests.raw_tables import raw_table, write_config
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "torchx_components" / "escm2rec.py"
@@ -205,6 +207,13 @@ def test_simulate_runs_under_torchx(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "manifest.json").is_file()
 
 
+def free_port() -> str:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
+
+
 def test_two_nodes_are_two_agents(tmp_path: Path) -> None:
     apps = tmp_path / "apps"
     apps.mkdir()
@@ -214,12 +223,25 @@ def test_two_nodes_are_two_agents(tmp_path: Path) -> None:
         "open(f'rank{told[\"RANK\"]}.json', 'w').write(json.dumps([told, sys.argv[1:]]))\n",
         encoding="utf-8",
     )
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     arguments = ["--config", "c", "--data", "d", "--out", "o"]
-    launch(tmp_path, f"{FILE}:train", "-j", "2x1", "--rdzv_port", str(port), *arguments)
+    launch(tmp_path, f"{FILE}:train", "-j", "2x1", "--rdzv_port", free_port(), *arguments)
     told = [json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     assert [argv for _, argv in told] == [arguments, arguments]
     assert {ranks["GROUP_RANK"] for ranks, _ in told} == {"0", "1"}
     assert [(ranks["LOCAL_RANK"], ranks["WORLD_SIZE"]) for ranks, _ in told] == [("0", "2"), ("0", "2")]
+
+
+def test_every_verb_works_under_torchx(tmp_path: Path) -> None:
+    """Raw table to predictions; training on two agents of one rank, the rest on one agent of two."""
+    config, logs, data, run, out = (str(tmp_path / name) for name in ("config.yaml", "logs", "data", "run", "predictions"))
+    write_config(Path(config))
+    Path(logs).mkdir()
+    pq.write_table(raw_table(2_000, seed=0, labels=True), Path(logs) / "a.parquet")
+    launch(ROOT, f"{FILE}:preprocess", "--config", config, "--input", logs, "--out", data)
+    launch(ROOT, f"{FILE}:train", "-j", "2x1", "--rdzv_port", free_port(), "--config", config, "--data", data, "--out", run)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["world_size"] == 2
+    launch(ROOT, f"{FILE}:evaluate", "-j", "1x2", "--run", run, "--data", data)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["impressions"] > 100
+    launch(ROOT, f"{FILE}:score", "-j", "1x2", "--run", run, "--input", logs, "--out", out, "--keep", "row,user")
+    manifest = json.loads((tmp_path / "predictions" / "manifest.json").read_text())
+    assert (manifest["rows"], manifest["columns"]) == (2_000, ["row", "user", "p_ctr", "p_cvr", "p_ctcvr"])

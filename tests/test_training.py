@@ -48,8 +48,10 @@ def _train_all(data: Path, folder: Path, world_size: int) -> Runs:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # 20 steps of 256: the last rows make the steps uneven, so that padding is at work too.
-    return write_dataset(tmp_path_factory.mktemp("data") / "set", {"train": NUM_STEPS * 256 - 37, "test": 700})
+    # 20 steps of 256: the last rows make the steps uneven, so that padding is at work too. No training may need the test split.
+    made = write_dataset(tmp_path_factory.mktemp("data") / "set", {"train": NUM_STEPS * 256 - 37, "test": 700})
+    shutil.rmtree(made / "test")
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,12 @@ def test_one_and_two_ranks_take_the_same_steps_under_every_plan(runs: Runs, obje
                 assert seen[name] == pytest.approx(expected[name], abs=1e-5), (plan, world_size, seen["step"], name)
                 compared += 1
     assert compared >= 3 * NUM_STEPS
+
+
+def test_mistake_11_every_objective_trains_on_the_training_split_alone(runs: Runs, data: Path) -> None:
+    assert json.loads((data / "manifest.json").read_text())["splits"]["test"]["rows"] == 700
+    assert not (data / "test").exists(), "no run found anything to read there"
+    assert {objective for objective, _, _ in runs} == OBJECTIVES.keys()
 
 
 def test_alternation_trains_imputation_every_second_step(runs: Runs) -> None:

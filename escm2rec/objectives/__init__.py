@@ -1,0 +1,1 @@
+"""CTR, CTCVR and CVR losses as pure functions of tensors (docs/method.md)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,13 @@ class ColumnFile:
         """Write values at the end."""
         np.ascontiguousarray(values, dtype=self._dtype).tofile(self._file)
 
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        self._file.close()
+
     def finish(self) -> Any:
         """Close the file and map it."""
-        self._file.close()
+        self.close()
         if self.path.stat().st_size == 0:
             return np.empty(0, dtype=self._dtype)
         return np.memmap(self.path, dtype=self._dtype, mode="r")
@@ -64,6 +69,12 @@ class SpilledColumn:
 
     def _file(self, what: str, dtype: Any) -> ColumnFile:
         return ColumnFile(self._stem.with_name(f"{self._stem.name}.{what}"), dtype)
+
+    def close(self) -> None:
+        """Close the files, finished or not."""
+        for file in (self._values, self._weights, self._lengths):
+            if file is not None:
+                file.close()
 
     def finish(self) -> Any:
         """The whole column, read in place."""
@@ -107,8 +118,15 @@ class _CommonBlock:
 def read_common(path: Path, columns: AliccpColumns, folder: Path, rejected: Rejected, workers: int) -> CommonRecords:
     """Read a common file into columns under `folder`. Memory grows by 40 bytes a record and 8 a column, not with their features."""
     folder.mkdir(parents=True)
-    files = {("feature", f.name): SpilledColumn(folder / f"feature-{f.name}") for f in columns.request.features}
-    files |= {("extra", name): SpilledColumn(folder / f"extra-{name}") for name in columns.extra_fields}
+    with ExitStack() as stack:
+        names = [("feature", feature.name) for feature in columns.request.features] + [("extra", name) for name in columns.extra_fields]
+        files = {key: stack.enter_context(closing(SpilledColumn(folder / "-".join(key)))) for key in names}
+        return _read_common(path, columns, files, rejected, workers)
+
+
+def _read_common(
+    path: Path, columns: AliccpColumns, files: dict[tuple[str, str], SpilledColumn], rejected: Rejected, workers: int
+) -> CommonRecords:
     keys, lines, spans = [], [], []
     tasks: Iterator[Callable[[], _CommonBlock]] = (_task(block, columns) for block in text_blocks(path, BLOCK_BYTES))
     for block in ordered_map(tasks, workers):

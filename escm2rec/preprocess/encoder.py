@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Encoder:
         self.schema = schema
         self.kept = tuple(schema.keep if keep is None else keep)
         self._rows = {feature.name: load_rows(feature, vocabulary) for feature in schema.tables}
+        self._nullable = {feature.name for feature in schema.features if feature.kind == "categorical"}
 
     def column(self, feature: Feature, raw: RawColumn, where: str) -> Encoded:
         """One raw column, encoded."""
@@ -64,10 +66,11 @@ class Encoder:
         folder.mkdir(parents=True)
         encoded = {}
         for feature in self.schema.features:
-            raw, spilled = records.features[feature.name], SpilledColumn(folder / feature.name)
-            for start in range(0, max(records.count, 1), CHUNK_ROWS):
-                spilled.append(self.column(feature, slice_rows(raw, start, start + CHUNK_ROWS), "common records"))
-            encoded[feature.name] = spilled.finish()
+            raw = records.features[feature.name]
+            with closing(SpilledColumn(folder / feature.name)) as spilled:
+                for start in range(0, max(records.count, 1), CHUNK_ROWS):
+                    spilled.append(self.column(feature, slice_rows(raw, start, start + CHUNK_ROWS), "common records"))
+                encoded[feature.name] = spilled.finish()
         return EncodedCommon(encoded)
 
     def tables(self, block: RawBlock, common: EncodedCommon | None, rows: int) -> Iterator[tuple[pa.Table, dict[str, Int64s]]]:
@@ -96,7 +99,13 @@ class Encoder:
                 columns[name] = pa.array(block.labels[name][start:stop])
         for name in self.kept:
             columns[KEPT_PREFIX + name] = block.extras[name].slice(start, stop - start)
-        return pa.table(columns), counts
+        return pa.table(
+            list(columns.values()), schema=pa.schema([self._field(name, column.type) for name, column in columns.items()])
+        ), counts
+
+    def _field(self, name: str, kind: pa.DataType) -> pa.Field:
+        """What is never null says so: Parquet then reads lists 1.3 times as fast (docs/decisions/0001)."""
+        return pa.field(name, kind, nullable=name in self._nullable or name.startswith(KEPT_PREFIX))
 
 
 def _standardised(feature: Feature, numbers: Float64s) -> Encoded:
@@ -126,8 +135,13 @@ def _arrow(feature: Feature, column: Encoded) -> dict[str, pa.Array]:
         return {feature.name: pa.array(np.nan_to_num(column, nan=0.0))}
     if feature.kind == "categorical":
         return {feature.name: pa.array(column, mask=column == NO_VALUE)}
-    offsets = pa.array(column.offsets.astype(np.int32))
-    columns = {feature.name: pa.ListArray.from_arrays(offsets, pa.array(column.values))}
+    columns = {feature.name: _lists(column.offsets, column.values)}
     if feature.kind == "weighted_list":
-        columns[feature.name + WEIGHT_SUFFIX] = pa.ListArray.from_arrays(offsets, pa.array(column.weights))
+        columns[feature.name + WEIGHT_SUFFIX] = _lists(column.offsets, column.weights)
     return columns
+
+
+def _lists(offsets: Int64s, values: Any) -> pa.ListArray:
+    flat = pa.array(values)
+    kind = pa.list_(pa.field("element", flat.type, nullable=False))
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat, type=kind)

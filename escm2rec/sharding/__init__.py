@@ -1,0 +1,1 @@
+"""Tables over ranks: process group, plan, initial weights."""

@@ -95,7 +95,7 @@ class Trainer:
         record: dict[str, Any] = {}
         rows_left = (self.total_steps - self.step) * self.reader.num_rows // self.reader.num_steps
         with MetricsLog(self.out, self.runtime) as log, Progress("train", rows_left, self.runtime.is_main) as progress:
-            for record in self._records():
+            for record in self.records():
                 log.write(record)
                 losses = [f"{name} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
                 progress.add(record["rows"], f"step {self.step} of {self.total_steps}, {' '.join(losses)}")
@@ -119,8 +119,8 @@ class Trainer:
         on_main(self.runtime, lambda: finish_run(self.out, summary))
         return {"run": str(self.out), **summary}
 
-    def _records(self) -> Iterator[dict[str, Any]]:
-        """Train step by step; yield a record of metrics when one is due."""
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Train step by step from where it stands; yield a record of metrics when one is due, before the checkpoint of that step."""
         training = self.config.training
         metrics = TrainingMetrics(self.runtime)
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
