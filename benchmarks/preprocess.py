@@ -2,15 +2,20 @@
 
     python -m benchmarks.preprocess --impressions 1000000
 
-whole: raw text to data set, with data/aliccp.yaml. parse: every feature of every line to flat columns (line, field, id, value), best of
-`--repeats`; duckdb is measured when it is installed. MB are 10^6 bytes of raw text.
+whole: raw text to data set, with data/aliccp.yaml, each time in a process of its own, whose peak memory is told; also at a quarter and at
+four times the impressions, to see whether memory grows with them. parse: every feature of every line to flat columns (line, field, id,
+value), best of `--repeats`; duckdb is measured when it is installed. MB are 10^6 bytes of raw text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
+import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,8 +24,8 @@ from typing import Any
 
 import polars as pl
 
+from benchmarks.machine import facts
 from escm2rec.config import SimulationConfig, load_config
-from escm2rec.preprocess import preprocess
 from escm2rec.preprocess.aliccp_text import FieldCodes, Lines, Needs, TextBlock, text_blocks
 from escm2rec.preprocess.common import BLOCK_BYTES
 from escm2rec.preprocess.parallel import default_workers, ordered_map
@@ -87,48 +92,65 @@ def parse_rate(parser: Callable[[Path, int, list[str]], int], files: list[Path],
     return {"features": features, "seconds": round(best, 3), "mb_per_s": round(size / best / 1e6, 1)}
 
 
-def whole_rate(logs: Path, out: Path, size: int) -> dict[str, Any]:
-    """Rate of the whole job, raw text to data set."""
-    config = load_config(ROOT / "data" / "aliccp.yaml", [SPLIT]).data
-    began = time.perf_counter()
-    result = preprocess(config, logs, out)
-    seconds = time.perf_counter() - began
-    written = sum(file.stat().st_size for file in out.rglob("*.parquet"))
-    rows = sum(split["rows"] for split in result["splits"].values())
+def whole_rate(logs: Path, out: Path, repeats: int) -> dict[str, Any]:
+    """Rate and peak memory of the whole job, raw text to data set."""
+    size = sum(file.stat().st_size for file in logs.glob("*.csv"))
+    results = [in_own_process(logs, out) for _ in range(repeats)]
+    seconds = statistics.median(result["seconds"] for result in results)
+    rows = sum(split["rows"] for split in results[0]["splits"].values())
+    written = sum(file.stat().st_size for file in out.rglob("part-*.parquet"))
     return {
-        "seconds": round(seconds, 3),
+        "impressions": rows,
+        "raw_mb": round(size / 1e6, 1),
+        "seconds": [result["seconds"] for result in results],
         "mb_per_s": round(size / seconds / 1e6, 1),
         "rows_per_s": round(rows / seconds),
         "written_mb": round(written / 1e6, 1),
+        "peak_own_mb": [round(result["own_mb"]) for result in results],
+        "peak_mapped_mb": [round(result["mapped_mb"]) for result in results],
     }
+
+
+def in_own_process(logs: Path, out: Path) -> dict[str, Any]:
+    """What `escm2rec preprocess` prints, and the most memory that it had: its own, and pages of files that it maps."""
+    command = [sys.executable, "-m", "escm2rec", "preprocess", "--config", str(ROOT / "data" / "aliccp.yaml"), "--set", SPLIT]
+    command += ["--input", str(logs), "--out", str(out), "--overwrite"]
+    peaks = {"RssAnon": 0, "RssFile": 0}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            for name, found in re.findall(r"^(RssAnon|RssFile):\s+(\d+) kB", status.read_text(), re.MULTILINE):
+                peaks[name] = max(peaks[name], int(found))
+            time.sleep(0.02)
+        assert process.returncode == 0
+        assert process.stdout is not None
+        result: dict[str, Any] = json.loads(process.stdout.read())
+    return {**result, "own_mb": peaks["RssAnon"] / 1e3, "mapped_mb": peaks["RssFile"] / 1e3}
 
 
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--impressions", type=int, default=1_000_000)
-    options.add_argument("--repeats", type=int, default=2)
+    options.add_argument("--repeats", type=int, default=3)
     arguments = options.parse_args()
+    whole: dict[int, Any] = {}
+    parse: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        logs = Path(folder) / "logs"
-        simulate(logs, arguments.impressions, 1, SimulationConfig())
+        logs, out = Path(folder) / "logs", Path(folder) / "out"
+        for impressions in (arguments.impressions // 4, arguments.impressions * 4, arguments.impressions):
+            simulate(logs, impressions, 1, SimulationConfig(), overwrite=True)
+            whole[impressions] = whole_rate(logs, out, arguments.repeats)
+            shutil.rmtree(out)
         files = sorted(logs.glob("*.csv"))
-        size = sum(file.stat().st_size for file in files)
-        whole = whole_rate(logs, Path(folder) / "out", size)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         fields = sorted({feature.column for feature in load_config(ROOT / "data" / "aliccp.yaml").data.features})
-        parsers = {"numpy": parse_with_numpy, "polars": parse_with_polars, "duckdb": parse_with_duckdb}
-        parse: dict[str, Any] = {}
-        for name, parser in parsers.items():
+        for name, parser in {"numpy": parse_with_numpy, "polars": parse_with_polars, "duckdb": parse_with_duckdb}.items():
             try:
                 parse[name] = parse_rate(parser, files, fields, arguments.repeats)
             except ImportError:
                 parse[name] = None
-    print(
-        json.dumps(
-            {"raw_mb": round(size / 1e6, 1), "threads": default_workers(), "whole": whole, "peak_rss_mb": round(peak), "parse": parse}
-        )
-    )
+    record = {"machine": facts(), "threads": default_workers(), "whole": [whole[size] for size in sorted(whole)], "parse": parse}
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

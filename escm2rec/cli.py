@@ -96,6 +96,9 @@ def preprocess(
 
     It holds encoded splits, vocabularies, a schema and a manifest.
     """
+    from escm2rec.heap import share_one_heap
+
+    share_one_heap()
     from escm2rec.config import load_config
     from escm2rec.preprocess import preprocess
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from escm2rec.folder import sha256_of
 
-# Measured on grouped Ali-CCP rows (docs/decisions/0001-columnar-engine.md): plain values under zstd are written and read twice as fast as
+# Measured on grouped Ali-CCP rows (docs/decisions/0001-columnar-engine.md): plain values are written and read twice as fast as
 # dictionaries, and are smaller, because neighbouring impressions of a user repeat the same lists.
 PARQUET: dict[str, Any] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
 
