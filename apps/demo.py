@@ -18,9 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-APPS = Path(__file__).resolve().parent
-CONFIG = ROOT / "data" / "demo.yaml"
+APPS = Path(os.path.relpath(Path(__file__).resolve().parent))  # as a person would type it
+CONFIG = Path(os.path.normpath(APPS / ".." / "data" / "demo.yaml"))
 OBJECTIVES = {"esmm": "ESMM", "escm2-ips": "ESCM2-IPS", "escm2-dr": "ESCM2-DR"}
 RANKS = 2
 # Of the test split's report: where the true CVR of impressions is known.
@@ -62,12 +61,10 @@ def main() -> None:
 
 def run(verb: str, *options: object, ranks: int = 1) -> dict[str, Any]:
     """One verb, on one process or under torchrun; its result. Its failure ends the demo, with the verb's own error on stderr."""
-    program = ["apps" if APPS.parent == Path.cwd() else str(APPS), f"{verb}.py"]
-    arguments = [os.path.join(*program), *map(str, options)]
-    shown = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "--"] if ranks > 1 else ["python"]
-    started = shown if ranks == 1 else ["-m", "torch.distributed.run", *shown[1:]]
-    command = [sys.executable, *(started if ranks > 1 else []), *arguments]
-    print(f"\n$ {shlex.join([*shown, *arguments])}", file=sys.stderr, flush=True)
+    arguments = [str(APPS / f"{verb}.py"), *map(str, options)]
+    torchrun = ["--standalone", "--nproc-per-node", str(ranks), "--"] if ranks > 1 else []
+    print(f"\n$ {shlex.join(['torchrun' if ranks > 1 else 'python', *torchrun, *arguments])}", file=sys.stderr, flush=True)
+    command = [sys.executable, *(["-m", "torch.distributed.run"] if ranks > 1 else []), *torchrun, *arguments]
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": threads}, check=False)
     if done.returncode:

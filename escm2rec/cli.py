@@ -29,6 +29,7 @@ EXIT_UNEXPECTED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DEBUG_FLAG = "--debug"
+LOST_RANK = "Connection closed by peer"  # gloo's words on the ranks that are left
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 config_app = typer.Typer(help="Look at a config before it is used.", rich_markup_mode=None)
@@ -225,7 +226,11 @@ def _report_error(error: Exception, debug: bool) -> int:
     """Say on stderr what happened and what to do next; the exit code."""
     if debug:
         traceback.print_exception(error)
-    if isinstance(error, Escm2Error):
+    if isinstance(error, Escm2Error) and error.told_by_rank_0:
+        return error.exit_code
+    if LOST_RANK in str(error):
+        message, hint, code = "another rank ended first", "its error is the one to mend", EXIT_UNEXPECTED
+    elif isinstance(error, Escm2Error):
         message, hint, code = error.message, error.hint, error.exit_code
     elif hasattr(error, "format_message"):  # typer's and click's usage errors
         command = getattr(getattr(error, "ctx", None), "command_path", "escm2rec")

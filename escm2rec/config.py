@@ -319,8 +319,10 @@ class Config(Section):
     simulation: SimulationConfig = Field(SimulationConfig(), description="The world that `simulate` draws from.")
 
     @model_validator(mode="after")
-    def _sharding_names_tables(self) -> Self:
+    def _tables_are_there(self) -> Self:
         tables = {feature.name for feature in self.data.features if feature.kind != "numeric"}
+        if not tables:
+            raise ValueError("data.features: at least one must have a table, all are of kind numeric")
         for name in self.training.sharding:
             if name != "*" and name not in tables:
                 near = difflib.get_close_matches(name, sorted(tables), n=1)

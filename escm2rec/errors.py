@@ -9,9 +9,13 @@ Escm2Error                  what happened, and a hint: what to do next
 
 
 class Escm2Error(Exception):
-    """Carries `message` (what, where, seen, expected) and `hint` (the next step, may be empty)."""
+    """Carries `message` (what, where, seen, expected) and `hint` (the next step, may be empty).
+
+    `told_by_rank_0` is true of rank 0's error where it is raised on the other ranks: they need not say it again.
+    """
 
     exit_code = 1
+    told_by_rank_0 = False
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(f"{message}\nhint: {hint}" if hint else message)

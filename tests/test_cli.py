@@ -247,6 +247,21 @@ def test_another_rank_names_itself(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().err == "error (rank 3): out of memory\n"
 
 
+def test_what_rank_0_told_is_not_told_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    told = DataError("the file is wrong")
+    told.told_by_rank_0 = True
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3458.")
+    monkeypatch.setenv("RANK", "1")
+    for error, code, said in ((told, 2, ""), (lost, 1, "error (rank 1): another rank ended first\nhint: its error is the one to mend\n")):
+
+        def library(*_: Any, error: Exception = error) -> dict[str, Any]:
+            raise error
+
+        replace_library(monkeypatch, "escm2rec.simulate", "simulate", library)
+        assert run("simulate", "--out", "o", "--impressions", "1") == code
+        assert capsys.readouterr().err == said
+
+
 USAGE: list[tuple[list[str], str, str]] = [
     ([], "Missing command", "escm2rec --help"),
     (["evalute"], "evalute", "escm2rec --help"),

@@ -42,6 +42,10 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"features": [{"name": "a", "kind": "numeric"}] * 2}},
         "data: feature names must be unique, found twice: a",
     ),
+    "no table": (
+        {"data": {"features": [{"name": "a", "kind": "numeric"}]}},
+        "config: data.features: at least one must have a table, all are of kind numeric",
+    ),
     "log1p of ids": (
         {"data": {"features": [{"name": "a", "kind": "list", "log1p": True}]}},
         "data.features.0: log1p is for kind numeric only",

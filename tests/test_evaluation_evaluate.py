@@ -41,6 +41,13 @@ def test_any_number_of_ranks_measures_the_same(results: dict[int, Any]) -> None:
         assert results[ranks]["metrics"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_a_split_smaller_than_the_ranks_is_measured_too(folder: Path) -> None:
+    small = write_dataset(folder / "small", {"train": 100, "test": 2})
+    call = ("tests.training_calls:evaluate_run", {"run": str(folder / "run"), "data": str(small)})
+    (result,) = run_ranks(3, [call], folder / "evaluate-small")
+    assert (result["rows"], result["metrics"]["ctr_impressions"]) == (2, 2)
+
+
 def test_the_model_has_learned(results: dict[int, Any]) -> None:
     metrics = results[1]["metrics"]
     assert metrics["ctr_auc"] > 0.7

@@ -88,6 +88,8 @@ def _predict(run: Run, dataset: Dataset, split: Split, columns: tuple[str, ...],
     with Progress("evaluate", reader.num_rows, runtime.is_main) as progress:
         for batch, extra in reader.read_ahead(0):
             logits, rows = model(batch), batch.num_rows
+            if not rows:  # a small split leaves none for some ranks, and then no extra columns
+                continue
             found = {"ctr_logit": logits.ctr_logit.numpy(), "cvr_logit": logits.cvr_logit.numpy()}
             found |= {name: getattr(batch, name)[:rows].numpy().astype(np.uint8) for name in ("click", "conversion")}
             if dataset.schema.has_weight:
@@ -95,10 +97,10 @@ def _predict(run: Run, dataset: Dataset, split: Split, columns: tuple[str, ...],
             parts.append(pa.table({**found, **dict(zip(extra.column_names, extra.columns, strict=True))}))
             progress.add(rows * runtime.world_size)
     gathered: list[Any] | None = [None] * runtime.world_size if runtime.is_main else None
-    dist.gather_object(pa.concat_tables(parts), gathered, dst=0, group=runtime.group)
+    dist.gather_object(parts, gathered, dst=0, group=runtime.group)
     if gathered is None:
         return None
-    frame = pl.from_arrow(pa.concat_tables(gathered))
+    frame = pl.from_arrow(pa.concat_tables([part for each in gathered for part in each]))
     assert isinstance(frame, pl.DataFrame)
     return frame
 

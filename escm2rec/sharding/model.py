@@ -14,7 +14,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from escm2rec.sharding.initialise import initialise_tables
 from escm2rec.sharding.planner import plan_tables, sharders
-from escm2rec.sharding.runtime import Runtime
+from escm2rec.sharding.runtime import Runtime, on_main
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def shard_model(
     """
     embeddings = [parameter for name, parameter in module.named_parameters() if ".embedding_bags." in name]
     apply_optimizer_in_backward(RowWiseAdagrad, embeddings, {"lr": sparse_learning_rate})
-    plan = plan_tables(module, tables, forced, runtime.world_size, runtime.local_world_size, runtime.device.type, max(1, local_batch_size))
+    sizes = (runtime.world_size, runtime.local_world_size)
+    plan = on_main(runtime, lambda: plan_tables(module, tables, forced, *sizes, runtime.device.type, max(1, local_batch_size)))
     sharded = DistributedModelParallel(
         module,
         env=ShardingEnv.from_process_group(runtime.group),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -49,8 +48,7 @@ def plan_tables(
 ) -> ShardingPlan:
     """The sharding plan of a model whose tables are on the meta device.
 
-    `forced` gives a sharding type per table, '*' for all. The plan is made on rank 0 and broadcast when a process group is there.
-    Raises RunError when no plan fits.
+    `forced` gives a sharding type per table, '*' for all. Raises RunError when no plan fits.
     """
     constraints = {
         table: ParameterConstraints(sharding_types=_types(table, forced, device), compute_kernels=_kernels()) for table in tables
@@ -61,8 +59,6 @@ def plan_tables(
         constraints=constraints,
     )
     try:
-        if dist.is_initialized() and world_size > 1:
-            return planner.collective_plan(model, sharders(), dist.group.WORLD)
         return planner.plan(model, sharders())
     except PlannerError as error:
         raise RunError(

@@ -85,6 +85,7 @@ def on_main(runtime: Runtime, work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if isinstance(box[1], Escm2Error):
+        box[1].told_by_rank_0 = True
         raise box[1]
     return box[0]  # type: ignore[return-value]
 
