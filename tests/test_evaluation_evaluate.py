@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,6 @@ def test_any_number_of_ranks_measures_the_same(results: dict[int, Any]) -> None:
         assert results[ranks]["metrics"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_a_split_smaller_than_the_ranks_is_measured_too(folder: Path) -> None:
-    small = write_dataset(folder / "small", {"train": 100, "test": 2})
-    call = ("tests.training_calls:evaluate_run", {"run": str(folder / "run"), "data": str(small)})
-    (result,) = run_ranks(3, [call], folder / "evaluate-small")
-    assert (result["rows"], result["metrics"]["ctr_impressions"]) == (2, 2)
-
-
 def test_the_model_has_learned(results: dict[int, Any]) -> None:
     metrics = results[1]["metrics"]
     assert metrics["ctr_auc"] > 0.7
@@ -83,3 +77,11 @@ def test_wrong_arguments_are_refused(folder: Path, results: dict[int, Any]) -> N
     assert len(found) == len(wrong)
     for message, result in zip(wrong, found, strict=True):
         assert message in result["message"]
+
+
+def test_a_split_smaller_than_the_ranks_is_measured_too(folder: Path) -> None:
+    small = write_dataset(folder / "small", {"train": 100, "test": 2})
+    shutil.copytree(folder / "run", folder / "run-small")
+    call = ("tests.training_calls:evaluate_run", {"run": str(folder / "run-small"), "data": str(small)})
+    (result,) = run_ranks(3, [call], folder / "evaluate-small")
+    assert (result["rows"], result["metrics"]["ctr_impressions"]) == (2, 2)
