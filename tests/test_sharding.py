@@ -13,6 +13,7 @@ from escm2rec.sharding.initialise import _fill, initialise_tables
 from escm2rec.sharding.planner import ALL_TYPES, plan_as_json, plan_tables
 
 STD = 0.5
+MEMORY = 2**30
 
 
 def tables(rows: int = 1_000) -> list[Feature]:
@@ -29,7 +30,7 @@ NAMES = [feature.name for feature in tables()]
 
 @pytest.mark.parametrize("kind", ALL_TYPES)
 def test_a_forced_kind_is_planned_for_the_tables_that_ask(kind: str) -> None:
-    plan = plan_as_json(plan_tables(model(), NAMES, {"tags": kind}, 4, 2, "cpu", 64))["tables"]
+    plan = plan_as_json(plan_tables(model(), NAMES, {"tags": kind}, 4, 2, "cpu", MEMORY, 64))["tables"]
     assert {name: table["sharding_type"] for name, table in plan.items()} == {"user": "table_wise", "tags": kind, "history": "table_wise"}
     for name, table in plan.items():
         covered = sum(rows * columns for rows, columns in (shard["size"] for shard in table["shards"]))
@@ -38,13 +39,15 @@ def test_a_forced_kind_is_planned_for_the_tables_that_ask(kind: str) -> None:
 
 
 def test_a_star_forces_all_tables_and_a_name_comes_first() -> None:
-    plan = plan_as_json(plan_tables(model(), NAMES, {"*": "row_wise", "user": "table_wise"}, 2, 2, "cpu", 64))["tables"]
+    plan = plan_as_json(plan_tables(model(), NAMES, {"*": "row_wise", "user": "table_wise"}, 2, 2, "cpu", MEMORY, 64))["tables"]
     assert [plan[name]["sharding_type"] for name in NAMES] == ["table_wise", "row_wise", "row_wise"]
 
 
 def test_tables_that_fit_nowhere_are_told() -> None:
-    with pytest.raises(RunError, match=r"no sharding plan fits 2 rank\(s\): (.|\n)*hint: use more ranks, smaller tables"):
-        plan_tables(model(rows=10**11), NAMES, {}, 2, 2, "cpu", 64)
+    with pytest.raises(
+        RunError, match=r"fits 2 rank\(s\) of 1\.0 GiB each: the weights of the tables alone take 143,051\.1 GiB\nhint: use more ranks"
+    ):
+        plan_tables(model(rows=10**11), NAMES, {}, 2, 2, "cpu", MEMORY, 64)
 
 
 def test_a_shard_holds_its_part_of_the_table() -> None:

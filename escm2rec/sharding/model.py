@@ -43,8 +43,8 @@ def shard_model(
     """
     embeddings = [parameter for name, parameter in module.named_parameters() if ".embedding_bags." in name]
     apply_optimizer_in_backward(RowWiseAdagrad, embeddings, {"lr": sparse_learning_rate})
-    sizes = (runtime.world_size, runtime.local_world_size)
-    plan = on_main(runtime, lambda: plan_tables(module, tables, forced, *sizes, runtime.device.type, max(1, local_batch_size)))
+    ranks = (runtime.world_size, runtime.local_world_size, runtime.device.type, runtime.memory_bytes())
+    plan = on_main(runtime, lambda: plan_tables(module, tables, forced, *ranks, max(1, local_batch_size)))
     sharded = DistributedModelParallel(
         module,
         env=ShardingEnv.from_process_group(runtime.group),

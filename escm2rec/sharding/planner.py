@@ -44,25 +44,35 @@ def plan_tables(
     world_size: int,
     local_world_size: int,
     device: str,
+    memory_bytes: int,
     local_batch_size: int,
 ) -> ShardingPlan:
     """The sharding plan of a model whose tables are on the meta device.
 
-    `forced` gives a sharding type per table, '*' for all. Raises RunError when no plan fits.
+    `forced` gives a sharding type per table, '*' for all; `memory_bytes` is what each rank has for tables. Raises RunError when no plan fits.
     """
     constraints = {
         table: ParameterConstraints(sharding_types=_types(table, forced, device), compute_kernels=_kernels()) for table in tables
     }
     planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device),
+        topology=Topology(
+            world_size=world_size,
+            local_world_size=local_world_size,
+            compute_device=device,
+            hbm_cap=memory_bytes if device == "cuda" else None,
+            ddr_cap=memory_bytes if device == "cpu" else None,
+        ),
         batch_size=local_batch_size,
         constraints=constraints,
     )
     try:
         return planner.plan(model, sharders())
     except PlannerError as error:
+        weights = sum(parameter.numel() * 4 for name, parameter in model.named_parameters() if ".embedding_bags." in f".{name}")
         raise RunError(
-            f"no sharding plan fits {world_size} rank(s): {error}", "use more ranks, smaller tables or other training.sharding"
+            f"no sharding plan fits {world_size} rank(s) of {memory_bytes / 2**30:.1f} GiB each: "
+            f"the weights of the tables alone take {weights / 2**30:,.1f} GiB",
+            "use more ranks, smaller tables (max_size, hash_size, model.embedding_dim) or other training.sharding",
         ) from error
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from escm2rec.errors import Escm2Error, RunError
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this rank writes files and speaks for the job."""
         return self.rank == 0
+
+    def memory_bytes(self) -> int:
+        """Memory of this rank's device: its GPU, or its share of the machine (of its cgroup, where that is less)."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = CGROUP_MEMORY.read_text(encoding="utf-8").strip() if CGROUP_MEMORY.exists() else "max"
+        return min(machine, int(limit) if limit.isdigit() else machine) // self.local_world_size
 
 
 @contextmanager
