@@ -28,7 +28,7 @@ def reference_schema() -> Schema:
 def write_reference_data(out: Path, rows: int, rows_per_file: int = 524_288, rows_per_group: int = 32_768) -> None:
     """Write an encoded data set of the reference shape with Zipf-like ids, CTR 4% and CVR 5%, in split train."""
     schema = reference_schema()
-    with new_folder(out, overwrite=True) as folder:
+    with new_folder(out, "data set", overwrite=True) as folder:
         (folder / "train").mkdir()
         files = []
         for number, start in enumerate(range(0, rows, rows_per_file)):

@@ -19,6 +19,9 @@ from escm2rec.errors import ConfigError
 RESERVED_COLUMNS = ("click", "conversion", "weight", "true_propensity", "true_cvr")
 KEPT_PREFIX = "kept."
 WEIGHT_SUFFIX = ".weight"
+MAX_TABLE_ROWS = 2**31 - 1  # ids are int32
+
+Width = Annotated[int, Field(ge=1)]
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -27,7 +30,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -67,6 +70,12 @@ class TableSource(Section):
     list_separator: str = Field("|", min_length=1, max_length=1, description="Separator between the values of a list in a CSV cell.")
     weight_separator: str = Field(":", min_length=1, max_length=1, description="Separator between a value and its weight in a CSV cell.")
 
+    @model_validator(mode="after")
+    def _whole_truth(self) -> Self:
+        if (self.true_propensity is None) != (self.true_cvr is None):
+            raise ValueError("true_propensity and true_cvr go together: name both, or none")
+        return self
+
 
 Source = Annotated[AliccpSource | TableSource, Field(discriminator="kind")]
 
@@ -82,8 +91,8 @@ class FeatureConfig(Section):
     weights_column: str | None = Field(None, description="Parquet column with the weights of a weighted_list, beside its values.")
     min_count: int = Field(1, ge=1, description="Values seen in fewer training impressions are out of vocabulary.")
     max_size: int | None = Field(None, ge=1, description="At most so many values enter the vocabulary, the most frequent first.")
-    oov_rows: int = Field(1, ge=1, description="Table rows shared by the values that are out of vocabulary.")
-    hash_size: int | None = Field(None, ge=2, description="Hash values to so many rows instead of keeping a vocabulary.")
+    oov_rows: int = Field(1, ge=1, le=MAX_TABLE_ROWS, description="Table rows shared by the values that are out of vocabulary.")
+    hash_size: int | None = Field(None, ge=2, le=MAX_TABLE_ROWS, description="Hash values to so many rows instead of keeping a vocabulary.")
     pooling: Literal["sum", "mean"] = Field("mean", description="How the embeddings of several values become one.")
     log1p: bool = Field(False, description="Take log(1 + x) of a numeric feature before it is standardised.")
 
@@ -124,6 +133,14 @@ class ColumnSplit(Section):
     train: list[str] = Field(description="Values that train.")
     validation: list[str] = Field([], description="Values that validate.")
     test: list[str] = Field([], description="Values that test.")
+
+    @model_validator(mode="after")
+    def _values_are_apart(self) -> Self:
+        values = [*self.train, *self.validation, *self.test]
+        twice = sorted({value for value in values if values.count(value) > 1})
+        if twice:
+            raise ValueError(f"a value belongs to one split, found twice: {', '.join(twice)}")
+        return self
 
 
 class HashSplit(Section):
@@ -182,7 +199,7 @@ class SharedBottom(Section):
     """One network under all towers."""
 
     kind: Literal["shared_bottom"] = "shared_bottom"
-    hidden: list[int] = Field([], description="Widths of the shared layers; none means that towers read the embeddings.")
+    hidden: list[Width] = Field([], description="Widths of the shared layers; none means that towers read the embeddings.")
 
 
 class Mmoe(Section):
@@ -190,7 +207,7 @@ class Mmoe(Section):
 
     kind: Literal["mmoe"]
     experts: int = Field(4, ge=1, description="How many experts.")
-    hidden: list[int] = Field([128], min_length=1, description="Widths of an expert's layers.")
+    hidden: list[Width] = Field([128], min_length=1, description="Widths of an expert's layers.")
 
 
 class ModelConfig(Section):
@@ -201,7 +218,7 @@ class ModelConfig(Section):
     backbone: Annotated[SharedBottom | Mmoe, Field(discriminator="kind")] = Field(
         SharedBottom(), description="What stands between embeddings and towers."
     )
-    tower_hidden: list[int] = Field([128, 64], description="Widths of the hidden layers of each tower.")
+    tower_hidden: list[Width] = Field([128, 64], description="Widths of the hidden layers of each tower.")
 
 
 # --- objective ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ LAYOUT_VERSION = 1
 
 
 @contextmanager
-def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(path: Path, kind: str, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its place when the block ends well, and is removed when it fails.
 
     Raises ConfigError when `path` exists and may not be overwritten, or cannot be written.
     """
     path = path.absolute()
-    refuse_existing(path, overwrite)
+    refuse_existing(path, kind, overwrite)
     partial = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -48,8 +48,8 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         raise
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """ConfigError when `path` exists and holds anything, unless `overwrite`; and then when escm2rec did not make it."""
+def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
+    """ConfigError when `path` exists and holds anything, unless `overwrite`; and then when it is no folder of this kind."""
     if not path.exists():
         return
     if path.is_dir() and not any(path.iterdir()):
@@ -57,11 +57,25 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"the output folder {path} exists", "choose another --out, or pass --overwrite to replace it")
-    if not any((path / name).is_file() for name in (MANIFEST, RUN_CONFIG)):
-        raise ConfigError(
-            f"will not overwrite {path}: it has neither {MANIFEST} nor {RUN_CONFIG}, so escm2rec did not make it",
-            "choose another --out, or remove it by hand",
-        )
+    if not _is_of_kind(path, kind):
+        raise ConfigError(f"will not overwrite {path}: it holds no {kind} that escm2rec made", "choose another --out, or remove it by hand")
+
+
+def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
+    """ConfigError when `out` is an input, or holds one: writing it would destroy what is read."""
+    for path in inputs:
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ConfigError(f"the output folder {out} is or holds the input {path}", "choose another --out")
+
+
+def _is_of_kind(path: Path, kind: str) -> bool:
+    if kind == "run" and (path / RUN_CONFIG).is_file():
+        return True
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == kind
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,11 +85,11 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+def read_manifest(folder: Path, kind: str, required: frozenset[str] = frozenset()) -> dict[str, Any]:
     """The manifest of a complete folder.
 
-    `kind` is what a person calls the folder ("data set", "run", "predictions"), stored as `kind` in the manifest. Raises DataError when
-    the folder is absent, incomplete, of another kind, or of a newer layout.
+    `kind` is what a person calls the folder ("data set", "run", "predictions"), stored as `kind` in the manifest; `required` are the keys
+    that it must have. Raises DataError when the folder is absent, incomplete, of another kind, or of a newer layout.
     """
     if not folder.is_dir():
         raise DataError(f"no {kind} at {folder}", "check the path")
@@ -89,7 +103,10 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
         raise DataError(f"{folder} is no {kind}: its manifest says {found!r}", "check the path")
-    if manifest.get("version", 0) > LAYOUT_VERSION:
+    if not isinstance(manifest.get("version"), int) or not required <= manifest.keys():
+        lacks = ", ".join(sorted(required - manifest.keys())) or "a version"
+        raise DataError(f"{path} lacks {lacks}: it was changed after it was written", f"run the command that makes the {kind} again")
+    if manifest["version"] > LAYOUT_VERSION:
         raise DataError(
             f"{folder} has layout version {manifest['version']}, this escm2rec reads up to {LAYOUT_VERSION}", "use a newer escm2rec"
         )

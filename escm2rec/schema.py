@@ -34,8 +34,8 @@ class Feature(BaseModel):
     """One encoded feature.
 
     Table features have `num_embeddings` rows: rows `[0, oov_rows)` are shared by out-of-vocabulary values (by stable hash),
-    the vocabulary follows; with `encoding` hash all rows are hashed to. Numeric features are `(f(x) - mean) / std`,
-    with f the identity or log1p, mean and std those of the training split.
+    the vocabulary follows, from the file with `vocabulary_sha256`; with `encoding` hash all rows are hashed to. Numeric features are
+    `(f(x) - mean) / std`, with f the identity or log1p, mean and std those of the training split.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +48,7 @@ class Feature(BaseModel):
     encoding: Literal["vocabulary", "hash"] | None = None
     num_embeddings: int = 0
     oov_rows: int = 0
+    vocabulary_sha256: str | None = None
     pooling: Literal["sum", "mean"] = "mean"
     log1p: bool = False
     mean: float = 0.0

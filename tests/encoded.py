@@ -60,7 +60,7 @@ def impressions(rows: int, seed: int) -> pa.Table:
 
 def write_dataset(out: Path, rows: dict[str, int], rows_per_file: int = 700, rows_per_group: int = 128) -> Path:
     """A complete data set with so many rows in each split."""
-    with new_folder(out, overwrite=False) as folder:
+    with new_folder(out, "data set", overwrite=False) as folder:
         splits: dict[str, Any] = {}
         for number, (split, count) in enumerate(rows.items()):
             (folder / split).mkdir()

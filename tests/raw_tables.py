@@ -16,7 +16,7 @@ FEATURES = [
     {"name": "history", "kind": "weighted_list", "weights_column": "history_weight"},
     {"name": "price", "kind": "numeric", "log1p": True},
 ]
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "data": {"source": {"kind": "table"}, "features": FEATURES, "keep": ["row"], "split": {"by": "hash", "train": 0.9, "test": 0.1}},
     "model": {"embedding_dim": 8, "tower_hidden": [16]},
     "training": {"global_batch_size": 128, "dense_learning_rate": 0.01, "epochs": 2},

@@ -66,6 +66,20 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"source": {"kind": "aliccp", "skeleton": "*_*.csv"}}},
         "data.source: skeleton pattern '*_*.csv' must hold exactly one *",
     ),
+    "half a truth": (
+        {"data": {"source": {"kind": "table", "true_cvr": "r"}}},
+        "data.source: true_propensity and true_cvr go together: name both, or none",
+    ),
+    "a value in two splits": (
+        {"data": {"split": {"by": "column", "column": "s", "train": ["a", "b"], "test": ["b"]}}},
+        "data.split: a value belongs to one split, found twice: b",
+    ),
+    "infinite": ({"training": {"dense_learning_rate": float("inf")}}, "training.dense_learning_rate: Input should be a finite number"),
+    "no width": ({"model": {"tower_hidden": [8, 0]}}, "model.tower_hidden.1: Input should be greater than or equal to 1 (got 0)"),
+    "beyond int32": (
+        {"data": {"features": [{"name": "a", "kind": "list", "hash_size": 2**31}]}},
+        "data.features.0.hash_size: Input should be less than or equal to 2147483647",
+    ),
     "shares": ({"data": {"split": {"by": "hash", "train": 0.5}}}, "data.split: train + validation + test must be 1, is 0.5"),
     "sharding of no table": (
         {"training": {"sharding": {"usr": "row_wise"}}},

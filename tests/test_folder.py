@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from escm2rec.errors import ConfigError, DataError
-from escm2rec.folder import LAYOUT_VERSION, new_folder, read_manifest, refuse_existing, write_manifest
+from escm2rec.folder import LAYOUT_VERSION, new_folder, read_manifest, refuse_existing, refuse_overlap, write_manifest
 
 
 def made(path: Path, text: str = "whole", overwrite: bool = False) -> Path:
-    with new_folder(path, overwrite) as folder:
+    with new_folder(path, "data set", overwrite) as folder:
         (folder / "part").write_text(text)
         write_manifest(folder, "data set", {"rows": 1})
     return path
 
 
 def fail_half_way(path: Path, overwrite: bool) -> None:
-    with new_folder(path, overwrite) as folder:
+    with new_folder(path, "data set", overwrite) as folder:
         (folder / "part").write_text("half")
         raise ZeroDivisionError
 
@@ -61,13 +61,30 @@ def test_a_folder_of_somebody_else_is_never_overwritten(tmp_path: Path) -> None:
     theirs = tmp_path / "home"
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("ten years")
-    with pytest.raises(ConfigError, match=r"will not overwrite .*home: it has neither manifest\.json nor config\.json"):
-        refuse_existing(theirs, overwrite=True)
+    with pytest.raises(ConfigError, match=r"will not overwrite .*home: it holds no run that escm2rec made"):
+        refuse_existing(theirs, "run", overwrite=True)
     file = tmp_path / "file"
     file.write_text("a file")
     with pytest.raises(ConfigError, match="will not overwrite"):
-        refuse_existing(file, overwrite=True)
+        refuse_existing(file, "run", overwrite=True)
     assert (theirs / "thesis.tex").exists()
+
+
+def test_only_a_folder_of_its_kind_is_overwritten(tmp_path: Path) -> None:
+    out = made(tmp_path / "out")
+    with pytest.raises(ConfigError, match="it holds no predictions that escm2rec made"):
+        refuse_existing(out, "predictions", overwrite=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    refuse_existing(tmp_path / "run", "run", overwrite=True)
+
+
+def test_an_output_that_is_or_holds_an_input_is_refused(tmp_path: Path) -> None:
+    refuse_overlap(tmp_path / "out", [tmp_path / "in", tmp_path / "out-2"])
+    refuse_overlap(tmp_path / "in" / "out", [tmp_path / "in"])
+    for out in (tmp_path / "in", tmp_path, tmp_path / "in" / ".." / "in"):
+        with pytest.raises(ConfigError, match=r"the output folder .* is or holds the input .*in"):
+            refuse_overlap(out, [tmp_path / "in"])
 
 
 def test_an_empty_folder_is_as_good_as_none(tmp_path: Path) -> None:
@@ -100,7 +117,12 @@ MANIFESTS: dict[str, tuple[str | None, str]] = {
     "not JSON": ("{", "is not readable JSON"),
     "another kind": (json.dumps({"kind": "run", "version": 1}), "is no data set: its manifest says 'run'"),
     "a list": ("[]", "is no data set: its manifest says 'list'"),
-    "newer": (json.dumps({"kind": "data set", "version": 99}), f"has layout version 99, this escm2rec reads up to {LAYOUT_VERSION}"),
+    "without splits": (json.dumps({"kind": "data set", "version": 1}), "lacks splits: it was changed after it was written"),
+    "without a version": (json.dumps({"kind": "data set", "version": "x", "splits": 1}), "lacks a version"),
+    "newer": (
+        json.dumps({"kind": "data set", "version": 99, "splits": {}}),
+        f"has layout version 99, this escm2rec reads up to {LAYOUT_VERSION}",
+    ),
 }
 
 
@@ -110,7 +132,7 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path, case: str) -> N
     if text is not None:
         (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=message):
-        read_manifest(tmp_path, "data set")
+        read_manifest(tmp_path, "data set", frozenset({"splits"}))
 
 
 def test_an_absent_folder_is_named(tmp_path: Path) -> None:

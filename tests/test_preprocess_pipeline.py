@@ -13,6 +13,7 @@ from escm2rec.config import DataConfig
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.preprocess import encode_raw, preprocess, raw_files
 from escm2rec.preprocess.parallel import ordered_map
+from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
 from tests.preprocess_logs import (
     aliccp_config,
@@ -250,7 +251,7 @@ def test_a_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
     out, _ = made(table_config(ONE), source, tmp_path / "out")
     short = pq.read_table(out / "vocabulary" / "c.parquet").slice(1)
     pq.write_table(short, out / "vocabulary" / "c.parquet")
-    with pytest.raises(DataError, match=r"c\.parquet holds 6 values, the schema says 7"):
+    with pytest.raises(DataError, match=r"c\.parquet is not the vocabulary that the schema was made with"):
         list(encoded(out, source, keep=[]))
     (out / "vocabulary" / "c.parquet").unlink()
     with pytest.raises(DataError, match=r"cannot read the vocabulary .*c\.parquet"):
@@ -288,3 +289,78 @@ def test_wide_ids_are_found_without_a_dense_table(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"c": ids})
     out, _ = made(table_config(ONE), tmp_path / "a.parquet", tmp_path / "out")
     assert [row["c"] for row in read_split(out)] == (np.argsort(np.argsort(ids)) + 1).tolist()
+
+
+def test_the_schema_hash_covers_which_value_has_which_row(tmp_path: Path) -> None:
+    """Tables of one size whose values are ranked the other way round are not interchangeable."""
+    hashes = []
+    for number, values in enumerate((["a", "a", "b"], ["a", "b", "b"])):
+        source = write_parquet(tmp_path / f"{number}.parquet", {"c": values})
+        hashes.append(made(table_config(ONE), source, tmp_path / f"out-{number}")[1]["schema_hash"])
+    assert hashes[0] != hashes[1]
+
+
+def test_an_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
+    out, _ = made(table_config(ONE), numbered(tmp_path / "a.parquet", 10), tmp_path / "out")
+    with pytest.raises(ConfigError, match="is or holds the input"):
+        preprocess(table_config(ONE), out, out, overwrite=True)
+    assert (out / "manifest.json").is_file()
+
+
+def test_files_in_sub_folders_are_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "day").mkdir(parents=True)
+    for path in (tmp_path / "logs" / "a.parquet", tmp_path / "logs" / "day" / "b.parquet"):
+        numbered(path, 10)
+    with pytest.raises(DataError, match=r"day/b\.parquet lies in a sub-folder: only files right in .*logs are read"):
+        preprocess(table_config(ONE), tmp_path / "logs", tmp_path / "out")
+
+
+def test_a_column_of_nulls_comes_before_its_type(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    write_parquet(tmp_path / "logs" / "a.parquet", {"c": pa.nulls(3), "h": pa.nulls(3)})
+    write_parquet(tmp_path / "logs" / "b.parquet", {"c": ["x", "x", None], "h": ["y", None, "z"]})
+    hashed: dict[str, Any] = {"name": "h", "kind": "categorical", "hash_size": 10}
+    out, _ = made(table_config([*ONE, hashed]), tmp_path / "logs", tmp_path / "out")
+    assert [feature.value_type for feature in Schema.load(out / "schema.json").features] == ["string", "string"]
+    assert [row["c"] for row in read_split(out)] == [None, None, None, 1, 1, None]
+
+
+def test_a_kept_column_of_two_types_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    for name, kind in (("a", pa.int32()), ("b", pa.int64())):
+        write_parquet(tmp_path / "logs" / f"{name}.parquet", {"c": [1], "k": pa.array([1], kind)})
+    with pytest.raises(DataError, match=r"column 'kept\.k' is of type int64, in earlier rows it is of type int32"):
+        preprocess(table_config(ONE, keep=["k"]), tmp_path / "logs", tmp_path / "out")
+
+
+UNSPLITTABLE = {
+    "a number beyond int64": ("hash", pa.array([2**64 - 1], pa.uint64())),
+    "lists": ("hash", pa.array([[1]])),
+    "lists as text": ("column", pa.array([[1]])),
+    "bytes": ("hash", pa.array([b"\xff\xfe"])),
+    "bytes as text": ("column", pa.array([b"\xff\xfe"])),
+}
+
+
+@pytest.mark.parametrize("case", UNSPLITTABLE)
+def test_a_column_that_cannot_split_is_named(tmp_path: Path, case: str) -> None:
+    by, values = UNSPLITTABLE[case]
+    source = write_parquet(tmp_path / "a.parquet", {"c": [1], "s": values})
+    split = {"by": by, "column": "s", "train": ["1"] if by == "column" else 1.0}
+    with pytest.raises(DataError, match=r"a\.parquet: column 's' of type .* cannot split"):
+        preprocess(table_config(ONE, split=split), source, tmp_path / "out")
+
+
+def test_weights_are_added_up_by_label(tmp_path: Path) -> None:
+    columns = {"c": [1, 2, 3], "w": [4.0, 1.0, 2.0], "click": [0, 1, 1], "conversion": [0, 0, 1]}
+    out, _ = made(table_config(ONE, source={"weight": "w"}), write_parquet(tmp_path / "a.parquet", columns), tmp_path / "out")
+    opened = Dataset.open(out)
+    assert opened.split_counts("train") == {"rows": 3, "clicks": 2, "conversions": 1}
+    assert opened.weighted_counts("train") == {"rows": 7.0, "clicks": 3.0, "conversions": 2.0}
+
+
+def test_a_vocabulary_that_is_missing_is_named(tmp_path: Path) -> None:
+    out, _ = made(table_config(ONE), numbered(tmp_path / "a.parquet", 10), tmp_path / "out")
+    (out / "vocabulary" / "c.parquet").unlink()
+    with pytest.raises(DataError, match=r"vocabulary/c\.parquet is missing, the schema names it"):
+        Dataset.open(out)

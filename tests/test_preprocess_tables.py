@@ -163,7 +163,7 @@ WEIGHTED = {"name": "l", "kind": "weighted_list", "weights_column": "w"}
         ({"l": [[1], [1, None], []]}, {"name": "l", "kind": "list"}, {}, "null in a list", r"row 2, column l: .*found \[1, None\]"),
         ({"c": pa.array([1, 2**63, 2], pa.uint64())}, {}, {}, "id", "row 2, column c: .*fits int64, found 9223372036854775808"),
         ({"w": [1.0, 0.0, 1.0]}, {}, {"weight": "w"}, "weight", "row 2, column w: weight: expected a finite number above 0, found 0.0"),
-        ({"p": [1.0, -0.5, 1.0]}, {}, {"true_propensity": "p"}, "truth", "row 2, column p: truth: "),
+        ({"p": [1.0, -0.5, 1.0], "r": [0.5] * 3}, {}, {"true_propensity": "p", "true_cvr": "r"}, "truth", "row 2, column p: truth: "),
     ],
 )
 def test_a_bad_row_is_refused_or_counted(
@@ -262,3 +262,18 @@ def test_a_file_without_rows_trains_nothing(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="no row belongs to the training split"):
         preprocess(config_of("categorical"), tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.table([pa.array([1]), pa.array([2]), pa.array([0]), pa.array([0])], names=["c", "c", "click", "conversion"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("c,c,click,conversion\n1,2,0,0\n")
+    for name in ("a.parquet", "a.csv"):
+        with pytest.raises(DataError, match=rf"{name} has 2 columns named 'c'"):
+            preprocess(table_config([{"name": "c", "kind": "categorical"}]), tmp_path / name, tmp_path / "out")
+
+
+def test_a_number_beyond_float32_is_refused(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "a.parquet", {"n": [1.0, 1e39]})
+    with pytest.raises(DataError, match=r"row 2, column n: number: expected a number that fits float32 .*found 1e\+39"):
+        preprocess(table_config([NUMERIC]), source, tmp_path / "out")

@@ -49,12 +49,32 @@ def test_every_row_comes_once_and_global_batches_do_not_depend_on_the_ranks(data
     assert len(steps) == 24
     assert sorted(row for step in steps for row in step) == list(range(ROWS))
     assert steps == _row_ids(dataset, 1)
-    assert max(map(len, steps)) <= 100 + 8
+    assert max(map(len, steps)) - min(map(len, steps)) <= 2
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 64])
 def test_any_number_of_lanes_covers_all_rows(dataset: Dataset, lanes: int) -> None:
     assert sorted(row for step in _row_ids(dataset, 2, lanes=lanes) for row in step) == list(range(ROWS))
+
+
+@pytest.mark.parametrize(("batch", "lanes"), [(2, 8), (4, 8), (9, 8), (64, 8), (64, 1000), (ROWS, 8), (10 * ROWS, 8)])
+def test_batches_are_of_one_size_whatever_the_lanes(dataset: Dataset, batch: int, lanes: int) -> None:
+    reader = Reader(dataset, "train", batch, lanes=lanes)
+    sizes = [sum(stop - start for start, stop in reader._parts(step)[0]) for step in range(reader.num_steps)]
+    assert sum(sizes) == ROWS
+    assert max(sizes) <= batch + 1
+    assert max(sizes) - min(sizes) <= 2
+
+
+def test_row_groups_are_permuted_each_in_its_own_way(dataset: Dataset) -> None:
+    reader = Reader(dataset, "train", 100, extra_columns=("kept.row_id",))
+    orders = []
+    for group in reader.groups:
+        if group.num_rows == 128:
+            ids = reader._decode(group, epoch=0).extra["kept.row_id"].to_numpy()
+            orders.append(tuple((ids - ids.min()).tolist()))
+    assert len(orders) > 10
+    assert len(set(orders)) == len(orders)
 
 
 def test_epochs_differ_and_repeat(dataset: Dataset) -> None:

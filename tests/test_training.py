@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,27 +111,31 @@ def test_a_resumed_run_goes_on_as_if_undisturbed(data: Path, runs: Runs, tmp_pat
     assert kept == ["step-16", "step-20"], "the last two checkpoints are kept"
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-20")
     (tmp_path / "run" / "manifest.json").unlink()
+    (tmp_path / "run" / "report.html").write_text("of the finished run")
     expected = runs[("escm2-dr-error", "planner", 2)][16:]
     for world_size in (1, 2):
         out = tmp_path / f"resumed-{world_size}"
         shutil.copytree(tmp_path / "run", out)
-        (out / "metrics.jsonl").unlink()
-        result = run_ranks(
-            world_size, [("tests.training_calls:train_run", {**call, "out": str(out), "resume": True})], tmp_path / f"again-{world_size}"
-        )
-        assert result[0]["steps"] == NUM_STEPS
+        again = ("tests.training_calls:train_run", {**call, "out": str(out), "resume": True})
+        resumed, finished = run_ranks(world_size, [again, again], tmp_path / f"again-{world_size}")
+        assert resumed["steps"] == NUM_STEPS
+        assert finished == resumed, "there is nothing to resume, and nothing is changed"
+        assert not (out / "report.html").exists()
         records = _records(out)
-        assert [record["step"] for record in records] == [17, 18, 19, 20]
-        for want, seen in zip(expected, records, strict=True):
+        assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1)), "each step once"
+        for want, seen in zip(expected, records[16:], strict=True):
             for name in (name for name in want if name.startswith("loss_")):
                 assert seen[name] == pytest.approx(want[name], abs=1e-5)
 
 
 def test_a_damaged_checkpoint_and_another_config_are_refused(data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    call = {"data": str(data), "out": str(out), "overrides": OBJECTIVES["esmm"]}
+    out, other = tmp_path / "run", write_dataset(tmp_path / "other", {"train": 1_000})
+    call: dict[str, Any] = {"data": str(data), "out": str(out), "overrides": OBJECTIVES["esmm"]}
     train = "tests.training_calls:train_run"
-    run_ranks(1, [(train, call)], tmp_path / "first")
+    first = [(train, call), (train, {**call, "resume": True, "data": str(other)})]
+    _, elsewhere = run_ranks(1, first, tmp_path / "first")
+    assert "was trained on other rows than the training split holds now" in elsewhere["message"]
+    assert (out / "manifest.json").is_file(), "what is refused changes nothing"
     shards = sorted((out / "checkpoints" / "step-20").glob("*.distcp"))
     assert shards
     for shard in shards:
@@ -148,3 +153,23 @@ def test_a_damaged_checkpoint_and_another_config_are_refused(data: Path, tmp_pat
     assert f"the output folder {out} exists" in results[0]["message"]
     assert "was trained with another config: model.embedding_dim, objective.kind differ(s)" in results[1]["message"]
     assert f"cannot load checkpoint {out / 'checkpoints' / 'step-20'}" in results[2]["message"]
+
+
+def test_a_training_that_diverges_ends_and_looks_unfinished(data: Path, tmp_path: Path) -> None:
+    """And as it has no checkpoint, the same command without its mistake starts it anew."""
+    settings = [*OBJECTIVES["escm2-ips"], "training.log_every_steps=7", "training.checkpoint_every_steps=5"]
+    call = {"data": str(data), "out": str(tmp_path / "run"), "overrides": [*settings, "training.dense_learning_rate=1e20"]}
+    train = "tests.training_calls:train_run"
+    diverged, mended = run_ranks(2, [(train, call), (train, {**call, "overrides": settings})], tmp_path / "ranks")
+    assert diverged["error"] == "RunError"
+    assert re.search(r"loss_\w+ is (nan|inf) in the steps up to 5: training has diverged", diverged["message"])
+    assert mended["steps"] == NUM_STEPS
+    assert [record["step"] for record in _records(tmp_path / "run")] == [5, 7, 10, 14, 15, 20], "a record at each checkpoint too"
+
+
+def test_a_run_is_not_made_of_its_own_data(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    call = {"data": str(tmp_path / "data"), "out": str(tmp_path / "data"), "overrides": OBJECTIVES["esmm"]}
+    (result,) = run_ranks(1, [("tests.training_calls:train_run", call)], tmp_path / "ranks")
+    assert "is or holds the input" in result["message"]
+    assert (tmp_path / "data" / "train").is_dir()

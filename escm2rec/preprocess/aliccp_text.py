@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from escm2rec.errors import DataError
-from escm2rec.preprocess.digits import PAD, decimals, first_bytes, slices, whole_numbers, words_of
+from escm2rec.preprocess.digits import MAX_FLOAT32, PAD, decimals, first_bytes, slices, whole_numbers, words_of
 from escm2rec.preprocess.ragged import Bools, Bytes, Float64s, Int64s, Ragged, UInt64s, offsets_of
 from escm2rec.preprocess.rejections import FEATURE_NUM, IDENTIFIER, MALFORMED, NUMBER, TRUNCATED, BadRows, Reason
 
@@ -208,7 +208,7 @@ class Lines:
         weights: Float64s | None = None
         if needs.values:
             weights = decimals(self.buffer, self.words, id_end + 1, value_end)
-            self._mark(np.isnan(weights), lines, NUMBER, field, id_end + 1, value_end)
+            self._mark(~(np.abs(weights) <= MAX_FLOAT32), lines, NUMBER, field, id_end + 1, value_end)
         if not needs.ids:
             return Ragged(np.zeros(len(which), dtype=np.int64), offsets, weights)
         ids, good = whole_numbers(self.words, field_end + 1, id_end)

@@ -40,6 +40,7 @@ def raw_files(source: AliccpSource | TableSource, path: Path, labels: bool = Tru
         found = [path]
     elif path.is_dir():
         found = sorted(entry for entry in path.iterdir() if entry.is_file() and fnmatch.fnmatchcase(entry.name, pattern))
+        _refuse_nested(path, pattern)
     else:
         raise DataError(f"no raw logs at {path}", "check the path")
     if not found:
@@ -47,6 +48,14 @@ def raw_files(source: AliccpSource | TableSource, path: Path, labels: bool = Tru
     if isinstance(source, AliccpSource):
         return [_with_companions(source, skeleton, labels) for skeleton in found]
     return [RawFile(file) for file in found]
+
+
+def _refuse_nested(path: Path, pattern: str) -> None:
+    """DataError when files of the pattern lie deeper: to read only some in silence would lose rows."""
+    for nested in sorted(path.glob("*/**/*")):
+        hidden = any(part.startswith(".") for part in nested.relative_to(path).parts)
+        if not hidden and nested.is_file() and fnmatch.fnmatchcase(nested.name, pattern):
+            raise DataError(f"{nested} lies in a sub-folder: only files right in {path} are read", "move it, or pass its folder")
 
 
 def _with_companions(source: AliccpSource, skeleton: Path, labels: bool) -> RawFile:

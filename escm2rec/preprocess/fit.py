@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from escm2rec.config import DataConfig, FeatureConfig, TableSource
+from escm2rec.config import MAX_TABLE_ROWS, DataConfig, FeatureConfig, TableSource
 from escm2rec.errors import DataError
+from escm2rec.folder import sha256_of
 from escm2rec.preprocess.block import RawBlock, RawColumn
 from escm2rec.preprocess.common import CommonRecords
 from escm2rec.preprocess.encoder import CHUNK_ROWS, slice_rows
@@ -113,7 +114,7 @@ class Fitter:
             log1p = next(feature.log1p for feature in self._config.features if feature.name == name)
             return Moments.of(np.log1p(column) if log1p else column, np.ones(len(column)) if times is None else times)
         if name not in self._counters:
-            return count_values(column.values[:0])
+            return count_values(column.values[:1])  # hashed: only the type of its values is wanted
         return count_values(column.values, None if times is None else np.repeat(times, column.lengths))
 
     def _merge(self, features: dict[str, pl.DataFrame | Moments], where: str) -> None:
@@ -121,13 +122,15 @@ class Fitter:
             if isinstance(part, Moments):
                 self._moments[name].add(part)
                 continue
+            if not len(part):
+                continue
             kind = part.schema["value"]
             known = self._types.setdefault(name, kind)
-            if kind != known and (len(part) or name not in self._counters):
+            if kind != known:
                 raise DataError(
                     f"{where}: feature {name!r} holds {kind} values, in earlier files it holds {known}", "use one type in all files"
                 )
-            if name in self._counters and len(part):
+            if name in self._counters:
                 self._counters[name].add(part)
 
     def _add_common(self, common: CommonRecords, times: Int64s, workers: int) -> None:
@@ -164,13 +167,19 @@ class Fitter:
         if feature.hash_size is not None:
             return drafted.model_copy(update={"value_type": value_type, "encoding": "hash", "num_embeddings": feature.hash_size})
         frame = fit_vocabulary(feature, self._counters[feature.name].total)
-        frame.write_parquet(vocabulary / f"{feature.name}.parquet", use_pyarrow=True)
+        path = vocabulary / f"{feature.name}.parquet"
+        frame.write_parquet(path, use_pyarrow=True)
+        if feature.oov_rows + len(frame) > MAX_TABLE_ROWS:
+            raise DataError(
+                f"feature {feature.name!r} has {len(frame):,} values, a table holds {MAX_TABLE_ROWS:,} rows", "set max_size or hash_size"
+            )
         return drafted.model_copy(
             update={
                 "value_type": value_type,
                 "encoding": "vocabulary",
                 "num_embeddings": feature.oov_rows + len(frame),
                 "oov_rows": feature.oov_rows,
+                "vocabulary_sha256": sha256_of(path),
             }
         )
 

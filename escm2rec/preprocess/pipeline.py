@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from escm2rec.config import SPLITS, DataConfig, Split
 from escm2rec.errors import DataError
-from escm2rec.folder import new_folder, refuse_existing, write_manifest
+from escm2rec.folder import new_folder, refuse_existing, refuse_overlap, write_manifest
 from escm2rec.preprocess.block import RawBlock, Request
 from escm2rec.preprocess.encoder import EncodedCommon, Encoder
 from escm2rec.preprocess.files import RawFile, raw_files
@@ -43,9 +43,10 @@ def preprocess(config: DataConfig, input: Path, out: Path, overwrite: bool = Fal
     Raises DataError for bad input, ConfigError when `out` exists and may not be overwritten.
     """
     began = time.monotonic()
-    refuse_existing(out, overwrite)
+    refuse_existing(out, "data set", overwrite)
+    refuse_overlap(out, [input])
     files = raw_files(config.source, input)
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, "data set", overwrite) as folder:
         manifest = _Job(config, files, folder).run()
         manifest["seconds"] = round(time.monotonic() - began, 2)
         write_manifest(folder, "data set", manifest)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from escm2rec.config import SPLITS, ColumnSplit, FileSplit, HashSplit
+from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawBlock
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.stable_hash import hash64, row_hash, split_points
@@ -40,7 +41,7 @@ def split_numbers(split: AnySplit, block: RawBlock) -> Numbers:
     if isinstance(split, FileSplit):
         return np.full(len(block), _by_file(split, block.file), dtype=np.int8)
     if isinstance(split, ColumnSplit):
-        texts = block.extras[split.column].cast(pa.string())
+        texts = _cast(block, split.column, pa.string())
         numbers = np.full(len(block), NO_SPLIT, dtype=np.int8)
         for number, name in reversed(list(enumerate(SPLITS))):
             held = pc.fill_null(pc.is_in(texts, pa.array(getattr(split, name), pa.string())), False)
@@ -56,6 +57,17 @@ def _by_file(split: FileSplit, file: RawFile) -> int:
     return NO_SPLIT
 
 
+def _cast(block: RawBlock, column: str, kind: pa.DataType) -> pa.Array:
+    """A column to split by; DataError where its values have no such form."""
+    array = block.extras[column]
+    try:
+        return array.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"{block.file.path}: column {column!r} of type {array.type} cannot split: {error}", "split by a column of whole numbers or text"
+        ) from error
+
+
 def _by_hash(split: HashSplit, block: RawBlock) -> Numbers:
     if split.column is None:
         base = row_hash(block.file.name, block.rows)
@@ -64,9 +76,9 @@ def _by_hash(split: HashSplit, block: RawBlock) -> Numbers:
         array = block.extras[split.column]
         held = array.is_valid().to_numpy(zero_copy_only=False)
         if pa.types.is_integer(array.type):
-            base = hash64(pc.fill_null(array, 0).cast(pa.int64()).to_numpy(zero_copy_only=False))
+            base = hash64(pc.fill_null(_cast(block, split.column, pa.int64()), 0).to_numpy(zero_copy_only=False))
         else:
-            base = hash64(pc.fill_null(array.cast(pa.large_string()), ""))
+            base = hash64(pc.fill_null(_cast(block, split.column, pa.large_string()), ""))
     edges = np.cumsum([split.train, split.validation])
     edges[edges > 1 - 1e-9] = 2.0  # rounding must not leave a sliver to a split whose share is 0
     numbers = np.searchsorted(edges, split_points(base, split.salt), side="right").astype(np.int8)

@@ -15,7 +15,7 @@ import pyarrow.types as pt
 from escm2rec.config import TableSource
 from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawColumn
-from escm2rec.preprocess.digits import MAX_INT64, parse_decimals
+from escm2rec.preprocess.digits import MAX_FLOAT32, MAX_INT64, parse_decimals
 from escm2rec.preprocess.ragged import Bools, Float64s, Int64s, Ragged, offsets_of
 from escm2rec.preprocess.rejections import INT64, NULL_IN_LIST, NUMBER, PAIR, UNEQUAL, BadRows, values_at
 from escm2rec.schema import Feature
@@ -65,7 +65,7 @@ def raw_column(feature: Feature, columns: Callable[[str], TableColumn], source: 
     if feature.kind == "numeric":
         numbers = numbers_of(column)
         held = column.array.is_valid().to_numpy(zero_copy_only=False)
-        wrong = held & ~(np.isfinite(numbers) & ((numbers > -1) if feature.log1p else True))
+        wrong = held & ~((np.abs(numbers) <= MAX_FLOAT32) & ((numbers > -1) if feature.log1p else True))
         column.bad.mark(wrong, NUMBER, column.name, values_at(column.array))
         return numbers
     if feature.kind == "categorical":
@@ -136,7 +136,7 @@ def _csv_list(feature: Feature, column: TableColumn, source: TableSource) -> Rag
     firsts = at.offsets.to_numpy()[:-1].astype(np.int64)
     values = both.take(pa.array(firsts)).cast(pa.large_string())
     weights = parse_decimals(both.take(pa.array(firsts + pair)))
-    wrong = ~(pair & np.isfinite(weights))
+    wrong = ~(pair & (np.abs(weights) <= MAX_FLOAT32))
     column.bad.mark(_rows_with(wrong, rows, count), PAIR, column.name, values_at(column.array))
     return Ragged(values, offsets_of(lengths), weights)
 
@@ -167,7 +167,7 @@ def _parquet_list(feature: Feature, column: TableColumn, weights: TableColumn | 
     if not (pt.is_integer(weight_flat.type) or pt.is_floating(weight_flat.type) or pt.is_null(weight_flat.type)):
         raise weight_column.wrong_type("weights that are numbers")
     numbers = pc.fill_null(weight_flat.cast(pa.float64(), safe=False), float("nan")).to_numpy(zero_copy_only=False)
-    wrong = _rows_with(~np.isfinite(numbers), rows, len(lengths))
+    wrong = _rows_with(~(np.abs(numbers) <= MAX_FLOAT32), rows, len(lengths))
     column.bad.mark(wrong, NUMBER, weight_column.name, values_at(weight_column.array))
     return Ragged(_values(column, _without_null(column, flat, rows), rows), offsets_of(lengths), numbers)
 

@@ -59,6 +59,8 @@ class TableFile:
         wanted |= {feature.weights_column for feature in self._request.features if feature.weights_column is not None}
         wanted |= {*self._labels.values(), *self._request.extras}
         for column in sorted(wanted):
+            if available.count(column) > 1:
+                raise DataError(f"{self.file.path} has {available.count(column)} columns named {column!r}", "rename all but one")
             if column not in available:
                 near = difflib.get_close_matches(column, available, n=1)
                 raise DataError(

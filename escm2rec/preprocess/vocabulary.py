@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from escm2rec.config import FeatureConfig
 from escm2rec.errors import DataError
+from escm2rec.folder import sha256_of
 from escm2rec.preprocess.ragged import Int32s, Int64s
 from escm2rec.preprocess.stable_hash import distinct, hash64
 from escm2rec.schema import Feature
@@ -166,9 +167,7 @@ def load_rows(feature: Feature, folder: Path) -> Vocabulary | HashedValues:
         frame = pl.read_parquet(path, use_pyarrow=True)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"cannot read the vocabulary {path}: {error}", "the data set or run is damaged: make it again") from error
-    if len(frame) + feature.oov_rows != feature.num_embeddings:
-        raise DataError(
-            f"{path} holds {len(frame)} values, the schema says {feature.num_embeddings - feature.oov_rows}", "preprocess again"
-        )
+    if sha256_of(path) != feature.vocabulary_sha256:
+        raise DataError(f"{path} is not the vocabulary that the schema was made with", "preprocess again")
     assert feature.value_type is not None
     return Vocabulary(frame, feature.value_type, feature.oov_rows)

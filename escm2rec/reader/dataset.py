@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from itertools import count as count_up
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ class RowGroup:
     """One Parquet row group: the unit that is decoded and shuffled at a time."""
 
     path: Path
-    index: int
+    index: int  # in its file
+    number: int  # in its split
     num_rows: int
 
 
@@ -35,13 +39,21 @@ class Dataset:
     @classmethod
     def open(cls, path: Path) -> Dataset:
         """Open a data set; DataError when it is absent, incomplete, or its schema and manifest disagree."""
-        manifest = read_manifest(path, "data set")
+        manifest = read_manifest(path, "data set", frozenset({"schema_hash", "splits"}))
         schema = Schema.load(path / "schema.json")
         if manifest.get("schema_hash") != schema.hash():
             raise DataError(
                 f"the data set at {path} mixes two runs: manifest and schema.json differ in their schema hash", "preprocess again"
             )
+        for feature in schema.tables:
+            vocabulary = path / "vocabulary" / f"{feature.name}.parquet"
+            if feature.encoding == "vocabulary" and not vocabulary.is_file():
+                raise DataError(f"{vocabulary} is missing, the schema names it", "the data set is damaged: preprocess again")
         return cls(path, schema, manifest)
+
+    def identity(self, split: Split) -> str:
+        """SHA-256 of what the manifest says of a split's files: equal for the same rows in the same order only."""
+        return hashlib.sha256(json.dumps(self.manifest["splits"].get(split, {}), sort_keys=True).encode()).hexdigest()
 
     def split_counts(self, split: Split) -> dict[str, int]:
         """`rows`, `clicks` and `conversions` of a split; DataError when the split is empty."""
@@ -51,9 +63,16 @@ class Dataset:
             raise DataError(f"the data set at {self.path} has no rows in split {split!r}", f"it has rows in: {', '.join(filled) or 'none'}")
         return {name: int(counts[name]) for name in ("rows", "clicks", "conversions")}
 
+    def weighted_counts(self, split: Split) -> dict[str, float]:
+        """The same, each row counting its weight where the data set has weights."""
+        counts = self.split_counts(split)
+        weights = self.manifest["splits"][split].get("weights", {})
+        return {name: float(weights.get(name, count)) for name, count in counts.items()}
+
     def row_groups(self, split: Split) -> list[RowGroup]:
         """The row groups of a split in the order of the manifest, checked against it."""
         groups: list[RowGroup] = []
+        number = count_up()
         for entry in self.manifest["splits"].get(split, {}).get("files", []):
             path = self.path / entry["path"]
             metadata = _parquet_metadata(path)
@@ -61,7 +80,7 @@ class Dataset:
                 raise DataError(
                     f"{path} has {metadata.num_rows} rows, the manifest says {entry['rows']}", "the file was changed: preprocess again"
                 )
-            groups += [RowGroup(path, index, metadata.row_group(index).num_rows) for index in range(metadata.num_row_groups)]
+            groups += [RowGroup(path, index, next(number), metadata.row_group(index).num_rows) for index in range(metadata.num_row_groups)]
         return [group for group in groups if group.num_rows]
 
 

@@ -31,8 +31,8 @@ T = TypeVar("T")
 class Reader:
     """Reads one rank's share of a split.
 
-    `num_steps` batches an epoch on every rank; `global_batch_size` is the number of impressions of a step over all ranks (give or take one
-    a lane). With `shuffle` false, rows come lane by lane in the order of the files.
+    `num_steps` batches an epoch on every rank; `global_batch_size` is the number of impressions of a step over all ranks (the last batch
+    is not shorter: all share what is missing). With `shuffle` false, rows come lane by lane in the order of the files.
     """
 
     def __init__(
@@ -98,7 +98,10 @@ class Reader:
         ranges = []
         for lane in range(self._lanes):
             low, high = self.num_rows * lane // self._lanes, self.num_rows * (lane + 1) // self._lanes
-            ranges.append((low + (high - low) * step // self.num_steps, low + (high - low) * (step + 1) // self.num_steps))
+            # Lanes are out of phase, so that what rounding takes from one it gives to another: batches are of one size, give or take one.
+            phase = self.num_steps * lane // self._lanes
+            cuts = [((high - low) * place + phase) // self.num_steps for place in (step, step + 1)]
+            ranges.append((low + cuts[0], low + cuts[1]))
         total = sum(stop - start for start, stop in ranges)
         first, last = total * self._rank // self._world_size, total * (self._rank + 1) // self._world_size
         parts, seen = [], 0
@@ -118,9 +121,8 @@ class Reader:
             raise DataError(f"{where} cannot be read: {error}", "the data set is damaged: preprocess again") from error
         order = None
         if self._shuffle:
-            # Named by file and group, so that two lanes that share a group permute it alike.
-            name = int.from_bytes(group.path.name.encode()[-8:], "little")
-            order = pa.array(np.random.default_rng([self._seed, epoch, group.index, name]).permutation(group.num_rows))
+            # By its number, so that two lanes that share a group permute it alike.
+            order = pa.array(np.random.default_rng([self._seed, epoch, group.number]).permutation(group.num_rows))
         return decode(table, self.schema, labels=True, where=where, order=order)
 
 

@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from escm2rec.config import KEPT_PREFIX
 from escm2rec.doctor import require_matching_packages
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, RunError
 from escm2rec.evaluation.metrics import ctcvr_logits, sigmoid
-from escm2rec.folder import new_folder, refuse_existing, write_manifest
+from escm2rec.folder import new_folder, refuse_existing, refuse_overlap, write_manifest
 from escm2rec.models.predictions import Predictions
 from escm2rec.preprocess import EncodedBlock, RawFile, encode_raw, raw_files
 from escm2rec.progress import Progress
@@ -47,7 +47,7 @@ def score(run: Path, inputs: Sequence[Path], out: Path, keep: Sequence[str] | No
         kept = tuple(opened.schema.keep if keep is None else keep)
         _check_names(kept)
         model = TrainedModel(opened, runtime)
-        place = new_folder(out, overwrite) if runtime.is_main else nullcontext(out)
+        place = new_folder(out, "predictions", overwrite) if runtime.is_main else nullcontext(out)
         with place as opened_folder:
             folder = on_main(runtime, lambda: opened_folder)
             scorer = _Scorer(opened, model, runtime, kept, folder)
@@ -107,6 +107,8 @@ class _Scorer:
             logits.append(self._forward([part]))
         ctr = np.concatenate([each.ctr_logit.numpy() for each in logits])
         cvr = np.concatenate([each.cvr_logit.numpy() for each in logits])
+        if not (np.isfinite(ctr).all() and np.isfinite(cvr).all()):
+            raise RunError(f"{block.file}: the model of {self.run.path} gives predictions that are no numbers", "train it again")
         scores = dict(zip(PREDICTION_COLUMNS, (sigmoid(ctr), sigmoid(cvr), sigmoid(ctcvr_logits(ctr, cvr))), strict=True))
         kept = {name: block.table.column(KEPT_PREFIX + name) for name in self.kept}
         return pa.table({**kept, **{name: values.astype(np.float32) for name, values in scores.items()}})
@@ -128,7 +130,8 @@ class _Scorer:
 
 
 def _open(run: Path, inputs: Sequence[Path], out: Path, overwrite: bool) -> tuple[Run, list[RawFile]]:
-    refuse_existing(out, overwrite)
+    refuse_existing(out, "predictions", overwrite)
+    refuse_overlap(out, [run, *inputs])
     opened = Run.open(run)
     files = [file for path in inputs for file in raw_files(opened.schema.source, path, labels=False)]
     return opened, files

@@ -49,7 +49,7 @@ def plan_tables(
 ) -> ShardingPlan:
     """The sharding plan of a model whose tables are on the meta device.
 
-    `forced` gives a sharding type per table, '*' for all; `memory_bytes` is what each rank has for tables. Raises RunError when no plan fits.
+    `forced` gives a sharding type per table, '*' for all; `memory_bytes` is what each rank has. Raises RunError when no plan fits.
     """
     constraints = {
         table: ParameterConstraints(sharding_types=_types(table, forced, device), compute_kernels=_kernels()) for table in tables

@@ -46,7 +46,7 @@ def simulate(
     _check(impressions, seed, format)
     began = time.monotonic()
     totals, rows = _Totals(), dict[str, int]()
-    with new_folder(out, overwrite) as folder, Progress("simulate", impressions) as progress:
+    with new_folder(out, "raw logs", overwrite) as folder, Progress("simulate", impressions) as progress:
         world = make_world(config, seed)
         writer = AliccpWriter(world) if format == "aliccp" else TableWriter(world)
         for number, start in enumerate(range(0, impressions, SHARD_ROWS)):

@@ -30,8 +30,8 @@ class BaseRates:
     cvr: float
 
     @classmethod
-    def of(cls, counts: dict[str, int]) -> BaseRates:
-        """From `rows`, `clicks` and `conversions`, with half a count added so that neither rate is 0 or 1."""
+    def of(cls, counts: dict[str, float]) -> BaseRates:
+        """From `rows`, `clicks` and `conversions`, weighted or not, with half a count added so that neither rate is 0 or 1."""
         return cls((counts["clicks"] + 0.5) / (counts["rows"] + 1), (counts["conversions"] + 0.5) / (counts["clicks"] + 1))
 
 

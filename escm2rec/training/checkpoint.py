@@ -46,7 +46,7 @@ def save_checkpoint(
         dcp.save({"model": module.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=partial)
     except (OSError, CheckpointException) as error:
         raise RunError(
-            f"cannot write checkpoint {partial}: {error}", "is the disk full? free space and start again with --resume"
+            f"cannot write checkpoint {partial}: {_cause(error)}", "is the disk full? free space and start again with --resume"
         ) from error
     on_main(runtime, finish)
     return folder
@@ -71,12 +71,20 @@ def load_checkpoint(folder: Path, module: DistributedModelParallel, optimizer: C
         dcp.load(state, checkpoint_id=folder)
     except (OSError, RuntimeError, ValueError, KeyError, json.JSONDecodeError, CheckpointException) as error:
         hint = "it is damaged, or of another model or schema; split columns under row-wise Adagrad load only under the same split"
-        raise DataError(f"cannot load checkpoint {folder}: {str(error).splitlines()[0]}", hint) from error
+        raise DataError(f"cannot load checkpoint {folder}: {_cause(error)}", hint) from error
     module.load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     progress: dict[str, Any] = manifest["progress"]
     return progress
+
+
+def _cause(error: BaseException) -> str:
+    """The first thing that went wrong on any rank, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
+        return f"rank {rank}: {type(first).__name__}: {(str(first).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from escm2rec.errors import RunError
 from escm2rec.evaluation import metrics
 from escm2rec.objectives.imputation import share_outside
 from escm2rec.objectives.propensity import PropensitySums, propensity_report
@@ -32,7 +33,7 @@ class TrainingMetrics:
         self._runtime = runtime
         self._rows_by_rank = WINDOW_ROWS // runtime.world_size
         self._losses: dict[str, list[Tensor]]
-        self._rows: deque[Tensor]  # [4, rows of a step]: CTR and CVR logit, click, conversion
+        self._rows: deque[Tensor]  # [5, rows of a step]: CTR and CVR logit, click, conversion, weight
         self._propensity: PropensitySums | None
         self._pseudo_labels: Tensor | None
         self._restart()
@@ -41,7 +42,9 @@ class TrainingMetrics:
         """Take one step's output."""
         for name, share in output.shares.items():
             self._losses.setdefault(name, []).append(share)
-        self._rows.append(torch.stack([output.ctr_logit, output.cvr_logit, output.click, output.conversion])[:, : output.num_rows])
+        self._rows.append(
+            torch.stack([output.ctr_logit, output.cvr_logit, output.click, output.conversion, output.weight])[:, : output.num_rows]
+        )
         self._num_rows += output.num_rows
         while sum(part.shape[1] for part in self._rows) - self._rows[0].shape[1] >= self._rows_by_rank:
             self._rows.popleft()
@@ -55,6 +58,7 @@ class TrainingMetrics:
         `phase_names` are the loss terms that the steps may have held, in an order that all ranks share.
         """
         losses = self._mean_losses(phase_names)
+        self._refuse_divergence(losses, step)
         propensity, pseudo_labels, num_rows = self._reduced()
         rows = self._gathered_rows()
         seconds = time.perf_counter() - self._since
@@ -65,6 +69,17 @@ class TrainingMetrics:
                 record["pseudo_labels_outside"] = pseudo_labels
         self._restart()
         return {name: value for name, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
+
+    def _refuse_divergence(self, losses: dict[str, float], step: int) -> None:
+        """RunError, on all ranks, when a loss is not finite."""
+        for name, value in losses.items():
+            if not math.isfinite(value):
+                error = RunError(
+                    f"{name} is {value} in the steps up to {step}: training has diverged",
+                    "lower training.dense_learning_rate or sparse_learning_rate, or look for extreme values of numeric features",
+                )
+                error.told_by_rank_0 = not self._runtime.is_main
+                raise error
 
     def _restart(self) -> None:
         self._losses = {}
@@ -108,30 +123,30 @@ class TrainingMetrics:
 
 def _quality(rows: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> dict[str, float]:
     """AUC and calibration of each task, by population, over the window."""
-    ctr_logit, cvr_logit, click, conversion = rows
+    ctr_logit, cvr_logit, click, conversion, weight = rows
     clicked = click > 0
-    tasks: dict[str, tuple[ArrayLike, ArrayLike]] = {
-        "ctr": (ctr_logit, click),
-        "cvr_clicked": (cvr_logit[clicked], conversion[clicked]),
-        "ctcvr": (metrics.ctcvr_logits(ctr_logit, cvr_logit), click * conversion),
+    tasks: dict[str, tuple[ArrayLike, ArrayLike, ArrayLike]] = {
+        "ctr": (ctr_logit, click, weight),
+        "cvr_clicked": (cvr_logit[clicked], conversion[clicked], weight[clicked]),
+        "ctcvr": (metrics.ctcvr_logits(ctr_logit, cvr_logit), click * conversion, weight),
     }
     found: dict[str, float] = {"window_rows": len(click), "window_clicks": int(clicked.sum())}
-    for task, (logits, labels) in tasks.items():
-        found[f"{task}_auc"] = metrics.auc(logits, labels)
-        found[f"{task}_calibration"] = metrics.calibration(logits, labels)
+    for task, (logits, labels, weights) in tasks.items():
+        found[f"{task}_auc"] = metrics.auc(logits, labels, weights)
+        found[f"{task}_calibration"] = metrics.calibration(logits, labels, weights)
     return found
 
 
 class MetricsLog:
     """Appends records to `metrics.jsonl` and TensorBoard events; does nothing off rank 0."""
 
-    def __init__(self, run: Path, runtime: Runtime) -> None:
+    def __init__(self, run: Path, runtime: Runtime, first_step: int) -> None:
         self._active = runtime.is_main
         if self._active:
             from torch.utils.tensorboard import SummaryWriter
 
             self._file = (run / "metrics.jsonl").open("a", encoding="utf-8")
-            self._events = SummaryWriter(run / "tensorboard")
+            self._events = SummaryWriter(run / "tensorboard", purge_step=first_step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record, at once on disk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 
 from escm2rec.config import Config, parse_config
 from escm2rec.errors import ConfigError, DataError
-from escm2rec.folder import MANIFEST, RUN_CONFIG, read_manifest, refuse_existing, write_json, write_manifest
+from escm2rec.folder import MANIFEST, RUN_CONFIG, new_folder, read_manifest, refuse_overlap, write_json, write_manifest
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
 from escm2rec.training.build import BaseRates
+from escm2rec.training.checkpoint import latest_checkpoint
+
+METRICS = "metrics.jsonl"
+REPORTS = ("report.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> Run:
         """Open a finished run; DataError when it is absent or incomplete."""
-        manifest = read_manifest(path, "run")
+        manifest = read_manifest(path, "run", frozenset({"base_ctr", "base_cvr", "checkpoint", "steps"}))
         return cls(path, _read_config(path), Schema.load(path / "schema.json"), manifest)
 
     @property
@@ -47,25 +52,46 @@ class Run:
 
 
 def start_run(out: Path, config: Config, dataset: Dataset, resume: bool, overwrite: bool) -> None:
-    """Make the run folder, or check that it can be resumed with this config and data set."""
-    if resume and out.exists():
+    """Make the run folder, or check that it can be resumed with this config and data set.
+
+    A run that was started and has no checkpoint yet holds nothing to lose: the same command starts it anew.
+    """
+    refuse_overlap(out, [dataset.path])
+    if resume and latest_checkpoint(out) is not None:
         _check_resumable(out, config, dataset)
-        (out / MANIFEST).unlink(missing_ok=True)
         return
-    refuse_existing(out, overwrite)
-    try:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        shutil.copytree(dataset.path / "vocabulary", out / "vocabulary")
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error.strerror or error}", "choose another --out or mend its permissions") from error
-    dataset.schema.save(out / "schema.json")
-    write_json(out / RUN_CONFIG, config.model_dump(mode="json"))
+    with new_folder(out, "run", overwrite or _has_only_started(out)) as folder:
+        shutil.copytree(dataset.path / "vocabulary", folder / "vocabulary")
+        dataset.schema.save(folder / "schema.json")
+        write_json(folder / RUN_CONFIG, config.model_dump(mode="json"))
+
+
+def go_on(out: Path, step: int) -> None:
+    """Make a run unfinished again from `step` on: what was written after it, and what speaks of a finished run, is removed."""
+    for name in (MANIFEST, *REPORTS):
+        (out / name).unlink(missing_ok=True)
+    metrics = out / METRICS
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    partial = metrics.with_name(f".{METRICS}.partial")
+    partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+    os.replace(partial, metrics)
+
+
+def last_record(out: Path) -> dict[str, Any]:
+    """The last record of metrics; empty when there is none."""
+    metrics = out / METRICS
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    record: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    return record
 
 
 def finish_run(out: Path, content: dict[str, Any]) -> None:
     """Write the manifest that makes the run complete."""
     write_manifest(out, "run", content)
+
+
+def _has_only_started(out: Path) -> bool:
+    return (out / RUN_CONFIG).is_file() and not (out / MANIFEST).exists() and latest_checkpoint(out) is None
 
 
 def _check_resumable(out: Path, config: Config, dataset: Dataset) -> None:

@@ -29,6 +29,7 @@ class StepOutput(NamedTuple):
     cvr_logit: Tensor
     click: Tensor
     conversion: Tensor
+    weight: Tensor
     num_rows: int
     propensity: PropensitySums
     pseudo_labels: Tensor | None
@@ -69,6 +70,7 @@ class Loss(nn.Module):
             predictions.cvr_logit.detach(),
             batch.click,
             batch.conversion,
+            batch.weight,
             batch.num_rows,
             propensity_sums(q, batch.click, batch.weight, self.objective.floor),
             counts,

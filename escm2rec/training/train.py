@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from itertools import chain
@@ -14,8 +15,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from escm2rec.config import Config
 from escm2rec.doctor import require_matching_packages
-from escm2rec.errors import DataError
-from escm2rec.folder import write_json
+from escm2rec.errors import ConfigError, DataError
+from escm2rec.folder import MANIFEST, read_manifest, write_json
 from escm2rec.progress import Progress
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
@@ -25,7 +26,7 @@ from escm2rec.sharding.runtime import Runtime, distributed_runtime, on_main
 from escm2rec.training.build import BaseRates, build_model, build_objective, build_optimizer, shard
 from escm2rec.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
-from escm2rec.training.run import finish_run, start_run
+from escm2rec.training.run import finish_run, go_on, last_record, start_run
 from escm2rec.training.step import Loss, TrainingModel
 
 LOSS_TERMS = ("ctr", "cvr", "ctcvr", "imputation")
@@ -52,14 +53,13 @@ class Trainer:
     def __init__(self, config: Config, dataset: Dataset, out: Path, runtime: Runtime) -> None:
         self.config, self.out, self.runtime = config, out, runtime
         training = config.training
-        self.rates = BaseRates.of(dataset.split_counts("train"))
+        self.rates = BaseRates.of(dataset.weighted_counts("train"))
         self.objective = build_objective(config.objective, self.rates.ctr)
         self.loss = Loss(self.objective, runtime.group)
         model = TrainingModel(build_model(dataset.schema, config.model, config.objective, self.rates, training.seed), self.loss)
         sharded = shard(model, dataset.schema, config, runtime)
         self.module: DistributedModelParallel = sharded.module
-        if runtime.is_main:
-            write_json(out / "plan.json", {"world_size": runtime.world_size, **plan_as_json(sharded.plan)})
+        self.plan = {"world_size": runtime.world_size, **plan_as_json(sharded.plan)}
         self.optimizer: CombinedOptimizer = build_optimizer(self.module, training.dense_learning_rate, training.dense_weight_decay)
         self.reader = Reader(
             dataset,
@@ -73,8 +73,9 @@ class Trainer:
             pin_memory=runtime.device.type == "cuda",
         )
         self.total_steps = training.epochs * self.reader.num_steps
+        self.warm_up_steps = math.ceil(config.objective.propensity.warmup_fraction * self.total_steps)
         self.step = 0  # steps trained, over all epochs; the reader is further ahead
-        self.schema_hash = dataset.schema.hash()
+        self.schema_hash, self.data_identity = dataset.schema.hash(), dataset.identity("train")
 
     def resume(self) -> None:
         """Go on from the last complete checkpoint, if there is one."""
@@ -82,19 +83,21 @@ class Trainer:
         if folder is None:
             return
         progress = load_checkpoint(folder, self.module, self.optimizer)
-        if progress["steps_per_epoch"] != self.reader.num_steps:
-            seen = progress["steps_per_epoch"]
-            raise DataError(
-                f"{folder} counts {seen} steps an epoch, the data set gives {self.reader.num_steps}", "resume with the data set of the run"
-            )
-        self.step = progress["step"]
+        if progress["data"] != self.data_identity:
+            raise DataError(f"{folder} was trained on other rows than the training split holds now", "resume with the data set of the run")
+        if progress["step"] > self.total_steps:
+            raise ConfigError(f"{folder} is past the {self.total_steps} steps of training.epochs", "ask for as many epochs or more")
+        self.step, self.warm_up_steps = progress["step"], progress["warm_up_steps"]
 
     def train(self) -> dict[str, Any]:
         """Train to the end, log, save, and finish the run."""
         started, first_step = time.perf_counter(), self.step
         record: dict[str, Any] = {}
+        if first_step == self.total_steps and (finished := on_main(self.runtime, self._finished)) is not None:
+            return finished
         rows_left = (self.total_steps - self.step) * self.reader.num_rows // self.reader.num_steps
-        with MetricsLog(self.out, self.runtime) as log, Progress("train", rows_left, self.runtime.is_main) as progress:
+        on_main(self.runtime, self._prepare)
+        with MetricsLog(self.out, self.runtime, first_step) as log, Progress("train", rows_left, self.runtime.is_main) as progress:
             for record in self.records():
                 log.write(record)
                 losses = [f"{name} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
@@ -114,7 +117,7 @@ class Trainer:
             "schema_hash": self.schema_hash,
             "seconds": round(seconds, 3),
             "rows_per_s": round(rows / seconds, 1),
-            "last_metrics": record,
+            "last_metrics": record or on_main(self.runtime, lambda: last_record(self.out)),
         }
         on_main(self.runtime, lambda: finish_run(self.out, summary))
         return {"run": str(self.out), **summary}
@@ -125,18 +128,29 @@ class Trainer:
         metrics = TrainingMetrics(self.runtime)
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
         batches = self._batches()
-        warm_up_steps = self.config.objective.propensity.warmup_fraction * self.total_steps
         while self.step < self.total_steps:
             self.loss.phase = self.objective.phase(self.step)
-            self.loss.warm_up = self.step < warm_up_steps
+            self.loss.warm_up = self.step < self.warm_up_steps
             metrics.add(pipeline.progress(batches))
             self.step += 1
             last = self.step == self.total_steps
-            if last or self.step % training.log_every_steps == 0:
+            saves = last or (training.checkpoint_every_steps is not None and self.step % training.checkpoint_every_steps == 0)
+            if saves or self.step % training.log_every_steps == 0:  # a record checks the losses: no checkpoint without one
                 yield metrics.record(self.step, (self.step - 1) // self.reader.num_steps, LOSS_TERMS)
-            if last or (training.checkpoint_every_steps and self.step % training.checkpoint_every_steps == 0):
-                progress = {"step": self.step, "steps_per_epoch": self.reader.num_steps}
+            if saves:
+                progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
                 save_checkpoint(self.out, self.step, progress, self.module, self.optimizer, self.runtime)
+
+    def _prepare(self) -> None:
+        go_on(self.out, self.step)
+        write_json(self.out / "plan.json", self.plan)
+
+    def _finished(self) -> dict[str, Any] | None:
+        """What the finished run says of itself; None when it is not finished."""
+        if not (self.out / MANIFEST).exists():
+            return None
+        manifest = read_manifest(self.out, "run")
+        return {"run": str(self.out), **{name: value for name, value in manifest.items() if name not in ("kind", "version")}}
 
     def _batches(self) -> Iterator[Batch]:
         """All batches still to be trained, epoch after epoch."""
