@@ -111,6 +111,10 @@ class FeatureConfig(Section):
             raise ValueError("weights_column is for kind weighted_list only")
         if self.log1p and self.kind != "numeric":
             raise ValueError("log1p is for kind numeric only")
+        if self.kind == "numeric":
+            for name in ("min_count", "max_size", "oov_rows", "hash_size", "pooling"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} has no effect on kind numeric, which has no table")
         if self.hash_size is not None and (self.min_count > 1 or self.max_size is not None):
             raise ValueError("hash_size excludes min_count and max_size: hashing keeps no vocabulary")
         return self

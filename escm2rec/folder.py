@@ -56,7 +56,13 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
         path.rmdir()
         return
     if not overwrite:
-        raise ConfigError(f"the output folder {path} exists", "choose another --out, or pass --overwrite to replace it")
+        unfinished = kind == "run" and (path / RUN_CONFIG).is_file() and not (path / MANIFEST).is_file()
+        hint = (
+            "--resume goes on with the run, --overwrite drops it"
+            if unfinished
+            else "choose another --out, or pass --overwrite to replace it"
+        )
+        raise ConfigError(f"the output folder {path} exists", hint)
     if not _is_of_kind(path, kind):
         raise ConfigError(f"will not overwrite {path}: it holds no {kind} that escm2rec made", "choose another --out, or remove it by hand")
 
@@ -95,7 +101,8 @@ def read_manifest(folder: Path, kind: str, required: frozenset[str] = frozenset(
         raise DataError(f"no {kind} at {folder}", "check the path")
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(f"the {kind} at {folder} is incomplete: it has no {MANIFEST}", f"run the command that makes the {kind} again")
+        hint = "train with --resume goes on with it" if kind == "run" else f"run the command that makes the {kind} again"
+        raise DataError(f"the {kind} at {folder} is incomplete: it has no {MANIFEST}", hint)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

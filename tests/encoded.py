@@ -79,7 +79,7 @@ def write_dataset(out: Path, rows: dict[str, int], rows_per_file: int = 700, row
 
 def config(*overrides: str) -> Config:
     """A small config; its data section is not used, because the data set is there already."""
-    data = {"source": {"kind": "table"}, "features": [{"name": name, "kind": "categorical"} for name in TABLE_ROWS]}
+    data = {"source": {"kind": "table"}, "features": [{"name": each.name, "kind": each.kind} for each in schema().features]}
     tree = {
         "data": {**data, "split": {"by": "hash", "train": 1.0}},
         "model": {"embedding_dim": 8, "tower_hidden": [16]},

@@ -46,6 +46,10 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"features": [{"name": "a", "kind": "numeric"}]}},
         "config: data.features: at least one must have a table, all are of kind numeric",
     ),
+    "a table's key on a number": (
+        {"data": {"features": [{"name": "a", "kind": "numeric", "min_count": 3}]}},
+        "data.features.0: min_count has no effect on kind numeric",
+    ),
     "log1p of ids": (
         {"data": {"features": [{"name": "a", "kind": "list", "log1p": True}]}},
         "data.features.0: log1p is for kind numeric only",

@@ -152,7 +152,7 @@ def test_a_conversion_without_click_follows_the_rule(tmp_path: Path, kind: str) 
     else:
         logs = write_parquet(tmp_path / "a.parquet", {"c": [1, 2, 3], "click": [0, 0, 1], "conversion": [0, 1, 1]})
         configs = {rule: table_config(ONE, conversion_without_click=rule) for rule in ("refuse", "drop", "click")}
-    with pytest.raises(DataError, match=r"row 2, column click: conversion without click: .*\nhint: set data.conversion_without_click"):
+    with pytest.raises(DataError, match=r"row 2: conversion without click: .*\nhint: set data.conversion_without_click"):
         preprocess(configs["refuse"], logs, tmp_path / "refuse")
     dropped, result = made(configs["drop"], logs, tmp_path / "drop")
     assert [(row["click"], row["conversion"]) for row in read_split(dropped)] == [(0, 0), (1, 1)]

@@ -277,3 +277,9 @@ def test_a_number_beyond_float32_is_refused(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", {"n": [1.0, 1e39]})
     with pytest.raises(DataError, match=r"row 2, column n: number: expected a number that fits float32 .*found 1e\+39"):
         preprocess(table_config([NUMERIC]), source, tmp_path / "out")
+
+
+def test_a_weights_column_beside_csv_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("l,w,click,conversion\n1|2,0.5|1,0,0\n")
+    with pytest.raises(DataError, match=r"feature 'l' has a weights_column, which is for Parquet\nhint: .*: 12:0\.5\|7:1"):
+        preprocess(table_config([WEIGHTED]), tmp_path / "a.csv", tmp_path / "out")

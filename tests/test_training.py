@@ -140,19 +140,22 @@ def test_a_damaged_checkpoint_and_another_config_are_refused(data: Path, tmp_pat
     assert shards
     for shard in shards:
         shard.write_bytes(shard.read_bytes()[:100])
+    changed = "data.features=[{name: user, kind: list}, {name: tags, kind: list}]"
     results = run_ranks(
         1,
         [
+            (train, {**call, "out": str(tmp_path / "new"), "overrides": [changed]}),
             (train, call),
             (train, {**call, "resume": True, "overrides": ["objective.kind=naive", "model.embedding_dim=16"]}),
             (train, {**call, "resume": True, "overrides": [*OBJECTIVES["esmm"], "training.epochs=2"]}),
         ],
         tmp_path / "again",
     )
-    assert [result["error"] for result in results] == ["ConfigError", "ConfigError", "DataError"]
-    assert f"the output folder {out} exists" in results[0]["message"]
-    assert "was trained with another config: model.embedding_dim, objective.kind differ(s)" in results[1]["message"]
-    assert f"cannot load checkpoint {out / 'checkpoints' / 'step-20'}" in results[2]["message"]
+    assert [result["error"] for result in results] == ["ConfigError", "ConfigError", "ConfigError", "DataError"]
+    assert "feature 'age': the config says no such feature, the data set at" in results[0]["message"]
+    assert f"the output folder {out} exists" in results[1]["message"]
+    assert "was trained with another config: model.embedding_dim, objective.kind differ(s)" in results[2]["message"]
+    assert f"cannot load checkpoint {out / 'checkpoints' / 'step-20'}: rank 0: " in results[3]["message"]
 
 
 def test_a_training_that_diverges_ends_and_looks_unfinished(data: Path, tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def raw_files(source: AliccpSource | TableSource, path: Path, labels: bool = Tru
     else:
         raise DataError(f"no raw logs at {path}", "check the path")
     if not found:
-        raise DataError(f"no file in {path} matches the pattern {pattern!r}", "set data.source to the names of the files")
+        hint = "set data.source to the names of the files" if labels else "pass the files themselves"
+        raise DataError(f"no file in {path} matches the pattern {pattern!r}", hint)
     if isinstance(source, AliccpSource):
         return [_with_companions(source, skeleton, labels) for skeleton in found]
     return [RawFile(file) for file in found]

@@ -203,5 +203,8 @@ def fit(config: DataConfig, opened: Iterable[OpenFile], vocabulary: Path, worker
         for file in opened:
             fitter.add_file(file, workers)
     if not fitter.rows:
-        raise DataError("no row belongs to the training split", "check data.split, and the rejected rows if data.bad_rows is count")
+        raise DataError(
+            "no row belongs to the training split",
+            "has the input rows? then check data.split, and the rejected rows if data.bad_rows is count",
+        )
     return fitter.finish(vocabulary)

@@ -20,7 +20,7 @@ def apply_click_rule(block: RawBlock, rule: ClickRule) -> tuple[RawBlock, Reject
     if not len(rows):
         return block, None, []
     lines = block.lines[rows[:FIRST_OFFENDERS]].tolist()
-    met = Rejection(CONVERSION, str(block.file.path), "click", len(rows), lines, ["click 0 and conversion 1"] * len(lines))
+    met = Rejection(CONVERSION, str(block.file.path), "", len(rows), lines, ["click 0 and conversion 1"] * len(lines))
     if rule == "click":
         return replace(block, labels={**block.labels, "click": np.maximum(click, conversion)}), met, []
     kept = np.flatnonzero((conversion == 0) | (click == 1))

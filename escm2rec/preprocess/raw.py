@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from escm2rec.errors import DataError
 from escm2rec.preprocess.block import Request
 from escm2rec.preprocess.encoder import Encoder
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.parallel import default_workers, ordered_map
-from escm2rec.preprocess.rejections import Rejected
+from escm2rec.preprocess.rejections import Rejected, Rejection
 from escm2rec.preprocess.sources import Opener, common_of
 from escm2rec.schema import Schema
 
@@ -51,7 +52,14 @@ def encode_raw(
             records = common_of(opened)
             common = encoder.common(records, folder / "encoded") if records is not None else None
             for block in ordered_map(opened.tasks(), workers):
-                rejected.add(block.rejections)
+                _refuse(rejected, block.rejections)
                 for table, _ in encoder.tables(block, common, block_rows):
                     yield EncodedBlock(file.path, table)
             shutil.rmtree(folder, ignore_errors=True)  # a table makes none
+
+
+def _refuse(rejected: Rejected, rejections: list[Rejection]) -> None:
+    try:
+        rejected.add(rejections)
+    except DataError as error:
+        raise DataError(error.message, "mend the input: every row gets a score, or none") from error

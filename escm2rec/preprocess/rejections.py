@@ -46,7 +46,7 @@ COLUMNS = Reason("number of columns", "as many columns as the header names")
 CONVERSION = Reason(
     "conversion without click",
     "no conversion where click is 0",
-    "set data.conversion_without_click to drop or click to keep going",
+    "set data.conversion_without_click: drop leaves such rows out, click keeps them as clicks",
 )
 NO_SPLIT = Reason("no split", "a row that belongs to train, validation or test")
 

@@ -75,6 +75,12 @@ def raw_column(feature: Feature, columns: Callable[[str], TableColumn], source: 
         values = _values(column, column.array.drop_null(), np.flatnonzero(held))
         return Ragged(values, offsets_of(held))
     if column.is_csv:
+        if feature.weights_column is not None:
+            example = source.list_separator.join(f"{value}{source.weight_separator}{weight}" for value, weight in ((12, 0.5), (7, 1)))
+            raise DataError(
+                f"{column.path}: feature {feature.name!r} has a weights_column, which is for Parquet",
+                f"in a CSV cell write each value with its weight: {example}",
+            )
         return _csv_list(feature, column, source)
     weights = columns(feature.weights_column) if feature.weights_column is not None else None
     return _parquet_list(feature, column, weights)

@@ -70,7 +70,7 @@ def load_checkpoint(folder: Path, module: DistributedModelParallel, optimizer: C
     try:
         dcp.load(state, checkpoint_id=folder)
     except (OSError, RuntimeError, ValueError, KeyError, json.JSONDecodeError, CheckpointException) as error:
-        hint = "it is damaged, or of another model or schema; split columns under row-wise Adagrad load only under the same split"
+        hint = "it is damaged, or of another model, schema or split of columns; once it is removed, --resume goes on from the one before"
         raise DataError(f"cannot load checkpoint {folder}: {_cause(error)}", hint) from error
     module.load_state_dict(state["model"])
     if optimizer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from escm2rec.training.checkpoint import latest_checkpoint, load_checkpoint, sav
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
 from escm2rec.training.run import finish_run, go_on, last_record, start_run
 from escm2rec.training.step import Loss, TrainingModel
+
+logger = logging.getLogger(__name__)
 
 LOSS_TERMS = ("ctr", "cvr", "ctcvr", "imputation")
 
@@ -97,6 +100,10 @@ class Trainer:
             return finished
         rows_left = (self.total_steps - self.step) * self.reader.num_rows // self.reader.num_steps
         on_main(self.runtime, self._prepare)
+        if self.objective.kind.startswith("escm2") and self.warm_up_steps >= self.total_steps:
+            logger.warning(
+                "all %d steps are warm-up: the base CTR stays the propensity; train on more, or in smaller batches", self.total_steps
+            )
         with MetricsLog(self.out, self.runtime, first_step) as log, Progress("train", rows_left, self.runtime.is_main) as progress:
             for record in self.records():
                 log.write(record)
@@ -166,5 +173,27 @@ def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool)
         raise DataError(
             f"the negatives of {data} were down-sampled, which training does not correct yet", "preprocess without down-sampling"
         )
+    _check_features(config, dataset)
+    _warn_of_labels(dataset.split_counts("train"))
     start_run(out, config, dataset, resume, overwrite)
     return dataset
+
+
+def _check_features(config: Config, dataset: Dataset) -> None:
+    """ConfigError when the config describes other features than the data set was made with."""
+    asked = {feature.name: (feature.kind, feature.column) for feature in config.data.features}
+    held = {feature.name: (feature.kind, feature.column) for feature in dataset.schema.features}
+    for name in sorted(asked.keys() | held.keys()):
+        if asked.get(name) != held.get(name):
+            said = [" of column ".join(features[name]) if name in features else "no such feature" for features in (asked, held)]
+            raise ConfigError(
+                f"feature {name!r}: the config says {said[0]}, the data set at {dataset.path} was made with {said[1]}",
+                "preprocess again with this config, or train with the config of the data set",
+            )
+
+
+def _warn_of_labels(counts: dict[str, int]) -> None:
+    for label, learned in (("clicks", "neither CTR nor CVR"), ("conversions", "no CVR")):
+        if not counts[label]:
+            logger.warning("the training split has no %s: %s can be learned from it", label, learned)
+            return
