@@ -304,6 +304,10 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(8192, ge=1, description="Impressions of one step, over all ranks.")
     sparse_learning_rate: float = Field(0.05, gt=0, description="Learning rate of the tables (row-wise Adagrad).")
     dense_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of everything else (AdamW).")
+    learning_rate_decay: Literal["linear", "none"] = Field(
+        "linear",
+        description="Let both learning rates fall to 0 over all steps, or stay: then the last batches leave their noise in the rates.",
+    )
     dense_weight_decay: float = Field(0.0, ge=0, description="Weight decay of everything else.")
     shuffle_lanes: int = Field(8, ge=1, description="How many places of the data set each batch mixes.")
     prefetch_batches: int = Field(4, ge=1, description="Batches read ahead by the background thread.")

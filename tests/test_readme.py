@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -46,3 +47,22 @@ def test_every_verb_is_told_with_its_options() -> None:
     for verb, options in told.items():
         known = {option for parameter in commands.commands[verb].params for option in parameter.opts}  # type: ignore[attr-defined]
         assert set(re.findall(r"--[a-z]+", options)) <= known
+
+
+def test_no_place_is_left_unfilled() -> None:
+    assert re.findall(r"^[A-Z]+_[A-Z]+$", README, re.M) == []
+
+
+def test_figures_are_those_of_the_results() -> None:
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "docs" / "results").glob("*.json")}
+    assert set(results) == {"train", "preprocess", "hillstrom"}
+    ratios = [ranks["median_ratio"] for ranks in results["train"]["by_ranks"]]
+    assert f"{ratios[0]:.2f} on 1 rank" in README
+    assert f"{ratios[1]:.2f} on 2 ranks" in README
+    assert min(ratios) >= 0.9
+    whole = {each["impressions"]: each for each in results["preprocess"]["whole"]}
+    assert f"{whole[1_000_000]['mb_per_s']:.0f} MB/s of text" in README
+    assert min(each["mb_per_s"] for each in whole.values()) >= 20
+    means = results["hillstrom"]["mean_calibration"]
+    assert f"CTR {means['ctr']:.3f}, CVR {means['cvr_clicked']:.3f}, CTCVR {means['ctcvr']:.3f}" in README
+    assert f"{15 - len(results['hillstrom']['outside'])} of 15 intervals" in README

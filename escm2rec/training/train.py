@@ -64,6 +64,7 @@ class Trainer:
         self.module: DistributedModelParallel = sharded.module
         self.plan = {"world_size": runtime.world_size, **plan_as_json(sharded.plan)}
         self.optimizer: CombinedOptimizer = build_optimizer(self.module, training.dense_learning_rate, training.dense_weight_decay)
+        self.learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.reader = Reader(
             dataset,
             "train",
@@ -136,6 +137,7 @@ class Trainer:
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
         batches = self._batches()
         while self.step < self.total_steps:
+            self._set_learning_rates()
             self.loss.phase = self.objective.phase(self.step)
             self.loss.warm_up = self.step < self.warm_up_steps
             metrics.add(pipeline.progress(batches))
@@ -147,6 +149,12 @@ class Trainer:
             if saves:
                 progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
                 save_checkpoint(self.out, self.step, progress, self.module, self.optimizer, self.runtime)
+
+    def _set_learning_rates(self) -> None:
+        """Those of the next step, a function of the step alone."""
+        left = 1 - self.step / self.total_steps if self.config.training.learning_rate_decay == "linear" else 1.0
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+            group["lr"] = rate * left
 
     def _prepare(self) -> None:
         go_on(self.out, self.step)
