@@ -1,7 +1,7 @@
 # install   create .venv with the pinned packages (BUILD=cpu|cuda, by default what nvidia-smi says; PYTHON=python3.12)
 # test      ruff, mypy and pytest, as .ci/run does
 # demo      simulate, preprocess, train, evaluate and score in .demo
-# bench     every benchmark; each prints JSON
+# bench     the speed benchmarks; each prints JSON
 # wheel     build dist/*.whl
 # clean     remove what these made, but not .venv
 
@@ -54,9 +54,8 @@ demo: install
 	$(BIN)/python apps/demo.py --out .demo
 
 bench: install
-	@set -e; for file in $$(grep -l '__main__' benchmarks/*.py); do \
-	  name=$$(basename "$$file" .py); echo "benchmarks.$$name" >&2; $(BIN)/python -m "benchmarks.$$name"; \
-	done
+	$(BIN)/python -m benchmarks.preprocess
+	$(BIN)/python -m benchmarks.train
 
 wheel: install
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -195,7 +195,9 @@ def _fact(value: Any) -> str:
     """A run fact as text: numbers as the tables show them, nested values as JSON."""
     if isinstance(value, str) or value is None or isinstance(value, bool):
         return "–" if value is None else str(value)
-    return number(value, 6) if isinstance(value, int | float) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, int | float):
+        return number(value) if isinstance(value, int) else f"{value:,.6g}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _observed(report: Record) -> str:
