@@ -196,8 +196,11 @@ def config_check(
 ) -> Result:
     """Check a config and print it complete, every default filled in."""
     from escm2rec.config import load_config
+    from escm2rec.training.build import build_objective
 
-    return load_config(config, overrides).model_dump(mode="json")
+    checked = load_config(config, overrides)
+    build_objective(checked.objective, base_ctr=0.5)
+    return checked.model_dump(mode="json")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from escm2rec.errors import ConfigError
 
@@ -227,7 +227,21 @@ class ModelConfig(Section):
 
 # --- objective ----------------------------------------------------------------------------------
 
-ObjectiveKind = Literal["esmm", "naive", "naive+ctcvr", "escm2-ips", "escm2-dr"]
+# One name a file in objectives/estimators/, - and + written _ there.
+ObjectiveKind = Literal[
+    "esmm",
+    "naive",
+    "naive+ctcvr",
+    "direct",
+    "multi-ipw",
+    "multi-dr",
+    "escm2-ips",
+    "escm2-snips",
+    "escm2-dr",
+    "stable-dr",
+    "dcmt",
+    "two-space",
+]
 
 
 class PropensityConfig(Section):
@@ -238,13 +252,24 @@ class PropensityConfig(Section):
     )
     floor_kind: Literal["relative", "absolute"] = Field("relative", description="How floor is read. The paper's is absolute 0.1.")
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of all steps in which q is the base CTR, while the CTR head learns.")
+    calibration: Literal["none", "temperature", "platt"] = Field(
+        "none", description="Fit q to clicks of the validation split: a temperature, or slope and shift (Platt). Changes q only."
+    )
+    calibration_every_steps: int = Field(20, ge=1, description="Steps of training before each step of calibration.")
+    balance: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of DR-V2's balancing term; above 0 a propensity tower of its own learns by it, and q is of that tower.",
+    )
 
 
 class ImputationConfig(Section):
-    """The imputation tower of the doubly robust objective."""
+    """The imputation tower of the objectives that impute."""
 
-    predicts: Literal["error", "label"] = Field(
-        "error", description="error: delta_hat = softplus(tower). label: m = sigmoid(tower), delta_hat = BCE(eta_hat, m)."
+    predicts: Literal["error", "label"] | None = Field(
+        None,
+        description="error: delta_hat = softplus(tower). label: m = sigmoid(tower), delta_hat = BCE(eta_hat, m). "
+        "By default label for direct and two-space, which need it, error otherwise.",
     )
     weighting: Literal["dr-jl", "mrdr", "dr-bias", "dr-mse"] = Field(
         "dr-jl", description="v of the imputation loss: 1/q, (1-q)/q^2, (1-q)^2/q^3, or a mixture of the last two."
@@ -263,32 +288,42 @@ class ImputationConfig(Section):
     cvr_steps: int = Field(1, ge=1, description="CVR steps before each imputation step, when alternating.")
     trains_embedding: bool = Field(False, description="Let the imputation loss reach the shared part and the embeddings.")
 
-    @model_validator(mode="after")
-    def _label_options(self) -> Self:
-        if self.predicts == "error" and self.loss == "bce":
-            raise ValueError("loss bce needs predicts: label (an error is not a probability)")
-        if self.predicts == "error" and self.clip_pseudo_labels:
-            raise ValueError("clip_pseudo_labels needs predicts: label")
-        return self
+
+class LambdaRamp(Section):
+    """A weight that changes in a straight line over training."""
+
+    start: float = Field(ge=0, description="Weight at the first step.")
+    end: float = Field(ge=0, description="Weight when the share `until` of all steps is done, and after it.")
+    until: float = Field(1.0, gt=0, le=1, description="Share of all steps over which it changes.")
+
+
+def _lambda_tag(value: Any) -> str:
+    if isinstance(value, dict | LambdaRamp):
+        return "ramp"
+    return "learned" if isinstance(value, str) else "number"
+
+
+Lambda = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[LambdaRamp, Tag("ramp")] | Annotated[Literal["learned"], Tag("learned")],
+    Discriminator(_lambda_tag),
+]
 
 
 class ObjectiveConfig(Section):
     """L = L_CTR + lambda_c L_CVR + lambda_g L_CTCVR (docs/method.md)."""
 
     kind: ObjectiveKind = Field("escm2-dr", description="Which CVR loss.")
-    lambda_c: float = Field(0.5, ge=0, description="Weight of the CVR loss.")
-    lambda_g: float = Field(1.0, ge=0, description="Weight of the CTCVR loss.")
+    lambda_c: Lambda = Field(0.5, description="Weight of the CVR loss: a number, a ramp (start, end, until), or learned.")
+    lambda_g: Lambda = Field(1.0, description="Weight of the CTCVR loss: a number, a ramp, or learned.")
     lambda_imp: float = Field(1.0, gt=0, description="Weight of the imputation loss.")
     ctcvr_detach_ctr: bool | None = Field(
-        None, description="Keep L_CTCVR from training the CTR head; by default true for escm2-ips and escm2-dr, false otherwise."
+        None, description="Keep L_CTCVR from training the CTR head; by default true where q weighs impressions, false for esmm and naive."
     )
     propensity: PropensityConfig = Field(PropensityConfig(), description="The propensity as a weight.")
-    imputation: ImputationConfig = Field(ImputationConfig(), description="The imputation tower (escm2-dr).")
-
-    @property
-    def detaches_ctr(self) -> bool:
-        """`ctcvr_detach_ctr`, or its default for this kind."""
-        return self.kind in ("escm2-ips", "escm2-dr") if self.ctcvr_detach_ctr is None else self.ctcvr_detach_ctr
+    imputation: ImputationConfig = Field(ImputationConfig(), description="The imputation tower (direct, two-space and the *-dr).")
+    two_space_beta: float = Field(1.0, ge=0, description="Weight of the unclicked impressions in two-space.")
+    dcmt_consistency: float = Field(1e-3, ge=0, description="Weight of |1 - eta_hat - eta_star| in dcmt.")
+    stability: float = Field(1.0, ge=0, description="Weight of the constraint on the propensity tower of stable-dr.")
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -447,11 +482,11 @@ def _problem_lines(error: ValidationError, root: type[BaseModel] = Config) -> It
 
 def _readable_path(loc: tuple[int | str, ...]) -> str:
     # Discriminated unions put the tag ("aliccp", "hash", ...) into the path; a person has not written it there as a key.
-    tags = {"aliccp", "table", "file", "column", "hash", "shared_bottom", "mmoe"}
+    tags = {"aliccp", "table", "file", "column", "hash", "shared_bottom", "mmoe", "number", "ramp", "learned"}
     parts = [
         str(part)
         for index, part in enumerate(loc)
-        if not (part in tags and index > 0 and loc[index - 1] in ("source", "split", "backbone"))
+        if not (part in tags and index > 0 and loc[index - 1] in ("source", "split", "backbone", "lambda_c", "lambda_g"))
     ]
     return ".".join(parts) or "config"
 

@@ -34,7 +34,15 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "out of range": ({"objective": {"lambda_c": -1}}, "objective.lambda_c: Input should be greater than or equal to 0 (got -1)"),
     "unknown objective": (
         {"objective": {"kind": "escm3"}},
-        "objective.kind: Input should be 'esmm', 'naive', 'naive+ctcvr', 'escm2-ips' or 'escm2-dr'",
+        "objective.kind: Input should be 'esmm', 'naive', 'naive+ctcvr', 'direct', 'multi-ipw', 'multi-dr', 'escm2-ips', 'escm2-snips', ",
+    ),
+    "a ramp that ends never": (
+        {"objective": {"lambda_c": {"start": 0, "end": 1, "until": 2}}},
+        "objective.lambda_c.until: Input should be less than or equal to 1 (got 2)",
+    ),
+    "a weight of another kind": (
+        {"objective": {"lambda_g": "adaptive"}},
+        "objective.lambda_g: Input should be 'learned' (got ",
     ),
     "missing": ({"data": {"features": [{"name": "user"}]}}, "data.features.0.kind: required, missing"),
     "reserved name": ({"data": {"features": [{"name": "click", "kind": "numeric"}]}}, "data.features.0: 'click' is a reserved column"),
@@ -90,11 +98,6 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         "config: training.sharding names no table 'usr'; did you mean 'user'?",
     ),
     "sharding of a number": ({"training": {"sharding": {"price": "row_wise"}}}, "config: training.sharding names no table 'price'"),
-    "BCE of errors": ({"objective": {"imputation": {"loss": "bce"}}}, "objective.imputation: loss bce needs predicts: label"),
-    "clipped errors": (
-        {"objective": {"imputation": {"clip_pseudo_labels": True}}},
-        "objective.imputation: clip_pseudo_labels needs predicts: label",
-    ),
 }
 
 
@@ -160,13 +163,6 @@ def test_a_wrong_override_is_told(override: str) -> None:
 def test_a_complete_config_reads_back_as_itself() -> None:
     config = parse_config(tree(objective={"kind": "escm2-ips"}, model={"backbone": {"kind": "mmoe"}}))
     assert parse_config(config.model_dump(mode="json")) == config
-
-
-def test_the_ctr_head_is_left_to_its_own_loss_by_default_where_it_weighs() -> None:
-    expected = {"esmm": False, "naive": False, "naive+ctcvr": False, "escm2-ips": True, "escm2-dr": True}
-    found = {kind: parse_config(tree(objective={"kind": kind})).objective.detaches_ctr for kind in expected}
-    assert found == expected
-    assert parse_config(tree(objective={"kind": "escm2-ips", "ctcvr_detach_ctr": False})).objective.detaches_ctr is False
 
 
 def test_simulate_needs_no_config() -> None:

@@ -14,8 +14,8 @@ from escm2rec.models.backbone import Backbone, Mmoe, SharedBottom, SoftmaxGate
 from escm2rec.models.head import Escm2Head
 from escm2rec.models.predictions import Predictions
 from escm2rec.models.tower import Tower
-from escm2rec.objectives.objective import Phase
-from escm2rec.objectives.reduction import local_denominators, reduce_terms
+from escm2rec.objectives.objective import Phase, Stage
+from escm2rec.objectives.reduction import local_sums, reduce_terms
 from tests.objectives_world import make_objective
 
 NUM_INPUTS = 6
@@ -28,7 +28,7 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 
 def make_head(backbone: str, imputation: bool = True, trains_shared: bool = False) -> Escm2Head:
     torch.manual_seed(0)
-    return Escm2Head(NUM_INPUTS, BACKBONES[backbone](), (7,), imputation, trains_shared)
+    return Escm2Head(NUM_INPUTS, BACKBONES[backbone](), (7,), {"imputation"} if imputation else (), trains_shared)
 
 
 def make_inputs(rows: int = 8) -> Tensor:
@@ -41,8 +41,8 @@ def step(head: nn.Module, inputs: Tensor, phase: Phase) -> Tensor:
     predictions = head(inputs)
     assert isinstance(predictions, Predictions)
     objective = make_objective("escm2-dr", predicts="label")
-    terms = objective.terms(predictions, rows % 2, rows % 4 == 1, torch.ones(len(inputs)), phase, warm_up=False)
-    loss, _ = reduce_terms(terms, local_denominators(terms), world_size=1)
+    terms = objective.terms(predictions, rows % 2, rows % 4 == 1, torch.ones(len(inputs)), Stage(phase))
+    loss, _ = reduce_terms(terms, local_sums(terms), world_size=1)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
@@ -60,7 +60,8 @@ def imputation_names(head: nn.Module) -> set[str]:
 @pytest.mark.parametrize("rows", [0, 1, 8])
 def test_logits_are_one_a_row(backbone: str, rows: int) -> None:
     predictions = make_head(backbone)(make_inputs(rows))
-    assert [logit.shape for logit in predictions] == [(rows,)] * 3
+    assert [logit.shape for logit in predictions[:3]] == [(rows,)] * 3
+    assert predictions[3:] == (None, None, None)
     assert make_head(backbone, imputation=False)(make_inputs(rows)).imputation_logit is None
 
 

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from escm2rec.objectives.objective import Kind, Phase
-from tests.objectives_world import KINDS, close, make_batch, make_objective, take_step
+from escm2rec.objectives.objective import Phase, Stage
+from tests.objectives_world import KINDS, close, make_batch, make_objective, take_step, whole_phase
 
 ROWS = 12
 
 
 @pytest.mark.parametrize("kind", ["naive", "naive+ctcvr", "escm2-ips", "escm2-dr"])
 @pytest.mark.parametrize("predicts", ["error", "label"])
-def test_cvr_loss_leaves_the_ctr_tower_alone(kind: Kind, predicts: str) -> None:
+def test_cvr_loss_leaves_the_ctr_tower_alone(kind: str, predicts: str) -> None:
     step = take_step(make_objective(kind, predicts=predicts, floor=0.05), make_batch(), only="cvr")
     assert step.ctr_grad is None
     assert step.imputation_grad is None
@@ -32,7 +32,7 @@ def test_ctcvr_trains_the_ctr_tower_only_when_not_detached(detach_ctr: bool) -> 
 def test_esmm_gradient_in_the_cvr_logit() -> None:
     """(1 - eta)(p eta - c)/(1 - p eta): an unclicked row counts against conversion with about its propensity."""
     batch = make_batch()
-    a, z, _ = batch.logits()
+    a, z, *_ = batch.logits()
     p, eta = torch.sigmoid(a), torch.sigmoid(z)
     expected = (1 - eta) * (p * eta - batch.click * batch.conversion) / (1 - p * eta)
     step = take_step(make_objective("esmm"), batch)
@@ -54,7 +54,7 @@ def test_gradient_of_dr_with_imputed_error_is_that_of_ips() -> None:
 def test_gradient_of_dr_with_imputed_labels() -> None:
     """(eta - m) + (o/q)(m - r): unclicked impressions teach the CVR tower too."""
     batch = make_batch()
-    a, z, h = batch.logits()
+    a, z, h, *_ = batch.logits()
     q, m = torch.sigmoid(a).clamp(min=0.05), torch.sigmoid(h)
     expected = torch.sigmoid(z) - m + batch.click / q * (m - batch.conversion)
     step = take_step(make_objective("escm2-dr", predicts="label", floor=0.05), batch, only="cvr")
@@ -66,12 +66,12 @@ def test_gradient_of_dr_with_imputed_labels() -> None:
 def test_clipped_pseudo_labels_bound_the_loss_below() -> None:
     # A memorising model drives the unclipped loss to minus infinity; the clipped one has its least at 0.
     batch = make_batch()
-    a, _, h = batch.logits()
+    a, _, h, *_ = batch.logits()
     eager = batch._replace(predictions=batch.predictions._replace(cvr_logit=(60 * (2 * batch.conversion - 1)).requires_grad_()))
     free, clipped = (make_objective("escm2-dr", predicts="label", clip_pseudo_labels=clip) for clip in (False, True))
-    assert take_step(free, eager).shares["cvr"] < -10
-    assert take_step(clipped, eager).shares["cvr"] >= 0
-    labels = clipped.pseudo_labels(batch.predictions, batch.click, batch.conversion, warm_up=False)
+    assert take_step(free, eager).values["cvr"] < -10
+    assert take_step(clipped, eager).values["cvr"] >= 0
+    labels = clipped.pseudo_labels(batch.predictions, batch.click, batch.conversion, Stage("cvr"))
     expected = torch.sigmoid(h) + batch.click / torch.sigmoid(a) * (batch.conversion - torch.sigmoid(h))
     assert close(labels, expected.detach())
     assert not labels.requires_grad
@@ -89,7 +89,7 @@ def test_imputation_phase_trains_the_imputation_alone(predicts: str, loss: str) 
 
 def test_cvr_phase_holds_the_imputation() -> None:
     step = take_step(make_objective("escm2-dr"), make_batch(), phase="cvr")
-    assert set(step.shares) == {"ctr", "cvr", "ctcvr"}
+    assert set(step.values) == {"ctr", "cvr", "ctcvr"}
     assert step.imputation_grad is None
 
 
@@ -97,7 +97,7 @@ def test_cvr_phase_holds_the_imputation() -> None:
 def test_joint_phase_is_both_phases_at_once(predicts: str) -> None:
     objective = make_objective("escm2-dr", predicts=predicts, lambda_imp=0.7)
     cvr, imputation, joint = (take_step(objective, make_batch(), phase=phase) for phase in ("cvr", "imputation", "joint"))
-    assert list(joint.shares) == ["ctr", "cvr", "ctcvr", "imputation"]
+    assert list(joint.values) == ["ctr", "cvr", "ctcvr", "imputation"]
     assert cvr.ctr_grad is not None
     assert cvr.cvr_grad is not None
     assert imputation.imputation_grad is not None
@@ -111,7 +111,7 @@ def test_joint_phase_is_both_phases_at_once(predicts: str) -> None:
 @pytest.mark.parametrize("normalise", [False, True])
 def test_imputation_loss_by_its_formula(weighting: str, normalise: bool) -> None:
     batch = make_batch()
-    a, z, h = batch.logits()
+    a, z, h, *_ = batch.logits()
     q = torch.sigmoid(a)
     v = {
         "dr-jl": 1 / q,
@@ -133,15 +133,15 @@ def test_imputation_of_labels_is_blind_at_an_undecided_cvr_tower_unless_bce() ->
     seen = take_step(squared, blind, phase="imputation").imputation_grad
     assert seen is not None
     assert (seen == 0).all()
-    a, _, h = blind.logits()
+    a, _, h, *_ = blind.logits()
     expected = batch.weight * batch.click / torch.sigmoid(a) * (torch.sigmoid(h) - batch.conversion) / batch.weight.sum()
     assert close(take_step(bce, blind, phase="imputation").imputation_grad, expected.detach())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unclicked_conversions_change_nothing(kind: Kind) -> None:
+def test_unclicked_conversions_change_nothing(kind: str) -> None:
     # Not even NaN: what was never observed is never read.
-    phase: Phase = "joint" if kind == "escm2-dr" else "cvr"
+    phase: Phase = whole_phase(kind)
     batch = make_batch()
     reference = take_step(make_objective(kind), batch, phase)
     for value in (1.0, float("nan")):
@@ -154,13 +154,20 @@ def test_unclicked_conversions_change_nothing(kind: Kind) -> None:
 
 
 def test_kinds_differ_by_their_terms() -> None:
-    names = {kind: list(take_step(make_objective(kind), make_batch()).shares) for kind in KINDS}
+    names = {kind: list(take_step(make_objective(kind), make_batch()).values) for kind in KINDS}
     assert names == {
         "esmm": ["ctr", "ctcvr"],
         "naive": ["ctr", "cvr"],
         "naive+ctcvr": ["ctr", "cvr", "ctcvr"],
+        "direct": ["ctr", "cvr"],
+        "multi-ipw": ["ctr", "cvr"],
+        "multi-dr": ["ctr", "cvr"],
         "escm2-ips": ["ctr", "cvr", "ctcvr"],
+        "escm2-snips": ["ctr", "cvr", "ctcvr"],
         "escm2-dr": ["ctr", "cvr", "ctcvr"],
+        "stable-dr": ["ctr", "cvr"],
+        "dcmt": ["ctr", "cvr", "ctcvr"],
+        "two-space": ["ctr", "cvr"],
     }
     with pytest.raises(ValueError, match="esmm has no imputation phase"):
         take_step(make_objective("esmm"), make_batch(), phase="imputation")
@@ -169,13 +176,13 @@ def test_kinds_differ_by_their_terms() -> None:
 def test_dr_without_an_imputation_logit_says_how_to_get_one() -> None:
     batch = make_batch()
     predictions = batch.predictions._replace(imputation_logit=None)
-    with pytest.raises(ValueError, match="imputation=True"):
-        make_objective("escm2-dr").terms(predictions, batch.click, batch.conversion, batch.weight, "cvr", False)
+    with pytest.raises(ValueError, match="needs predictions with a imputation logit: build the head with the tower 'imputation'"):
+        make_objective("escm2-dr").terms(predictions, batch.click, batch.conversion, batch.weight, Stage("cvr"))
 
 
 def test_lambdas_scale_their_terms() -> None:
     step = take_step(make_objective("escm2-dr", lambda_c=0.3, lambda_g=2.0, lambda_imp=0.7), make_batch(), phase="joint")
-    expected = step.shares["ctr"] + 0.3 * step.shares["cvr"] + 2.0 * step.shares["ctcvr"] + 0.7 * step.shares["imputation"]
+    expected = step.values["ctr"] + 0.3 * step.values["cvr"] + 2.0 * step.values["ctcvr"] + 0.7 * step.values["imputation"]
     assert close(step.loss, expected)
 
 
@@ -184,13 +191,17 @@ def test_phases_alternate_k_to_one() -> None:
     assert [make_objective("escm2-dr").phase(step) for step in range(4)] == ["cvr", "imputation"] * 2
     assert {make_objective("escm2-dr", alternate=False).phase(step) for step in range(4)} == {"joint"}
     assert {make_objective("escm2-ips").phase(step) for step in range(4)} == {"cvr"}
-    assert [make_objective(kind).needs_imputation for kind in KINDS] == [False] * 4 + [True]
+    cycle = ["cvr", "imputation", "propensity"]
+    assert [make_objective("stable-dr").phase(step) for step in range(6)] == cycle * 2
+    assert [make_objective("stable-dr", cvr_steps=2).phase(step) for step in range(5)] == ["cvr", *cycle, "cvr"]
+    imputing = {"direct", "multi-dr", "escm2-dr", "stable-dr", "two-space"}
+    assert {kind for kind in KINDS if make_objective(kind).alternates} == imputing
 
 
 def test_warm_up_weights_by_the_base_rate() -> None:
     # Then IPS is naive but for a constant: an untrained p_hat would weight by noise.
     batch = make_batch()
     step = take_step(make_objective("escm2-ips", base_ctr=0.25), batch, warm_up=True, only="cvr")
-    _, z, _ = batch.logits()
+    _, z, *_ = batch.logits()
     expected = batch.weight * batch.click * (torch.sigmoid(z) - batch.conversion) / 0.25 / batch.weight.sum()
     assert close(step.cvr_grad, expected.detach())

@@ -13,8 +13,9 @@ from torch import Tensor
 from escm2rec.models.predictions import Predictions
 from escm2rec.objectives.bce import bce_losses
 from escm2rec.objectives.ctcvr import ctcvr_losses
-from escm2rec.objectives.objective import Kind, Phase
-from tests.objectives_world import KINDS, Batch, make_objective, take_step
+from escm2rec.objectives.estimator import estimator_of
+from escm2rec.objectives.objective import Phase, Stage
+from tests.objectives_world import KINDS, Batch, make_objective, take_step, whole_phase
 
 Array = NDArray[np.float64]
 GRID = np.linspace(-80, 80, 65)
@@ -75,37 +76,39 @@ def extreme_batch(dtype: torch.dtype) -> Batch:
     """Every combination of extreme logits and possible labels, and a weight of 0 among the weights."""
     ends = [-80.0, -17.0, 0.0, 17.0, 80.0]
     labels = [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
-    grid = torch.cartesian_prod(*[torch.tensor(ends)] * 3)
+    grid = torch.cartesian_prod(*[torch.tensor(ends)] * 4)
     logits = grid.repeat(len(labels), 1)
     click, conversion = torch.tensor(labels).repeat_interleave(len(grid), dim=0).unbind(1)
     weight = torch.ones_like(click)
     weight[0] = 0
-    a, z, h = (column.to(dtype).requires_grad_() for column in logits.unbind(1))
-    return Batch(Predictions(a, z, h), click, conversion, weight)
+    a, z, further, own = (column.to(dtype).requires_grad_() for column in logits.unbind(1))
+    imputation, counterfactual = further, further.detach().clone().requires_grad_()
+    return Batch(Predictions(a, z, imputation, counterfactual, own, logits), click, conversion, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("floor", [0.0, 0.01])
 @pytest.mark.parametrize("kind", KINDS)
-def test_everything_is_finite_at_extreme_logits(kind: Kind, floor: float, dtype: torch.dtype) -> None:
-    phase: Phase = "joint" if kind == "escm2-dr" else "cvr"
+def test_everything_is_finite_at_extreme_logits(kind: str, floor: float, dtype: torch.dtype) -> None:
+    phase: Phase = whole_phase(kind)
     variants: list[dict[str, Any]] = [{"predicts": "error"}, {"predicts": "label"}, {"predicts": "label", "clip_pseudo_labels": True}]
     seen = 0
-    for variant in variants if kind == "escm2-dr" else variants[:1]:
+    imputes = estimator_of(kind).pseudo_labels
+    for variant in variants if imputes else variants[1:2]:
         for weighting in ("dr-jl", "mrdr", "dr-bias", "dr-mse"):
-            objective = make_objective(kind, floor=floor, weighting=weighting, detach_ctr=False, **variant)
+            objective = make_objective(kind, floor=floor, weighting=weighting, detach_ctr=False, lambda_balance=1.0, **variant)
             step = take_step(objective, extreme_batch(dtype), phase)
             assert step.loss.isfinite()
             assert all(grad is None or grad.isfinite().all() for grad in step[2:])
             seen += 1
-    assert seen == (12 if kind == "escm2-dr" else 4)
+    assert seen == (12 if imputes else 4)
 
 
 def test_low_precision_logits_are_lossless_from_there_on() -> None:
     def losses(dtype: torch.dtype) -> dict[str, Tensor]:
         batch = extreme_batch(torch.bfloat16)
-        predictions = Predictions(*(logit.detach().to(dtype) for logit in batch.logits()))
-        terms = make_objective("escm2-dr", floor=0.01).terms(predictions, *batch[1:], phase="joint", warm_up=False)
+        predictions = Predictions(*(logit.detach().to(dtype) for logit in batch.logits()))._replace(inputs=batch.predictions.inputs)
+        terms = make_objective("escm2-dr", floor=0.01).terms(predictions, *batch[1:], stage=Stage("joint"))
         return {name: term.losses for name, term in terms.items()}
 
     low, full = losses(torch.bfloat16), losses(torch.float32)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from escm2rec.models.predictions import Predictions
 from escm2rec.objectives.bce import bce_losses, softplus
-from escm2rec.objectives.objective import Kind
-from escm2rec.objectives.reduction import LossTerm, local_denominators, reduce_terms
+from escm2rec.objectives.objective import Stage
+from escm2rec.objectives.reduction import local_sums, reduce_terms
 from tests.objectives_world import make_objective
 
 TRUE_CTR = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
@@ -46,22 +46,22 @@ def outcomes(true_cvr: Tensor) -> Outcomes:
     return Outcomes((kinds > 0).double(), (kinds == 2).double(), probability)
 
 
-def cvr_loss_by_outcome(kind: Kind, ctr_logit: Tensor, imputation_logit: Tensor, true_cvr: Tensor, **settings: Any) -> Tensor:
+def cvr_loss_by_outcome(kind: str, ctr_logit: Tensor, imputation_logit: Tensor, true_cvr: Tensor, **settings: Any) -> Tensor:
     """The reduced CVR loss of each outcome, [K]."""
     world = outcomes(true_cvr)
     num_outcomes = len(world.click)
     predictions = Predictions(*(logit.repeat(num_outcomes) for logit in (ctr_logit, CVR_LOGIT, imputation_logit)))
     labels = world.click.flatten(), world.conversion.flatten(), WEIGHT.repeat(num_outcomes)
-    cvr = make_objective(kind, **settings).terms(predictions, *labels, phase="cvr", warm_up=False)["cvr"]
+    cvr = make_objective(kind, **settings).terms(predictions, *labels, stage=Stage("cvr"))["cvr"]
     reduced = []
-    for losses, normalizer in zip(cvr.losses.view(-1, NUM_ROWS), cvr.normalizer.view(-1, NUM_ROWS), strict=True):
-        term = {"cvr": LossTerm(losses, normalizer, 1.0)}
-        reduced.append(reduce_terms(term, local_denominators(term), world_size=1)[0])
+    for columns in cvr.columns.view(num_outcomes, NUM_ROWS, -1):
+        term = {"cvr": cvr._replace(columns=columns)}
+        reduced.append(reduce_terms(term, local_sums(term), world_size=1)[1]["cvr"])
     return torch.stack(reduced)
 
 
 def expected_cvr_loss(
-    kind: Kind, ctr_logit: Tensor, imputation_logit: Tensor = WRONG_IMPUTATION_LOGIT, true_cvr: Tensor = TRUE_CVR, **settings: Any
+    kind: str, ctr_logit: Tensor, imputation_logit: Tensor = WRONG_IMPUTATION_LOGIT, true_cvr: Tensor = TRUE_CVR, **settings: Any
 ) -> float:
     losses = cvr_loss_by_outcome(kind, ctr_logit, imputation_logit, true_cvr, **settings)
     return (outcomes(true_cvr).probability * losses).sum().item()
@@ -92,7 +92,7 @@ def test_ips_is_biased_where_the_floor_binds() -> None:
 
 
 @pytest.mark.parametrize("kind", ["naive", "naive+ctcvr"])
-def test_naive_is_biased_by_selection(kind: Kind) -> None:
+def test_naive_is_biased_by_selection(kind: str) -> None:
     # Even with the true propensity at hand: clicked rows are not like all rows.
     assert abs(expected_cvr_loss(kind, TRUE_CTR_LOGIT) - TRUE_RISK) > 0.05
 

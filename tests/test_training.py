@@ -13,8 +13,14 @@ import pytest
 from tests.encoded import write_dataset
 from tests.ranks import run_ranks
 
+NUM_STEPS = 20
 OBJECTIVES: dict[str, list[str]] = {
-    "esmm": ["objective.kind=esmm"],
+    "esmm": ["objective.kind=esmm", "training.learning_rate_decay=none"],
+    "esmm-calibrated": [
+        "objective.kind=esmm",
+        "training.learning_rate_decay=none",
+        "objective.propensity={calibration: platt, calibration_every_steps: 4}",
+    ],
     "naive": ["objective.kind=naive"],
     "naive+ctcvr": ["objective.kind=naive+ctcvr"],
     "escm2-ips": ["objective.kind=escm2-ips"],
@@ -25,9 +31,22 @@ OBJECTIVES: dict[str, list[str]] = {
         "objective.imputation.alternate=false",
         "model.backbone={kind: mmoe, experts: 2, hidden: [8]}",
     ],
+    "escm2-snips-learned": ["objective.kind=escm2-snips", "objective.lambda_c=learned", "objective.lambda_g=learned"],
+    "multi-ipw-balanced": ["objective.kind=multi-ipw", "objective.propensity.balance=0.1"],
+    "escm2-dr-calibrated": [
+        "objective.kind=escm2-dr",
+        "objective.propensity.calibration=platt",
+        "objective.propensity.calibration_every_steps=4",
+        "objective.lambda_c={start: 0, end: 1, until: 0.5}",
+    ],
+    "direct": ["objective.kind=direct"],
+    "multi-dr-label": ["objective.kind=multi-dr", "objective.imputation.predicts=label", "objective.imputation.cvr_steps=2"],
+    "stable-dr": ["objective.kind=stable-dr"],
+    "dcmt": ["objective.kind=dcmt"],
+    "two-space": ["objective.kind=two-space"],
 }
+CALIBRATIONS = dict.fromkeys(["esmm-calibrated", "escm2-dr-calibrated"], (NUM_STEPS - 1) // 4)
 PLANS: dict[str, list[str]] = {"planner": [], "row_wise": ["training.sharding={'*': row_wise}"]}
-NUM_STEPS = 20
 Runs = dict[tuple[str, str, int], list[dict[str, Any]]]
 
 
@@ -43,14 +62,14 @@ def _train_all(data: Path, folder: Path, world_size: int) -> Runs:
             places[(objective, plan, world_size)] = out
             calls.append(("tests.training_calls:train_run", {"data": str(data), "out": str(out), "overrides": settings + sharding}))
     results = run_ranks(world_size, calls, folder / f"ranks-{world_size}")
-    assert [result.get("steps") for result in results] == [NUM_STEPS] * len(calls), results
+    assert [result.get("steps") for result in results] == [NUM_STEPS + CALIBRATIONS.get(key[0], 0) for key in places], results
     return {key: _records(out) for key, out in places.items()}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # 20 steps of 256: the last rows make the steps uneven, so that padding is at work too. No training may need the test split.
-    made = write_dataset(tmp_path_factory.mktemp("data") / "set", {"train": NUM_STEPS * 256 - 37, "test": 700})
+    made = write_dataset(tmp_path_factory.mktemp("data") / "set", {"train": NUM_STEPS * 256 - 37, "validation": 600, "test": 700})
     shutil.rmtree(made / "test")
     return made
 
@@ -89,6 +108,35 @@ def test_alternation_trains_imputation_every_second_step(runs: Runs) -> None:
     assert terms == [["loss_ctcvr", "loss_ctr", "loss_cvr"], ["loss_imputation"]] * (NUM_STEPS // 2)
 
 
+def test_calibration_fits_q_and_trains_nothing(runs: Runs) -> None:
+    """Slope and shift move from (1, 0) at every fifth step, alike under every plan; the rows that train are the same without it."""
+    records = runs[("escm2-dr-calibrated", "planner", 1)]
+    slopes = [(record["propensity_slope"], record["propensity_shift"]) for record in records]
+    assert slopes[3] == (1.0, 0.0)
+    assert len(set(slopes)) == 5
+    for plan, world_size in [("planner", 2), ("row_wise", 1), ("row_wise", 2)]:
+        last = runs[("escm2-dr-calibrated", plan, world_size)][-1]
+        assert (last["propensity_slope"], last["propensity_shift"]) == pytest.approx(slopes[-1], abs=1e-5)
+    losses = [[record["loss_ctcvr"] for record in runs[(kind, "planner", 1)]] for kind in ("esmm", "esmm-calibrated")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-7), "where q weighs nothing, it changes nothing"
+
+
+def test_calibration_without_a_validation_split_is_refused(tmp_path: Path) -> None:
+    made = write_dataset(tmp_path / "set", {"train": 1_000})
+    call = {"data": str(made), "out": str(tmp_path / "run"), "overrides": OBJECTIVES["escm2-dr-calibrated"]}
+    (result,) = run_ranks(1, [("tests.training_calls:train_run", call)], tmp_path / "ranks")
+    assert "objective.propensity.calibration fits to the validation split" in result["message"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_learned_weights_of_terms_move_and_are_told(runs: Runs) -> None:
+    records = runs[("escm2-snips-learned", "planner", 1)]
+    for name in ("lambda_cvr", "lambda_ctcvr"):
+        assert records[0][name] == pytest.approx(1.0, abs=0.01)
+        assert records[-1][name] != records[0][name]
+        assert records[-1][name] == pytest.approx(runs[("escm2-snips-learned", "row_wise", 2)][-1][name], abs=1e-5)
+
+
 def test_every_row_is_trained_once_an_epoch(runs: Runs) -> None:
     for key, records in runs.items():
         assert sum(record["rows"] for record in records) == NUM_STEPS * 256 - 37, key
@@ -103,28 +151,34 @@ def test_records_hold_what_the_method_asks_for(runs: Runs) -> None:
 
 
 def test_a_resumed_run_goes_on_as_if_undisturbed(data: Path, runs: Runs, tmp_path: Path) -> None:
-    """Trained to step 8 on two ranks, cut off, and resumed on one and on two ranks: steps 9 to 20 are those of the undisturbed run."""
-    settings = [*OBJECTIVES["escm2-dr-error"], "training.checkpoint_every_steps=8"]
+    """Trained on two ranks, cut off after step 16, and resumed on one and on two: the steps after it are those of the undisturbed run.
+
+    With alternation and calibration, so that what a step does depends on where in both it stands.
+    """
+    settings = [*OBJECTIVES["escm2-dr-calibrated"], "training.checkpoint_every_steps=8"]
     call = {"data": str(data), "out": str(tmp_path / "run"), "overrides": settings}
     run_ranks(2, [("tests.training_calls:train_run", call)], tmp_path / "first")
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step-16", "step-20"], "the last two checkpoints are kept"
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-20")
+    assert kept == ["step-16", "step-24"], "the last two checkpoints are kept"
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-24")
     (tmp_path / "run" / "manifest.json").unlink()
     (tmp_path / "run" / "report.html").write_text("of the finished run")
-    expected = runs[("escm2-dr-error", "planner", 2)][16:]
+    undisturbed = runs[("escm2-dr-calibrated", "planner", 2)]
+    expected = {record["step"]: record for record in undisturbed if record["step"] > 16}
     for world_size in (1, 2):
         out = tmp_path / f"resumed-{world_size}"
         shutil.copytree(tmp_path / "run", out)
         again = ("tests.training_calls:train_run", {**call, "out": str(out), "resume": True})
         resumed, finished = run_ranks(world_size, [again, again], tmp_path / f"again-{world_size}")
-        assert resumed["steps"] == NUM_STEPS
+        assert resumed["steps"] == NUM_STEPS + 4
         assert finished == resumed, "there is nothing to resume, and nothing is changed"
         assert not (out / "report.html").exists()
         records = _records(out)
-        assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1)), "each step once"
-        for want, seen in zip(expected, records[16:], strict=True):
-            for name in (name for name in want if name.startswith("loss_")):
+        assert [record["step"] for record in records] == [step for step in range(1, NUM_STEPS + 5) if step % 5], "each step once"
+        assert len(expected) == 7
+        for seen in (record for record in records if record["step"] > 16):
+            want = expected[seen["step"]]
+            for name in (name for name in want if name.startswith("loss_") or name in ("propensity_slope", "propensity_shift")):
                 assert seen[name] == pytest.approx(want[name], abs=1e-5)
 
 

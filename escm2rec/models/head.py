@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
@@ -26,39 +26,61 @@ class Task(nn.Module):
 
 
 class Escm2Head(nn.Module):
-    """A CTR, a CVR and perhaps an imputation tower over one backbone (ESCM2, SIGIR 2022, figure 3).
+    """A CTR and a CVR tower over one backbone (ESCM2, SIGIR 2022, figure 3), and the further towers that an objective asks for.
 
-    The imputation part is `imputation` (None without it): its parameters, and no others, have names that start with
-    `imputation.`. Unless `imputation_trains_shared`, inputs and shared layers are detached before it, so a loss of the
-    imputation logit alone leaves the gradients of everything else, the inputs' included, None. A loss without it leaves
-    those of the imputation part None: under DDP, pass `find_unused_parameters=True` where such losses are used.
+    Each further task is an attribute of its name, None when it is not among `further`: its parameters, and no others, have
+    names that start with it.
+
+    imputation      reads inputs and shared layers detached unless `imputation_trains_shared`
+    propensity      reads them detached always
+    counterfactual  trains them, as CTR and CVR do
+
+    A loss of a detached logit alone leaves the gradients of everything else, the inputs' included, None; a loss without it
+    leaves those of its task None: under DDP, pass `find_unused_parameters=True` where such losses are used. `keeps_inputs` hands
+    the inputs on with the predictions.
     """
 
     def __init__(
-        self, num_inputs: int, backbone: Backbone, tower_hidden: Sequence[int], imputation: bool, imputation_trains_shared: bool
+        self,
+        num_inputs: int,
+        backbone: Backbone,
+        tower_hidden: Sequence[int],
+        further: Collection[str] = (),
+        imputation_trains_shared: bool = False,
+        keeps_inputs: bool = False,
     ) -> None:
         super().__init__()
         self.num_inputs = num_inputs
         self.imputation_trains_shared = imputation_trains_shared
+        self.keeps_inputs = keeps_inputs
         self.backbone = backbone
-        self.ctr = Task(backbone.gate(), Tower(backbone.num_outputs, tower_hidden))
-        self.cvr = Task(backbone.gate(), Tower(backbone.num_outputs, tower_hidden))
-        self.imputation = Task(backbone.gate(), Tower(backbone.num_outputs, tower_hidden)) if imputation else None
+
+        def task() -> Task:
+            return Task(backbone.gate(), Tower(backbone.num_outputs, tower_hidden))
+
+        self.ctr, self.cvr = task(), task()
+        self.imputation = task() if "imputation" in further else None
+        self.counterfactual = task() if "counterfactual" in further else None
+        self.propensity = task() if "propensity" in further else None
 
     def forward(self, inputs: Tensor) -> Predictions:
         """Inputs [B, num_inputs], B >= 0: pooled embeddings and numeric features, concatenated -> logits [B] each."""
         shared: Tensor = self.backbone(inputs)
-        return Predictions(self.ctr(inputs, shared), self.cvr(inputs, shared), self._imputation_logit(inputs, shared))
+        held = inputs.detach(), shared.detach()
+        return Predictions(
+            self.ctr(inputs, shared),
+            self.cvr(inputs, shared),
+            None if self.imputation is None else self.imputation(*((inputs, shared) if self.imputation_trains_shared else held)),
+            None if self.counterfactual is None else self.counterfactual(inputs, shared),
+            None if self.propensity is None else self.propensity(*held),
+            inputs if self.keeps_inputs else None,
+        )
 
     def set_base_rates(self, ctr: float, cvr: float) -> None:
-        """Set the output biases of CTR and CVR to the logits of base rates in (0, 1); `cvr` is conversions over clicks."""
+        """Set the output biases to the logits of base rates in (0, 1); `cvr` is conversions over clicks. Imputation keeps its own."""
         self.ctr.tower.set_base_rate(ctr)
         self.cvr.tower.set_base_rate(cvr)
-
-    def _imputation_logit(self, inputs: Tensor, shared: Tensor) -> Tensor | None:
-        if self.imputation is None:
-            return None
-        if not self.imputation_trains_shared:
-            inputs, shared = inputs.detach(), shared.detach()
-        logit: Tensor = self.imputation(inputs, shared)
-        return logit
+        if self.counterfactual is not None:
+            self.counterfactual.tower.set_base_rate(1 - cvr)
+        if self.propensity is not None:
+            self.propensity.tower.set_base_rate(ctr)

@@ -1,4 +1,4 @@
-"""L = L_CTR + lambda_c L_CVR + lambda_g L_CTCVR, with the imputation loss beside it (docs/method.md)."""
+"""L = L_CTR + lambda_c L_CVR + lambda_g L_CTCVR, with the losses of further towers beside it (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -9,136 +9,177 @@ import torch
 from torch import Tensor
 
 from escm2rec.models.predictions import Predictions
-from escm2rec.objectives.bce import bce_losses, full_precision, softplus
+from escm2rec.objectives.balance import balance_term
+from escm2rec.objectives.bce import bce_losses, full_precision
 from escm2rec.objectives.ctcvr import ctcvr_losses
-from escm2rec.objectives.cvr import dr_losses, ips_losses, naive_losses, pseudo_labels
-from escm2rec.objectives.imputation import Imputation, imputation_losses, imputation_weights
-from escm2rec.objectives.propensity import propensity
-from escm2rec.objectives.reduction import LossTerm
+from escm2rec.objectives.estimator import Estimator, FurtherTower, Settings, estimator_of
+from escm2rec.objectives.estimators.escm2_dr import pseudo_labels
+from escm2rec.objectives.imputation import imputation_losses, imputation_weights
+from escm2rec.objectives.propensity import LEAST_PROPENSITY, propensity
+from escm2rec.objectives.reduction import LossTerm, mean_of
+from escm2rec.objectives.rows import Rows, required
+from escm2rec.objectives.weights import TermWeight
 
-Kind = Literal["esmm", "naive", "naive+ctcvr", "escm2-ips", "escm2-dr"]
-Phase = Literal["cvr", "imputation", "joint"]
+Phase = Literal["cvr", "imputation", "propensity", "joint", "calibration"]
+TERMS = ("ctr", "cvr", "ctcvr", "imputation", "propensity", "stability", "balance")
 
 
-class _Rows(NamedTuple):
-    """A batch in full precision, [B] each; `conversion` is 0 where there is no click, whatever was recorded."""
+class Stage(NamedTuple):
+    """Where training stands.
 
-    ctr_logit: Tensor
-    cvr_logit: Tensor
-    click: Tensor
-    conversion: Tensor
-    weight: Tensor
-    q: Tensor
+    phase        what the step updates; "calibration" is a step without terms, on rows that train nothing
+    warm_up      whether q is still the base CTR
+    progress     share of all steps that is done
+    calibration  (slope, shift), [2]: q is of slope a + shift; None leaves it as it is
+    """
+
+    phase: Phase
+    warm_up: bool = False
+    progress: float = 0.0
+    calibration: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Objective:
     """Turns predictions and labels into loss terms per impression.
 
-    kind        which CVR loss: none (esmm), naive (without L_CTCVR), naive+ctcvr, escm2-ips, escm2-dr
-    lambda_*    weights of the CVR, CTCVR and imputation loss; that of L_CTR is 1
-    detach_ctr  keep L_CTCVR from training the CTR head, so that p_hat stays a propensity
-    floor       least propensity, absolute
-    base_ctr    the training set's click rate: q in warm-up
-    imputation  settings of the imputation tower; read by escm2-dr only
+    kind            its name, that of a file in `estimators/`
+    lambda_*        weights of the CVR, CTCVR and imputation loss; that of L_CTR is 1
+    lambda_balance  weight of the balancing term, which with a propensity tower of its own is there when it is above 0
+    detach_ctr      keep L_CTCVR from training the CTR head, so that p_hat stays a propensity; None: where q weighs rows
+    floor           least propensity, absolute
+    base_ctr        the training set's click rate: q in warm-up
+    settings        what estimators can be told
     """
 
-    kind: Kind
-    lambda_c: float
-    lambda_g: float
+    kind: str
+    lambda_c: TermWeight
+    lambda_g: TermWeight
     lambda_imp: float
-    detach_ctr: bool
+    lambda_balance: float
+    detach_ctr: bool | None
     floor: float
     base_ctr: float
-    imputation: Imputation
+    settings: Settings
 
     @property
-    def needs_imputation(self) -> bool:
-        """Whether predictions must hold an imputation logit."""
-        return self.kind == "escm2-dr"
+    def estimator(self) -> Estimator:
+        """What sets it apart."""
+        return estimator_of(self.kind)
+
+    @property
+    def towers(self) -> frozenset[FurtherTower]:
+        """The towers that predictions must come from, beside CTR and CVR."""
+        own: frozenset[FurtherTower] = frozenset({"propensity"}) if self.lambda_balance > 0 else frozenset()
+        return self.estimator.towers | own
+
+    @property
+    def counts_pseudo_labels(self) -> bool:
+        """Whether the CVR tower learns labels that may leave [0, 1]."""
+        return self.estimator.pseudo_labels and self.settings.imputation.predicts == "label"
+
+    @property
+    def alternates(self) -> bool:
+        """Whether some steps hold a part of the model."""
+        return "imputation" in self.towers and self.settings.imputation.alternate
 
     def phase(self, step: int) -> Phase:
-        """What step 0, 1, ... updates: `cvr_steps` CVR steps to one imputation step, or both in each step.
+        """What step 0, 1, ... updates: `cvr_steps` CVR steps, one of imputation, for stable-dr one of its propensity; or all in each.
 
         A function of the step alone, so a resumed run goes on in the right phase. Always "cvr" without imputation.
         """
-        if not self.needs_imputation:
+        if "imputation" not in self.towers:
             return "cvr"
-        if not self.imputation.alternate:
+        if not self.alternates:
             return "joint"
-        cvr_steps = self.imputation.cvr_steps
-        return "imputation" if step % (cvr_steps + 1) == cvr_steps else "cvr"
+        held: tuple[Phase, ...] = ("imputation", "propensity") if self.estimator.propensity_terms else ("imputation",)
+        cvr_steps = self.settings.imputation.cvr_steps
+        place = step % (cvr_steps + len(held))
+        return "cvr" if place < cvr_steps else held[place - cvr_steps]
 
-    def propensity(self, ctr_logit: Tensor, warm_up: bool) -> Tensor:
-        """q, [B], without gradient: the base CTR in warm-up, max(p_hat, floor) after it."""
-        return propensity(ctr_logit, self.floor, constant=self.base_ctr if warm_up else None)
+    def propensity(self, predictions: Predictions, stage: Stage) -> Tensor:
+        """q, [B], without gradient: see `propensity`."""
+        return propensity(self.propensity_logit(predictions), self.floor, self.base_ctr if stage.warm_up else None, stage.calibration)
 
-    def terms(
-        self, predictions: Predictions, click: Tensor, conversion: Tensor, weight: Tensor, phase: Phase, warm_up: bool
-    ) -> dict[str, LossTerm]:
-        """The terms of one step, among "ctr", "cvr", "ctcvr" and "imputation", always in that order.
+    def propensity_logit(self, predictions: Predictions) -> Tensor:
+        """What q is made of, [B]: the logit of the propensity tower if there is one, of the CTR tower otherwise."""
+        return required(predictions.propensity_logit, "propensity") if "propensity" in self.towers else predictions.ctr_logit
+
+    def terms(self, predictions: Predictions, click: Tensor, conversion: Tensor, weight: Tensor, stage: Stage) -> dict[str, LossTerm]:
+        """The terms of one step, those of `TERMS` that it has, in that order.
 
         click, conversion and weight are [B] of any dtype; conversions of unclicked impressions are never read.
-        "cvr" is L with delta_hat (or m) held; "imputation" the imputation loss alone, which only the imputation logit
-        feels; "joint" both, with the same stop-gradients.
+        Phase "cvr" is L with delta_hat (or m) held; "imputation" the imputation loss alone, which only the imputation logit
+        feels; "propensity" the same for a propensity tower; "joint" all, with the same stop-gradients. A propensity tower that
+        is not part of a cycle learns in "cvr".
         """
-        rows = self._rows(predictions, click, conversion, weight, warm_up)
+        rows = self._rows(predictions, click, conversion, weight, stage)
+        everything = stage.phase == "joint"
         terms: dict[str, LossTerm] = {}
-        if phase != "imputation":
-            terms["ctr"] = LossTerm(rows.weight * bce_losses(rows.ctr_logit, rows.click), rows.weight, 1.0)
-            if self.kind != "esmm":
-                terms["cvr"] = self._cvr_term(rows, predictions.imputation_logit)
-            if self.kind != "naive":
-                terms["ctcvr"] = self._ctcvr_term(rows)
-        if self.needs_imputation and phase != "cvr":
-            terms["imputation"] = self._imputation_term(rows, _imputation_logit(predictions.imputation_logit))
+        if everything or stage.phase == "cvr":
+            terms |= self._main_terms(rows, stage.progress)
+        if (everything or stage.phase == "imputation") and "imputation" in self.towers:
+            terms["imputation"] = self._imputation_term(rows)
+        own_phase: Phase = "propensity" if self.estimator.propensity_terms else "cvr"
+        if (everything or stage.phase == own_phase) and "propensity" in self.towers:
+            terms |= self._propensity_terms(rows)
         if not terms:
-            raise ValueError(f"objective {self.kind} has no imputation phase")
+            raise ValueError(f"objective {self.kind} has no {stage.phase} phase")
         return terms
 
-    def pseudo_labels(self, predictions: Predictions, click: Tensor, conversion: Tensor, warm_up: bool) -> Tensor:
-        """The labels [B] that the CVR tower learns under escm2-dr with `label`, before any clipping: for `pseudo_label_counts`."""
-        rows = self._rows(predictions, click, conversion, torch.ones_like(predictions.ctr_logit), warm_up)
-        m = torch.sigmoid(_imputation_logit(predictions.imputation_logit).detach())
+    def pseudo_labels(self, predictions: Predictions, click: Tensor, conversion: Tensor, stage: Stage) -> Tensor:
+        """The labels [B] that the CVR tower learns from imputed ones, before any clipping: for `pseudo_label_counts`."""
+        rows = self._rows(predictions, click, conversion, torch.ones_like(predictions.ctr_logit), stage)
+        m = torch.sigmoid(required(rows.imputation_logit, "imputation").detach())
         return pseudo_labels(m, rows.conversion, rows.click, rows.q, clip=False)
 
-    def _rows(self, predictions: Predictions, click: Tensor, conversion: Tensor, weight: Tensor, warm_up: bool) -> _Rows:
+    def _rows(self, predictions: Predictions, click: Tensor, conversion: Tensor, weight: Tensor, stage: Stage) -> Rows:
         ctr_logit, cvr_logit = full_precision(predictions.ctr_logit), full_precision(predictions.cvr_logit)
         dtype = ctr_logit.dtype
         clicked = click > 0
-        # `where`, not a product: an unclicked row's conversion may be NaN.
-        r = torch.where(clicked, conversion.to(dtype), 0)
-        return _Rows(ctr_logit, cvr_logit, clicked.to(dtype), r, weight.to(dtype), self.propensity(ctr_logit, warm_up))
+        imputation, counterfactual, own = (
+            None if logit is None else full_precision(logit)
+            for logit in (predictions.imputation_logit, predictions.counterfactual_logit, predictions.propensity_logit)
+        )
+        return Rows(
+            ctr_logit,
+            cvr_logit,
+            clicked.to(dtype),
+            # `where`, not a product: an unclicked row's conversion may be NaN.
+            torch.where(clicked, conversion.to(dtype), 0),
+            weight.to(dtype),
+            self.propensity(predictions, stage),
+            max(self.floor, LEAST_PROPENSITY),
+            imputation,
+            counterfactual,
+            own,
+            None if predictions.inputs is None else predictions.inputs.detach(),
+        )
 
-    def _cvr_term(self, rows: _Rows, imputation_logit: Tensor | None) -> LossTerm:
-        delta = bce_losses(rows.cvr_logit, rows.conversion)
-        if self.kind == "escm2-ips":
-            return LossTerm(rows.weight * ips_losses(delta, rows.click, rows.q), rows.weight, self.lambda_c)
-        if self.kind == "escm2-dr":
-            losses = self._dr_losses(rows, delta, _imputation_logit(imputation_logit).detach())
-            return LossTerm(rows.weight * losses, rows.weight, self.lambda_c)
-        return LossTerm(rows.weight * naive_losses(delta, rows.click), rows.weight * rows.click, self.lambda_c)
+    def _main_terms(self, rows: Rows, progress: float) -> dict[str, LossTerm]:
+        estimator = self.estimator
+        terms = {"ctr": mean_of(rows.weight * bce_losses(rows.ctr_logit, rows.click), rows.weight)}
+        if estimator.cvr is not None:
+            terms["cvr"] = estimator.cvr(rows, self.settings)._replace(scale=self.lambda_c.at(progress))
+        if estimator.ctcvr:
+            detach = estimator.weighs if self.detach_ctr is None else self.detach_ctr
+            losses = ctcvr_losses(rows.ctr_logit.detach() if detach else rows.ctr_logit, rows.cvr_logit, rows.conversion)
+            terms["ctcvr"] = mean_of(rows.weight * losses, rows.weight)._replace(scale=self.lambda_g.at(progress))
+        return terms
 
-    def _dr_losses(self, rows: _Rows, delta: Tensor, held: Tensor) -> Tensor:
-        if self.imputation.predicts == "error":
-            return dr_losses(delta, softplus(held), rows.click, rows.q)
-        labels = pseudo_labels(torch.sigmoid(held), rows.conversion, rows.click, rows.q, self.imputation.clip_pseudo_labels)
-        return bce_losses(rows.cvr_logit, labels)
-
-    def _ctcvr_term(self, rows: _Rows) -> LossTerm:
-        ctr_logit = rows.ctr_logit.detach() if self.detach_ctr else rows.ctr_logit
-        losses = ctcvr_losses(ctr_logit, rows.cvr_logit, rows.conversion)
-        return LossTerm(rows.weight * losses, rows.weight, self.lambda_g)
-
-    def _imputation_term(self, rows: _Rows, imputation_logit: Tensor) -> LossTerm:
-        settings = self.imputation
+    def _imputation_term(self, rows: Rows) -> LossTerm:
+        settings = self.settings.imputation
         v = imputation_weights(rows.q, settings.weighting, settings.mse_mixture)
-        losses = imputation_losses(imputation_logit, rows.cvr_logit, rows.conversion, settings.predicts, settings.loss)
+        h = required(rows.imputation_logit, "imputation")
+        losses = imputation_losses(h, rows.cvr_logit, rows.conversion, settings.predicts, settings.loss)
         weights = rows.weight * rows.click * v
-        return LossTerm(weights * losses, weights if settings.normalise else rows.weight, self.lambda_imp)
+        return mean_of(weights * losses, weights if settings.normalise else rows.weight)._replace(scale=self.lambda_imp)
 
-
-def _imputation_logit(logit: Tensor | None) -> Tensor:
-    if logit is None:
-        raise ValueError("escm2-dr needs predictions with an imputation logit: build the head with imputation=True")
-    return full_precision(logit)
+    def _propensity_terms(self, rows: Rows) -> dict[str, LossTerm]:
+        losses = bce_losses(required(rows.propensity_logit, "propensity"), rows.click)
+        terms = {"propensity": mean_of(rows.weight * losses, rows.weight)}
+        if self.estimator.propensity_terms is not None:
+            terms |= self.estimator.propensity_terms(rows, self.settings)
+        if self.lambda_balance > 0:
+            terms["balance"] = balance_term(rows)._replace(scale=self.lambda_balance)
+        return terms

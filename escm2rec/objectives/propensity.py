@@ -13,15 +13,18 @@ from escm2rec.objectives.bce import full_precision
 LEAST_PROPENSITY = 1e-8
 
 
-def propensity(ctr_logit: Tensor, floor: float, constant: float | None = None) -> Tensor:
+def propensity(ctr_logit: Tensor, floor: float, constant: float | None = None, calibration: Tensor | None = None) -> Tensor:
     """q = stop_gradient(max(p_hat, floor)), [B], of CTR logits [B]; `constant` replaces p_hat and floor, as in warm-up.
 
+    `calibration` [2] makes p_hat = sigmoid(slope a + shift) of (slope, shift): as a weight only, what is predicted stays.
     Depends on the impression alone, never on the batch it came in. Never below `LEAST_PROPENSITY`, whatever the floor.
     """
-    p_hat = torch.sigmoid(full_precision(ctr_logit.detach()))
+    logit = full_precision(ctr_logit.detach())
     if constant is not None:
-        return torch.full_like(p_hat, max(constant, LEAST_PROPENSITY))
-    return p_hat.clamp(min=max(floor, LEAST_PROPENSITY))
+        return torch.full_like(logit, max(constant, LEAST_PROPENSITY))
+    if calibration is not None:
+        logit = calibration[0] * logit + calibration[1]
+    return torch.sigmoid(logit).clamp(min=max(floor, LEAST_PROPENSITY))
 
 
 class PropensitySums(NamedTuple):

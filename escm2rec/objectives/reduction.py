@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,41 +10,69 @@ from torch import Tensor
 
 
 class LossTerm(NamedTuple):
-    """One term of the objective.
+    """One term of the objective: a function of sums over all impressions of all ranks.
 
-    losses      [B], masked and weighted by the impression weight w
-    normalizer  [B], without gradient; its sum over all ranks is the denominator (w for N, w o for N_c)
-    scale       lambda
+    columns  [B, K], what is summed, each weighted by the impression weight w; the last is the normalizer and has no gradient
+    value    the term, a scalar, of the K global sums
+    scale    lambda
     """
 
-    losses: Tensor
-    normalizer: Tensor
-    scale: float
+    columns: Tensor
+    value: Callable[[Tensor], Tensor]
+    scale: float | Tensor = 1.0
+
+    @property
+    def losses(self) -> Tensor:
+        """The first column, [B]: of a mean, each impression's part."""
+        return self.columns[:, 0]
+
+    @property
+    def normalizer(self) -> Tensor:
+        """The last column, [B]: w for N, w o for N_c."""
+        return self.columns[:, -1]
 
 
-def local_denominators(terms: Mapping[str, LossTerm]) -> Tensor:
-    """This rank's sum of each normalizer, [len(terms)] in the order of `terms`: to be added over ranks, then to `reduce_terms`."""
-    return torch.stack([term.normalizer.sum() for term in terms.values()])
+def mean_of(losses: Tensor, normalizer: Tensor) -> LossTerm:
+    """sum(losses) / sum(normalizer), of [B] each."""
+    return LossTerm(torch.stack([losses, normalizer], dim=1), lambda sums: divide(sums[0], sums[1]))
 
 
-def reduce_terms(terms: Mapping[str, LossTerm], denominators: Tensor, world_size: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to call backward on, and each term's share of the global, unscaled loss.
+def squared_mean_of(values: Tensor, normalizer: Tensor) -> LossTerm:
+    """|| sum(values) / sum(normalizer) ||^2, of values [B, K] and normalizer [B]."""
+    return LossTerm(torch.cat([values, normalizer.unsqueeze(1)], dim=1), lambda sums: (divide(sums[:-1], sums[-1]) ** 2).sum())
 
-    loss = sum_k scale_k world_size sum(losses_k) / denominators_k, a scalar with gradient: DDP and TorchRec average
-    gradients over ranks, so world_size makes the average the gradient of the global loss. The shares sum(losses_k) /
-    denominators_k are detached scalars whose sum over ranks is the global loss. `denominators` are those of all ranks
-    together, in the order of `terms`; where one is 0 (no click anywhere) its term is exactly 0, with finite gradients.
+
+def local_sums(terms: Mapping[str, LossTerm]) -> Tensor:
+    """This rank's sums of all columns of all terms, in the order of `terms`, [sum of K]: to be added over ranks, then to `reduce_terms`."""
+    return torch.cat([term.columns.detach().sum(dim=0) for term in terms.values()])
+
+
+def reduce_terms(terms: Mapping[str, LossTerm], sums: Tensor, world_size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss to call backward on, and each term's global, unscaled value (detached).
+
+    loss = sum_k scale_k f_k(S_k), with f_k the term and S_k the sums over all ranks. By the chain rule a rank's part of the
+    gradient is scale_k (df_k / dS_k) . dS_k(rank), where df_k / dS_k is a number that all ranks share. DDP and TorchRec average
+    gradients over ranks, so each rank's is taken times world_size: of a mean it is world_size sum(losses) / denominator, of a
+    squared mean world_size 2 S S(rank). The loss that is returned has the global value on every rank.
+
+    `sums` are `local_sums` added over all ranks. Where a denominator is 0 (no click anywhere) the term is exactly 0, with finite
+    gradients.
     """
-    shares = {
-        name: _divide(term.losses.sum(), denominator)
-        for (name, term), denominator in zip(terms.items(), denominators.unbind(), strict=True)
-    }
-    scaled = [terms[name].scale * world_size * share for name, share in shares.items()]
-    return torch.stack(scaled).sum(), {name: share.detach() for name, share in shares.items()}
+    parts = torch.split(sums, [term.columns.shape[1] for term in terms.values()])
+    loss, values = sums.new_zeros(()), dict[str, Tensor]()
+    for (name, term), total in zip(terms.items(), parts, strict=True):
+        with torch.enable_grad():
+            leaf = total.detach().requires_grad_()
+            value = term.value(leaf)
+            (slope,) = torch.autograd.grad(value, leaf)
+        values[name] = value.detach()
+        own = world_size * (slope * term.columns.sum(dim=0)).sum()
+        loss = loss + term.scale * (own - own.detach() + values[name])
+    return loss, values
 
 
-def _divide(total: Tensor, denominator: Tensor) -> Tensor:
-    denominator = denominator.to(total.dtype)
+def divide(total: Tensor, denominator: Tensor) -> Tensor:
+    """total / denominator, and exactly 0 with finite gradients where the denominator is 0."""
     some = denominator > 0
     # The unused branch of a `where` is differentiated too, so it must not divide by 0.
     return torch.where(some, total / torch.where(some, denominator, 1), 0)

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-from escm2rec.config import Config, ModelConfig, ObjectiveConfig, SharedBottom
+from escm2rec.config import Config, Lambda, LambdaRamp, ModelConfig, ObjectiveConfig, SharedBottom
+from escm2rec.errors import ConfigError
 from escm2rec.models.backbone import Backbone, Mmoe
 from escm2rec.models.backbone import SharedBottom as SharedBottomNetwork
 from escm2rec.models.embeddings import PooledEmbeddings
 from escm2rec.models.head import Escm2Head
 from escm2rec.models.model import Escm2Model
-from escm2rec.objectives.imputation import Imputation
+from escm2rec.objectives.estimator import Estimator, Settings, estimator_of
+from escm2rec.objectives.imputation import Imputation, Predicts
 from escm2rec.objectives.objective import Objective
+from escm2rec.objectives.weights import Constant, Learned, Ramp, TermWeight
 from escm2rec.schema import Schema
 from escm2rec.sharding.model import ShardedModel, dense_parameters, shard_model
 from escm2rec.sharding.runtime import Runtime
@@ -36,49 +39,88 @@ class BaseRates:
 
 
 def build_objective(config: ObjectiveConfig, base_ctr: float) -> Objective:
-    """The objective that the config describes, its floor made absolute."""
+    """The objective that the config describes, its floor made absolute; ConfigError where its parts do not go together."""
     relative = config.propensity.floor_kind == "relative"
-    imputation = config.imputation
-    return Objective(
+    objective = Objective(
         kind=config.kind,
-        lambda_c=config.lambda_c,
-        lambda_g=config.lambda_g,
+        lambda_c=_term_weight(config.lambda_c),
+        lambda_g=_term_weight(config.lambda_g),
         lambda_imp=config.lambda_imp,
-        detach_ctr=config.detaches_ctr,
+        lambda_balance=config.propensity.balance,
+        detach_ctr=config.ctcvr_detach_ctr,
         floor=config.propensity.floor * (base_ctr if relative else 1.0),
         base_ctr=base_ctr,
-        imputation=Imputation(
-            predicts=imputation.predicts,
-            weighting=imputation.weighting,
-            mse_mixture=imputation.mse_mixture,
-            loss=imputation.loss,
-            normalise=imputation.normalise,
-            clip_pseudo_labels=imputation.clip_pseudo_labels,
-            alternate=imputation.alternate,
-            cvr_steps=imputation.cvr_steps,
+        settings=Settings(
+            imputation=_imputation(config),
+            beta=config.two_space_beta,
+            consistency=config.dcmt_consistency,
+            stability=config.stability,
         ),
     )
+    if objective.lambda_balance > 0 and not objective.estimator.weighs:
+        raise ConfigError(f"objective.propensity.balance has no effect on {config.kind}, which weighs nothing by q", "set it to 0")
+    if objective.counts_pseudo_labels and not config.imputation.clip_pseudo_labels and isinstance(objective.lambda_c, Learned):
+        raise ConfigError(
+            f"objective.lambda_c: learned does not go with the pseudo-labels of {config.kind}, whose loss has no lower bound",
+            "give lambda_c a number, set objective.imputation.clip_pseudo_labels: true, or predicts: error",
+        )
+    return objective
+
+
+def _imputation(config: ObjectiveConfig) -> Imputation:
+    imputation = config.imputation
+    predicts = _predicts(config, estimator_of(config.kind))
+    for name, asked in (("loss: bce", imputation.loss == "bce"), ("clip_pseudo_labels: true", imputation.clip_pseudo_labels)):
+        if asked and predicts == "error":
+            raise ConfigError(f"objective.imputation.{name} needs predicts: label", "an error is neither a probability nor a label")
+    return Imputation(
+        predicts=predicts,
+        weighting=imputation.weighting,
+        mse_mixture=imputation.mse_mixture,
+        loss=imputation.loss,
+        normalise=imputation.normalise,
+        clip_pseudo_labels=imputation.clip_pseudo_labels,
+        alternate=imputation.alternate,
+        cvr_steps=imputation.cvr_steps,
+    )
+
+
+def _predicts(config: ObjectiveConfig, estimator: Estimator) -> Predicts:
+    asked = config.imputation.predicts
+    if estimator.labels_only and asked == "error":
+        raise ConfigError(
+            f"objective.imputation.predicts: error teaches the CVR tower of {config.kind} nothing", "leave it out, or set it to label"
+        )
+    return asked or ("label" if estimator.labels_only else "error")
+
+
+def _term_weight(weight: Lambda) -> TermWeight:
+    if isinstance(weight, LambdaRamp):
+        return Ramp(weight.start, weight.end, weight.until)
+    return Learned() if weight == "learned" else Constant(weight)
 
 
 def build_model(schema: Schema, config: ModelConfig, objective: ObjectiveConfig, rates: BaseRates, seed: int) -> Escm2Model:
     """The model with its tables on the meta device; its dense part is the same on every rank, by the seed."""
     embeddings = PooledEmbeddings(schema.tables, config.embedding_dim, torch.device("meta"))
     num_inputs = embeddings.num_outputs + len(schema.numeric)
+    needs = build_objective(objective, rates.ctr)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = Escm2Head(
             num_inputs,
             _backbone(num_inputs, config),
             config.tower_hidden,
-            imputation=objective.kind == "escm2-dr",
+            needs.towers,
             imputation_trains_shared=objective.imputation.trains_embedding,
+            keeps_inputs=needs.lambda_balance > 0,
         )
     head.set_base_rates(rates.ctr, rates.cvr)
     return Escm2Model(schema.tables, embeddings, head)
 
 
-def shard(module: nn.Module, schema: Schema, config: Config, runtime: Runtime) -> ShardedModel:
-    """Shard a module that holds the model over the ranks of this job, as the config says."""
+def shard(module: nn.Module, schema: Schema, config: Config, holds_parts: bool, runtime: Runtime) -> ShardedModel:
+    """Shard a module that holds the model over the ranks of this job, as the config says; `holds_parts` as in `shard_model`."""
     training = config.training
     return shard_model(
         module,
@@ -89,7 +131,7 @@ def shard(module: nn.Module, schema: Schema, config: Config, runtime: Runtime) -
         sparse_learning_rate=training.sparse_learning_rate,
         local_batch_size=training.global_batch_size // runtime.world_size,
         forced=training.sharding,
-        holds_parts=config.objective.kind == "escm2-dr" and config.objective.imputation.alternate,
+        holds_parts=holds_parts,
     )
 
 

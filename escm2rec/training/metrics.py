@@ -36,12 +36,13 @@ class TrainingMetrics:
         self._rows: deque[Tensor]  # [5, rows of a step]: CTR and CVR logit, click, conversion, weight
         self._propensity: PropensitySums | None
         self._pseudo_labels: Tensor | None
+        self._term_weights: dict[str, Tensor]
         self._restart()
 
     def add(self, output: StepOutput) -> None:
         """Take one step's output."""
-        for name, share in output.shares.items():
-            self._losses.setdefault(name, []).append(share)
+        for name, value in output.losses.items():
+            self._losses.setdefault(name, []).append(value)
         self._rows.append(
             torch.stack([output.ctr_logit, output.cvr_logit, output.click, output.conversion, output.weight])[:, : output.num_rows]
         )
@@ -49,15 +50,15 @@ class TrainingMetrics:
         while sum(part.shape[1] for part in self._rows) - self._rows[0].shape[1] >= self._rows_by_rank:
             self._rows.popleft()
         self._propensity = output.propensity if self._propensity is None else self._propensity.merge(output.propensity)
+        self.steps += 1
+        self._term_weights = output.term_weights
         if output.pseudo_labels is not None:
             self._pseudo_labels = output.pseudo_labels if self._pseudo_labels is None else self._pseudo_labels + output.pseudo_labels
 
-    def record(self, step: int, epoch: int, phase_names: tuple[str, ...]) -> dict[str, Any]:
-        """The record of the steps since the last one (on rank 0; an empty one elsewhere), and a new start.
-
-        `phase_names` are the loss terms that the steps may have held, in an order that all ranks share.
-        """
-        losses = self._mean_losses(phase_names)
+    def record(self, step: int, epoch: int) -> dict[str, Any]:
+        """The record of the steps since the last one (on rank 0; an empty one elsewhere), and a new start."""
+        # Terms are of the global batch: all ranks have the same, so all refuse the same divergence.
+        losses = {f"loss_{name}": float(torch.stack(values).double().mean()) for name, values in self._losses.items()}
         self._refuse_divergence(losses, step)
         propensity, pseudo_labels, num_rows = self._reduced()
         rows = self._gathered_rows()
@@ -65,6 +66,7 @@ class TrainingMetrics:
         record: dict[str, Any] = {"step": step, "epoch": epoch, "rows": num_rows, "rows_per_s": round(num_rows / seconds, 1)}
         if self._runtime.is_main:
             record |= losses | _quality(rows) | propensity
+            record |= {f"lambda_{name}": float(weight) for name, weight in self._term_weights.items()}
             if pseudo_labels is not None:
                 record["pseudo_labels_outside"] = pseudo_labels
         self._restart()
@@ -85,20 +87,11 @@ class TrainingMetrics:
         self._losses = {}
         self._rows = deque()
         self._num_rows = 0
+        self.steps = 0  # since the last record
         self._propensity = None
         self._pseudo_labels = None
+        self._term_weights = {}
         self._since = time.perf_counter()
-
-    def _mean_losses(self, names: tuple[str, ...]) -> dict[str, float]:
-        device = self._runtime.device
-        sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
-        for index, name in enumerate(names):
-            shares = self._losses.get(name, [])
-            if shares:
-                sums[index] = torch.stack([torch.stack(shares).double().sum(), torch.tensor(float(len(shares)), device=device)])
-        totals = sums[:, 0].contiguous()
-        dist.all_reduce(totals, group=self._runtime.group)
-        return {f"loss_{name}": float(totals[i] / sums[i, 1]) for i, name in enumerate(names) if sums[i, 1] > 0}
 
     def _reduced(self) -> tuple[dict[str, float], float | None, int]:
         assert self._propensity is not None

@@ -10,21 +10,26 @@ from torch import Tensor, nn
 
 from escm2rec.models.model import Escm2Model
 from escm2rec.models.predictions import Predictions
+from escm2rec.objectives.calibration import NEWTON_STEPS, CalibrationKind, calibration_sums, newton_step
 from escm2rec.objectives.imputation import pseudo_label_counts
-from escm2rec.objectives.objective import Objective, Phase
+from escm2rec.objectives.objective import Objective, Stage
 from escm2rec.objectives.propensity import PropensitySums, propensity_sums
-from escm2rec.objectives.reduction import local_denominators, reduce_terms
+from escm2rec.objectives.reduction import local_sums, reduce_terms
+from escm2rec.objectives.weights import Learned
 from escm2rec.reader.batch import Batch
+
+CALIBRATION_PACE = 0.2  # how far each held-out batch moves the calibration towards its own fit: the latest few decide
 
 
 class StepOutput(NamedTuple):
     """What one step leaves for the logs, all without gradient.
 
-    `shares` are this rank's parts of each global loss term; `pseudo_labels` counts those outside [0, 1] and all of them (imputation of
-    labels only).
+    `losses` are the unscaled terms of the global batch; `term_weights` those that are learned; `pseudo_labels` counts those outside
+    [0, 1] and all of them (where imputed labels teach the CVR tower).
     """
 
-    shares: dict[str, Tensor]
+    losses: dict[str, Tensor]
+    term_weights: dict[str, Tensor]
     ctr_logit: Tensor
     cvr_logit: Tensor
     click: Tensor
@@ -38,34 +43,62 @@ class StepOutput(NamedTuple):
 class Loss(nn.Module):
     """Predictions and labels to a loss. It holds no table, so TorchRec's pipelines leave it whole, collectives and branches included.
 
-    `phase` and `warm_up` say what the next step does; the training loop sets them.
+    `stage` says what the next step does; the training loop sets it. Learned term weights are its parameters (`weights.Learned`). In a
+    step of phase "calibration" nothing has a gradient but `anchor`, which is there for `backward` alone: the batch only refits
+    `calibration`, the slope and shift of q's logit.
     """
 
-    def __init__(self, objective: Objective, group: dist.ProcessGroup) -> None:
+    calibration: Tensor
+
+    def __init__(self, objective: Objective, group: dist.ProcessGroup, calibrates: CalibrationKind | None = None) -> None:
         super().__init__()
         self.objective = objective
-        self.phase: Phase = objective.phase(0)
-        self.warm_up = False
+        self.stage = Stage(objective.phase(0))
         self._group = group
+        self.calibrates = calibrates
+        if calibrates is not None:
+            self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
+            self.anchor = nn.Parameter(torch.zeros(()))
+        learned = {"cvr": objective.lambda_c, "ctcvr": objective.lambda_g}
+        names = [name for name, weight in learned.items() if isinstance(weight, Learned)]
+        self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
 
     def forward(self, predictions: Predictions, batch: Batch) -> tuple[Tensor, StepOutput]:
         """The loss whose gradient, averaged over ranks, is that of the global batch; and the step's output."""
-        labels = (batch.click, batch.conversion, batch.weight)
-        terms = self.objective.terms(predictions, *labels, phase=self.phase, warm_up=self.warm_up)
-        denominators = local_denominators(terms)
-        dist.all_reduce(denominators, group=self._group)
-        loss, shares = reduce_terms(terms, denominators, dist.get_world_size(self._group))
-        return loss, self._output(predictions, batch, shares)
+        stage = self.stage if self.calibrates is None else self.stage._replace(calibration=self.calibration)
+        if stage.phase == "calibration":
+            self._refit(predictions, batch)
+            return self.anchor * 0, self._output(predictions, batch, {}, stage)
+        terms = self.objective.terms(predictions, batch.click, batch.conversion, batch.weight, stage)
+        learned = {name: s for name, s in self.log_variances.items() if name in terms}
+        terms |= {name: terms[name]._replace(scale=torch.exp(-s.detach())) for name, s in learned.items()}
+        sums = local_sums(terms)
+        dist.all_reduce(sums, group=self._group)
+        loss, losses = reduce_terms(terms, sums, dist.get_world_size(self._group))
+        for name, s in learned.items():
+            loss = loss + torch.exp(-s) * losses[name].clamp(min=0) + s / 2
+        return loss, self._output(predictions, batch, losses, stage)
 
     @torch.no_grad()
-    def _output(self, predictions: Predictions, batch: Batch, shares: dict[str, Tensor]) -> StepOutput:
-        q = self.objective.propensity(predictions.ctr_logit, self.warm_up)
+    def _refit(self, predictions: Predictions, batch: Batch) -> None:
+        assert self.calibrates is not None
+        fit, logit = torch.tensor([1.0, 0.0], device=self.calibration.device), self.objective.propensity_logit(predictions)
+        for _ in range(NEWTON_STEPS):
+            sums = calibration_sums(logit, batch.click, batch.weight, fit)
+            dist.all_reduce(sums, group=self._group)
+            fit = newton_step(fit, sums, self.calibrates)
+        self.calibration.lerp_(fit, CALIBRATION_PACE)
+
+    @torch.no_grad()
+    def _output(self, predictions: Predictions, batch: Batch, losses: dict[str, Tensor], stage: Stage) -> StepOutput:
+        q = self.objective.propensity(predictions, stage)
         counts = None
-        if self.objective.needs_imputation and self.objective.imputation.predicts == "label":
-            labels = self.objective.pseudo_labels(predictions, batch.click, batch.conversion, self.warm_up)
+        if self.objective.counts_pseudo_labels:
+            labels = self.objective.pseudo_labels(predictions, batch.click, batch.conversion, stage)
             counts = pseudo_label_counts(labels[: batch.num_rows])
         return StepOutput(
-            shares,
+            losses,
+            {name: torch.exp(-s) for name, s in self.log_variances.items()},
             predictions.ctr_logit.detach(),
             predictions.cvr_logit.detach(),
             batch.click,

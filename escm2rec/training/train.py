@@ -6,9 +6,9 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -18,6 +18,7 @@ from escm2rec.config import Config
 from escm2rec.doctor import require_matching_packages
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.folder import MANIFEST, read_manifest, write_json
+from escm2rec.objectives.objective import Phase, Stage
 from escm2rec.progress import Progress
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
@@ -31,8 +32,6 @@ from escm2rec.training.run import finish_run, go_on, last_record, start_run
 from escm2rec.training.step import Loss, TrainingModel
 
 logger = logging.getLogger(__name__)
-
-LOSS_TERMS = ("ctr", "cvr", "ctcvr", "imputation")
 
 
 def train(config: Config, data: Path, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -58,9 +57,11 @@ class Trainer:
         training = config.training
         self.rates = BaseRates.of(dataset.weighted_counts("train"))
         self.objective = build_objective(config.objective, self.rates.ctr)
-        self.loss = Loss(self.objective, runtime.group)
+        calibration = config.objective.propensity.calibration
+        self.loss = Loss(self.objective, runtime.group, None if calibration == "none" else calibration)
         model = TrainingModel(build_model(dataset.schema, config.model, config.objective, self.rates, training.seed), self.loss)
-        sharded = shard(model, dataset.schema, config, runtime)
+        holds_parts = self.objective.alternates or calibration != "none"
+        sharded = shard(model, dataset.schema, config, holds_parts, runtime)
         self.module: DistributedModelParallel = sharded.module
         self.plan = {"world_size": runtime.world_size, **plan_as_json(sharded.plan)}
         self.optimizer: CombinedOptimizer = build_optimizer(self.module, training.dense_learning_rate, training.dense_weight_decay)
@@ -76,9 +77,13 @@ class Trainer:
             prefetch=training.prefetch_batches,
             pin_memory=runtime.device.type == "cuda",
         )
-        self.total_steps = training.epochs * self.reader.num_steps
+        self.calendar = Calendar(
+            training.epochs * self.reader.num_steps, config.objective.propensity.calibration_every_steps if calibration != "none" else None
+        )
+        self.held_out = self._held_out_reader(dataset) if calibration != "none" else None
+        self.total_steps = self.calendar.total
         self.warm_up_steps = math.ceil(config.objective.propensity.warmup_fraction * self.total_steps)
-        self.step = 0  # steps trained, over all epochs; the reader is further ahead
+        self.step = 0  # steps done, over all epochs; the reader is further ahead
         self.schema_hash, self.data_identity = dataset.schema.hash(), dataset.identity("train")
 
     def resume(self) -> None:
@@ -99,9 +104,9 @@ class Trainer:
         record: dict[str, Any] = {}
         if first_step == self.total_steps and (finished := on_main(self.runtime, self._finished)) is not None:
             return finished
-        rows_left = (self.total_steps - self.step) * self.reader.num_rows // self.reader.num_steps
+        rows_left = self._rows(self.total_steps) - self._rows(self.step)
         on_main(self.runtime, self._prepare)
-        if self.objective.kind.startswith("escm2") and self.warm_up_steps >= self.total_steps:
+        if self.objective.estimator.weighs and self.warm_up_steps >= self.total_steps:
             logger.warning(
                 "all %d steps are warm-up: the base CTR stays the propensity; train on more, or in smaller batches", self.total_steps
             )
@@ -113,7 +118,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         checkpoint = latest_checkpoint(self.out)
         assert checkpoint is not None
-        rows = (self.step - first_step) * self.reader.num_rows // self.reader.num_steps
+        rows = self._rows(self.step) - self._rows(first_step)
         summary = {
             "objective": self.objective.kind,
             "steps": self.step,
@@ -138,14 +143,18 @@ class Trainer:
         batches = self._batches()
         while self.step < self.total_steps:
             self._set_learning_rates()
-            self.loss.phase = self.objective.phase(self.step)
-            self.loss.warm_up = self.step < self.warm_up_steps
-            metrics.add(pipeline.progress(batches))
+            calibrates = self.calendar.calibrates(self.step)
+            phase: Phase = "calibration" if calibrates else self.objective.phase(self.calendar.trained(self.step))
+            self.loss.stage = Stage(phase, self.step < self.warm_up_steps, self.step / self.total_steps)
+            output = pipeline.progress(batches)
+            if not calibrates:
+                metrics.add(output)
             self.step += 1
             last = self.step == self.total_steps
             saves = last or (training.checkpoint_every_steps is not None and self.step % training.checkpoint_every_steps == 0)
-            if saves or self.step % training.log_every_steps == 0:  # a record checks the losses: no checkpoint without one
-                yield metrics.record(self.step, (self.step - 1) // self.reader.num_steps, LOSS_TERMS)
+            if metrics.steps and (saves or self.step % training.log_every_steps == 0):  # it checks the losses: no checkpoint without
+                epoch = (self.calendar.trained(self.step) - 1) // self.reader.num_steps
+                yield metrics.record(self.step, epoch) | self._calibration()
             if saves:
                 progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
                 save_checkpoint(self.out, self.step, progress, self.module, self.optimizer, self.runtime)
@@ -168,10 +177,53 @@ class Trainer:
         return {"run": str(self.out), **{name: value for name, value in manifest.items() if name not in ("kind", "version")}}
 
     def _batches(self) -> Iterator[Batch]:
-        """All batches still to be trained, epoch after epoch."""
-        first_epoch, first_step = divmod(self.step, self.reader.num_steps)
+        """All batches still to come: those that train, epoch after epoch, and among them those that calibrate, round and round."""
+        first_epoch, first_step = divmod(self.calendar.trained(self.step), self.reader.num_steps)
         epochs = range(first_epoch, self.config.training.epochs)
-        return chain.from_iterable(self.reader.epoch(epoch, first_step if epoch == first_epoch else 0) for epoch in epochs)
+        trains = chain.from_iterable(self.reader.epoch(epoch, first_step if epoch == first_epoch else 0) for epoch in epochs)
+        if self.held_out is None:
+            return trains
+        calibrates = self._held_out_batches(self.held_out)
+        return (next(calibrates if self.calendar.calibrates(step) else trains) for step in range(self.step, self.total_steps))
+
+    def _held_out_batches(self, reader: Reader) -> Iterator[Batch]:
+        start = (self.step - self.calendar.trained(self.step)) % reader.num_steps
+        return chain.from_iterable(reader.epoch(0, start if turn == 0 else 0) for turn in count())
+
+    def _held_out_reader(self, dataset: Dataset) -> Reader:
+        size = self.config.training.global_batch_size
+        return Reader(dataset, "validation", size, self.runtime.rank, self.runtime.world_size, seed=self.config.training.seed)
+
+    def _rows(self, step: int) -> int:
+        """Rows that have trained when so many steps are done."""
+        return self.calendar.trained(step) * self.reader.num_rows // self.reader.num_steps
+
+    def _calibration(self) -> dict[str, float]:
+        """The propensity's slope and shift, for the record."""
+        if self.loss.calibrates is None:
+            return {}
+        slope, shift = self.loss.calibration.tolist()
+        return {"propensity_slope": slope, "propensity_shift": shift}
+
+
+class Calendar(NamedTuple):
+    """Which steps train and which calibrate: one of calibration after every `every` of training, never the last (None: none)."""
+
+    training: int
+    every: int | None
+
+    @property
+    def total(self) -> int:
+        """All steps, of both kinds."""
+        return self.training + ((self.training - 1) // self.every if self.every is not None else 0)
+
+    def calibrates(self, step: int) -> bool:
+        """Whether step 0, 1, ... is one of calibration."""
+        return self.every is not None and step % (self.every + 1) == self.every
+
+    def trained(self, step: int) -> int:
+        """How many of the steps before this one train."""
+        return step - (step // (self.every + 1) if self.every is not None else 0)
 
 
 def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool) -> Dataset:
@@ -182,6 +234,12 @@ def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool)
             f"the negatives of {data} were down-sampled, which training does not correct yet", "preprocess without down-sampling"
         )
     _check_features(config, dataset)
+    build_objective(config.objective, 0.5)
+    if config.objective.propensity.calibration != "none" and not dataset.manifest["splits"].get("validation", {}).get("rows"):
+        raise DataError(
+            f"objective.propensity.calibration fits to the validation split, and {data} has no rows in it",
+            "give data.split a share for validation and preprocess again, or set calibration: none",
+        )
     _warn_of_labels(dataset.split_counts("train"))
     start_run(out, config, dataset, resume, overwrite)
     return dataset

@@ -20,7 +20,7 @@ class TrainedModel:
     def __init__(self, run: Run, runtime: Runtime) -> None:
         model = build_model(run.schema, run.config.model, run.config.objective, run.rates, run.config.training.seed)
         self._runtime = runtime
-        self._module: DistributedModelParallel = shard(ModelOnly(model), run.schema, run.config, runtime).module
+        self._module: DistributedModelParallel = shard(ModelOnly(model), run.schema, run.config, False, runtime).module
         load_checkpoint(run.checkpoint, self._module)
         self._module.eval()
 
@@ -28,4 +28,4 @@ class TrainedModel:
     def __call__(self, batch: Batch) -> Predictions:
         """Logits of the real rows of a batch, on the CPU; its padding is cut off."""
         predictions: Predictions = self._module(batch.to(self._runtime.device))
-        return Predictions(predictions.ctr_logit[: batch.num_rows].cpu(), predictions.cvr_logit[: batch.num_rows].cpu(), None)
+        return Predictions(predictions.ctr_logit[: batch.num_rows].cpu(), predictions.cvr_logit[: batch.num_rows].cpu())
