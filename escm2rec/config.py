@@ -214,12 +214,22 @@ class Mmoe(Section):
     hidden: list[Width] = Field([128], min_length=1, description="Widths of an expert's layers.")
 
 
+class Ple(Section):
+    """Progressive layered extraction (Tang et al., RecSys 2020): shared experts and each tower's own, level upon level."""
+
+    kind: Literal["ple"]
+    levels: int = Field(2, ge=1, description="Levels of experts; at each, a tower's gate weights its own and the shared ones.")
+    task_experts: int = Field(2, ge=1, description="Experts of each tower, at each level.")
+    shared_experts: int = Field(2, ge=1, description="Shared experts, at each level.")
+    hidden: list[Width] = Field([128], min_length=1, description="Widths of an expert's layers.")
+
+
 class ModelConfig(Section):
     """The network, from pooled embeddings to logits."""
 
     embedding_dim: int = Field(16, ge=4, multiple_of=4, description="Width of every embedding table.")
     embedding_init_std: float = Field(0.01, gt=0, description="Standard deviation of the uniform initial embeddings.")
-    backbone: Annotated[SharedBottom | Mmoe, Field(discriminator="kind")] = Field(
+    backbone: Annotated[SharedBottom | Mmoe | Ple, Field(discriminator="kind")] = Field(
         SharedBottom(), description="What stands between embeddings and towers."
     )
     tower_hidden: list[Width] = Field([128, 64], description="Widths of the hidden layers of each tower.")
@@ -435,7 +445,7 @@ def _problem_lines(error: ValidationError, root: type[BaseModel] = Config) -> It
         path = _readable_path(problem["loc"])
         if problem["type"] == "extra_forbidden":
             key = str(problem["loc"][-1])
-            near = difflib.get_close_matches(key, _all_keys(root), n=1)
+            near = difflib.get_close_matches(key, [name for name in _all_keys(root) if name != key], n=1)
             yield f"{path}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
         elif problem["type"] == "missing":
             yield f"{path}: required, missing"
@@ -447,7 +457,7 @@ def _problem_lines(error: ValidationError, root: type[BaseModel] = Config) -> It
 
 def _readable_path(loc: tuple[int | str, ...]) -> str:
     # Discriminated unions put the tag ("aliccp", "hash", ...) into the path; a person has not written it there as a key.
-    tags = {"aliccp", "table", "file", "column", "hash", "shared_bottom", "mmoe"}
+    tags = {"aliccp", "table", "file", "column", "hash", "shared_bottom", "mmoe", "ple"}
     parts = [
         str(part)
         for index, part in enumerate(loc)

@@ -25,6 +25,7 @@ OBJECTIVES: dict[str, list[str]] = {
         "objective.imputation.alternate=false",
         "model.backbone={kind: mmoe, experts: 2, hidden: [8]}",
     ],
+    "escm2-dr-ple": ["objective.kind=escm2-dr", "model.backbone={kind: ple, hidden: [8]}"],
 }
 PLANS: dict[str, list[str]] = {"planner": [], "row_wise": ["training.sharding={'*': row_wise}"]}
 NUM_STEPS = 20

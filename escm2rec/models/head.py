@@ -41,8 +41,8 @@ class Escm2Head(nn.Module):
         self.num_inputs = num_inputs
         self.imputation_trains_shared = imputation_trains_shared
         self.backbone = backbone
-        self.ctr = Task(backbone.gate(), Tower(backbone.num_outputs, tower_hidden))
-        self.cvr = Task(backbone.gate(), Tower(backbone.num_outputs, tower_hidden))
+        self.ctr = Task(backbone.gate("ctr"), Tower(backbone.num_outputs, tower_hidden))
+        self.cvr = Task(backbone.gate("cvr"), Tower(backbone.num_outputs, tower_hidden))
         self.imputation = Task(backbone.gate(), Tower(backbone.num_outputs, tower_hidden)) if imputation else None
 
     def forward(self, inputs: Tensor) -> Predictions:
