@@ -224,12 +224,32 @@ class Ple(Section):
     hidden: list[Width] = Field([128], min_length=1, description="Widths of an expert's layers.")
 
 
+class DcnV2(Section):
+    """Deep & cross network v2, stacked (Wang et al., WWW 2021): a cross network under shared layers under the towers."""
+
+    kind: Literal["dcn_v2"]
+    cross_layers: int = Field(2, ge=1, description="Cross layers; each lets one more input into a product.")
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="Rank of each cross layer's matrix; null is the full matrix. Less than half the number of inputs saves work.",
+    )
+    experts: int = Field(1, ge=1, description="Low-rank experts of each cross layer, mixed by a gate; more than one needs rank.")
+    hidden: list[Width] = Field([128], description="Widths of the shared layers on the crosses; none means that towers read the crosses.")
+
+    @model_validator(mode="after")
+    def _experts_are_low_rank(self) -> Self:
+        if self.experts > 1 and self.rank is None:
+            raise ValueError(f"experts: {self.experts} needs a rank, for example rank: 32, or experts: 1")
+        return self
+
+
 class ModelConfig(Section):
     """The network, from pooled embeddings to logits."""
 
     embedding_dim: int = Field(16, ge=4, multiple_of=4, description="Width of every embedding table.")
     embedding_init_std: float = Field(0.01, gt=0, description="Standard deviation of the uniform initial embeddings.")
-    backbone: Annotated[SharedBottom | Mmoe | Ple, Field(discriminator="kind")] = Field(
+    backbone: Annotated[SharedBottom | Mmoe | Ple | DcnV2, Field(discriminator="kind")] = Field(
         SharedBottom(), description="What stands between embeddings and towers."
     )
     tower_hidden: list[Width] = Field([128, 64], description="Widths of the hidden layers of each tower.")
@@ -457,7 +477,7 @@ def _problem_lines(error: ValidationError, root: type[BaseModel] = Config) -> It
 
 def _readable_path(loc: tuple[int | str, ...]) -> str:
     # Discriminated unions put the tag ("aliccp", "hash", ...) into the path; a person has not written it there as a key.
-    tags = {"aliccp", "table", "file", "column", "hash", "shared_bottom", "mmoe", "ple"}
+    tags = {"aliccp", "table", "file", "column", "hash", "shared_bottom", "mmoe", "ple", "dcn_v2"}
     parts = [
         str(part)
         for index, part in enumerate(loc)

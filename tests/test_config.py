@@ -96,6 +96,14 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"backbone": {"kind": "ple", "hidden": []}}},
         "model.backbone.hidden: List should have at least 1 item",
     ),
+    "no cross layer": (
+        {"model": {"backbone": {"kind": "dcn_v2", "cross_layers": 0}}},
+        "model.backbone.cross_layers: Input should be greater than or equal to 1 (got 0)",
+    ),
+    "experts of full rank": (
+        {"model": {"backbone": {"kind": "dcn_v2", "experts": 2}}},
+        "model.backbone: experts: 2 needs a rank, for example rank: 32, or experts: 1",
+    ),
     "beyond int32": (
         {"data": {"features": [{"name": "a", "kind": "list", "hash_size": 2**31}]}},
         "data.features.0.hash_size: Input should be less than or equal to 2147483647",
@@ -167,7 +175,7 @@ OVERRIDES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["shared_bottom", "mmoe", "ple"])
+@pytest.mark.parametrize("kind", ["shared_bottom", "mmoe", "ple", "dcn_v2"])
 def test_every_backbone_has_defaults(kind: str) -> None:
     config = parse_config(tree(model={"backbone": {"kind": kind}}))
     assert config.model.backbone.kind == kind

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from escm2rec.models.backbone import Backbone, Mmoe, SharedBottom, SoftmaxGate
+from escm2rec.models.dcn_v2 import DcnV2
 from escm2rec.models.head import Escm2Head, Task
 from escm2rec.models.ple import Ple
 from escm2rec.models.predictions import Predictions
@@ -26,6 +27,9 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "mmoe": lambda: Mmoe(NUM_INPUTS, 3, (5, 4)),
     "ple": lambda: Ple(NUM_INPUTS, 3, 2, 3, (5, 4)),
     "ple_of_one_level": lambda: Ple(NUM_INPUTS, 1, 2, 3, (5, 4)),
+    "dcn_v2": lambda: DcnV2(NUM_INPUTS, 2, None, 1, (5,)),
+    "dcn_v2_low_rank": lambda: DcnV2(NUM_INPUTS, 2, 2, 1, ()),
+    "dcn_v2_mixture": lambda: DcnV2(NUM_INPUTS, 2, 2, 3, (5,)),
 }
 WITH_GATES = {"mmoe", "ple", "ple_of_one_level"}
 

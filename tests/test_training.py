@@ -26,6 +26,7 @@ OBJECTIVES: dict[str, list[str]] = {
         "model.backbone={kind: mmoe, experts: 2, hidden: [8]}",
     ],
     "escm2-dr-ple": ["objective.kind=escm2-dr", "model.backbone={kind: ple, hidden: [8]}"],
+    "escm2-ips-dcn_v2": ["objective.kind=escm2-ips", "model.backbone={kind: dcn_v2, hidden: [8]}"],
 }
 PLANS: dict[str, list[str]] = {"planner": [], "row_wise": ["training.sharding={'*': row_wise}"]}
 NUM_STEPS = 20

@@ -17,6 +17,8 @@ BACKBONES = {
     "shared_bottom": "{kind: shared_bottom, hidden: [8]}",
     "mmoe": "{kind: mmoe, experts: 2, hidden: [8]}",
     "ple": "{kind: ple, hidden: [8]}",
+    "dcn_v2": "{kind: dcn_v2, hidden: [8]}",
+    "dcn_v2_mixture": "{kind: dcn_v2, rank: 4, experts: 2, hidden: [8]}",
 }
 NUM_STEPS = 60
 

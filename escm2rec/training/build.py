@@ -11,6 +11,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from escm2rec.config import Config, ModelConfig, ObjectiveConfig
 from escm2rec.models.backbone import Backbone, Mmoe, SharedBottom
+from escm2rec.models.dcn_v2 import DcnV2
 from escm2rec.models.embeddings import PooledEmbeddings
 from escm2rec.models.head import Escm2Head
 from escm2rec.models.model import Escm2Model
@@ -118,4 +119,6 @@ def _backbone(num_inputs: int, config: ModelConfig) -> Backbone:
         return SharedBottom(num_inputs, chosen.hidden)
     if chosen.kind == "mmoe":
         return Mmoe(num_inputs, chosen.experts, chosen.hidden)
-    return Ple(num_inputs, chosen.levels, chosen.task_experts, chosen.shared_experts, chosen.hidden)
+    if chosen.kind == "ple":
+        return Ple(num_inputs, chosen.levels, chosen.task_experts, chosen.shared_experts, chosen.hidden)
+    return DcnV2(num_inputs, chosen.cross_layers, chosen.rank, chosen.experts, chosen.hidden)
