@@ -214,12 +214,42 @@ class Mmoe(Section):
     hidden: list[Width] = Field([128], min_length=1, description="Widths of an expert's layers.")
 
 
+class Ple(Section):
+    """Progressive layered extraction (Tang et al., RecSys 2020): shared experts and each tower's own, level upon level."""
+
+    kind: Literal["ple"]
+    levels: int = Field(2, ge=1, description="Levels of experts; at each, a tower's gate weights its own and the shared ones.")
+    task_experts: int = Field(2, ge=1, description="Experts of each tower, at each level.")
+    shared_experts: int = Field(2, ge=1, description="Shared experts, at each level.")
+    hidden: list[Width] = Field([128], min_length=1, description="Widths of an expert's layers.")
+
+
+class DcnV2(Section):
+    """Deep & cross network v2, stacked (Wang et al., WWW 2021): a cross network under shared layers under the towers."""
+
+    kind: Literal["dcn_v2"]
+    cross_layers: int = Field(2, ge=1, description="Cross layers; each lets one more input into a product.")
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="Rank of each cross layer's matrix; null is the full matrix. Less than half the number of inputs saves work.",
+    )
+    experts: int = Field(1, ge=1, description="Low-rank experts of each cross layer, mixed by a gate; more than one needs rank.")
+    hidden: list[Width] = Field([128], description="Widths of the shared layers on the crosses; none means that towers read the crosses.")
+
+    @model_validator(mode="after")
+    def _experts_are_low_rank(self) -> Self:
+        if self.experts > 1 and self.rank is None:
+            raise ValueError(f"experts: {self.experts} needs a rank, for example rank: 32, or experts: 1")
+        return self
+
+
 class ModelConfig(Section):
     """The network, from pooled embeddings to logits."""
 
     embedding_dim: int = Field(16, ge=4, multiple_of=4, description="Width of every embedding table.")
     embedding_init_std: float = Field(0.01, gt=0, description="Standard deviation of the uniform initial embeddings.")
-    backbone: Annotated[SharedBottom | Mmoe, Field(discriminator="kind")] = Field(
+    backbone: Annotated[SharedBottom | Mmoe | Ple | DcnV2, Field(discriminator="kind")] = Field(
         SharedBottom(), description="What stands between embeddings and towers."
     )
     tower_hidden: list[Width] = Field([128, 64], description="Widths of the hidden layers of each tower.")
@@ -470,7 +500,7 @@ def _problem_lines(error: ValidationError, root: type[BaseModel] = Config) -> It
         path = _readable_path(problem["loc"])
         if problem["type"] == "extra_forbidden":
             key = str(problem["loc"][-1])
-            near = difflib.get_close_matches(key, _all_keys(root), n=1)
+            near = difflib.get_close_matches(key, [name for name in _all_keys(root) if name != key], n=1)
             yield f"{path}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
         elif problem["type"] == "missing":
             yield f"{path}: required, missing"
@@ -482,7 +512,7 @@ def _problem_lines(error: ValidationError, root: type[BaseModel] = Config) -> It
 
 def _readable_path(loc: tuple[int | str, ...]) -> str:
     # Discriminated unions put the tag ("aliccp", "hash", ...) into the path; a person has not written it there as a key.
-    tags = {"aliccp", "table", "file", "column", "hash", "shared_bottom", "mmoe", "number", "ramp", "learned"}
+    tags = {"aliccp", "table", "file", "column", "hash", "shared_bottom", "mmoe", "ple", "dcn_v2", "number", "ramp", "learned"}
     parts = [
         str(part)
         for index, part in enumerate(loc)

@@ -88,6 +88,30 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "infinite": ({"training": {"dense_learning_rate": float("inf")}}, "training.dense_learning_rate: Input should be a finite number"),
     "no width": ({"model": {"tower_hidden": [8, 0]}}, "model.tower_hidden.1: Input should be greater than or equal to 1 (got 0)"),
+    "unknown backbone": (
+        {"model": {"backbone": {"kind": "moe"}}},
+        "model.backbone: Input tag 'moe' found using 'kind' does not match any of the expected tags: 'shared_bottom', 'mmoe', 'ple'",
+    ),
+    "no level": (
+        {"model": {"backbone": {"kind": "ple", "levels": 0}}},
+        "model.backbone.levels: Input should be greater than or equal to 1 (got 0)",
+    ),
+    "another backbone's key": (
+        {"model": {"backbone": {"kind": "ple", "experts": 4}}},
+        "model.backbone.experts: unknown key; did you mean 'task_experts'?",
+    ),
+    "experts without layers": (
+        {"model": {"backbone": {"kind": "ple", "hidden": []}}},
+        "model.backbone.hidden: List should have at least 1 item",
+    ),
+    "no cross layer": (
+        {"model": {"backbone": {"kind": "dcn_v2", "cross_layers": 0}}},
+        "model.backbone.cross_layers: Input should be greater than or equal to 1 (got 0)",
+    ),
+    "experts of full rank": (
+        {"model": {"backbone": {"kind": "dcn_v2", "experts": 2}}},
+        "model.backbone: experts: 2 needs a rank, for example rank: 32, or experts: 1",
+    ),
     "beyond int32": (
         {"data": {"features": [{"name": "a", "kind": "list", "hash_size": 2**31}]}},
         "data.features.0.hash_size: Input should be less than or equal to 2147483647",
@@ -152,6 +176,13 @@ OVERRIDES = {
     "training.epochs=[": r"--set training\.epochs: '\[' is not valid YAML",
     "training.epoch=3": r"training\.epoch: unknown key; did you mean 'epochs'",
 }
+
+
+@pytest.mark.parametrize("kind", ["shared_bottom", "mmoe", "ple", "dcn_v2"])
+def test_every_backbone_has_defaults(kind: str) -> None:
+    config = parse_config(tree(model={"backbone": {"kind": kind}}))
+    assert config.model.backbone.kind == kind
+    assert parse_config(config.model_dump(mode="json")) == config
 
 
 @pytest.mark.parametrize("override", OVERRIDES)

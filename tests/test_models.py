@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from escm2rec.models.backbone import Backbone, Mmoe, SharedBottom, SoftmaxGate
-from escm2rec.models.head import Escm2Head
+from escm2rec.models.dcn_v2 import DcnV2
+from escm2rec.models.head import Escm2Head, Task
+from escm2rec.models.ple import Ple
 from escm2rec.models.predictions import Predictions
 from escm2rec.models.tower import Tower
 from escm2rec.objectives.objective import Phase, Stage
@@ -23,7 +25,13 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "shared_bottom": lambda: SharedBottom(NUM_INPUTS, (5,)),
     "bare": lambda: SharedBottom(NUM_INPUTS, ()),
     "mmoe": lambda: Mmoe(NUM_INPUTS, 3, (5, 4)),
+    "ple": lambda: Ple(NUM_INPUTS, 3, 2, 3, (5, 4)),
+    "ple_of_one_level": lambda: Ple(NUM_INPUTS, 1, 2, 3, (5, 4)),
+    "dcn_v2": lambda: DcnV2(NUM_INPUTS, 2, None, 1, (5,)),
+    "dcn_v2_low_rank": lambda: DcnV2(NUM_INPUTS, 2, 2, 1, ()),
+    "dcn_v2_mixture": lambda: DcnV2(NUM_INPUTS, 2, 2, 3, (5,)),
 }
+WITH_GATES = {"mmoe", "ple", "ple_of_one_level"}
 
 
 def make_head(backbone: str, imputation: bool = True, trains_shared: bool = False) -> Escm2Head:
@@ -83,7 +91,7 @@ def test_imputation_phase_trains_the_imputation_part_alone(backbone: str) -> Non
     assert inputs.grad is None
     assert head.imputation is not None
     assert len(imputation_names(head)) == len(list(head.imputation.parameters()))
-    assert any("gate" in name for name in imputation_names(head)) is (backbone == "mmoe")
+    assert any("gate" in name for name in imputation_names(head)) is (backbone in WITH_GATES)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -92,6 +100,46 @@ def test_cvr_phase_trains_all_but_the_imputation_part(backbone: str) -> None:
     step(head, inputs, "cvr")
     assert trained(head) == {name for name, _ in head.named_parameters()} - imputation_names(head)
     assert inputs.grad is not None
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("imputation", [True, False])
+def test_every_main_parameter_has_a_task_that_trains_it(backbone: str, imputation: bool) -> None:
+    # Otherwise DDP, which looks for unused parameters only where an objective has parts, would wait for their gradients.
+    head, inputs = make_head(backbone, imputation), make_inputs()
+    predictions = head(inputs)
+    (predictions.ctr_logit.sum() + predictions.cvr_logit.sum()).backward()
+    assert trained(head) == {name for name, _ in head.named_parameters()} - imputation_names(head)
+    assert bool(imputation_names(head)) is imputation
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_further_towers_share_no_parameter(backbone: str) -> None:
+    head, inputs = make_head(backbone, imputation=False), make_inputs()
+    towers = [Task(head.backbone.gate(), Tower(head.backbone.num_outputs, (7,))) for _ in range(2)]
+    shared = head.backbone(inputs)
+    towers[0](inputs.detach(), shared.detach()).sum().backward()
+    assert trained(towers[0]) == {name for name, _ in towers[0].named_parameters()}
+    assert trained(towers[1]) == trained(head) == set()
+    assert inputs.grad is None
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_main_logits_do_not_depend_on_further_towers(backbone: str) -> None:
+    inputs = make_inputs()
+    with_it, without = make_head(backbone)(inputs), make_head(backbone, imputation=False)(inputs)
+    assert torch.equal(with_it.ctr_logit, without.ctr_logit)
+    assert torch.equal(with_it.cvr_logit, without.cvr_logit)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_traced_head_computes_the_same(backbone: str) -> None:
+    # TorchRec's pipelines trace what holds tables and leave the head whole; it does not depend on that.
+    head = make_head(backbone)
+    traced = torch.fx.symbolic_trace(head)
+    for rows in (0, 8):
+        for seen, expected in zip(traced(make_inputs(rows))[:3], head(make_inputs(rows))[:3], strict=True):
+            assert torch.equal(seen, expected)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -119,9 +167,29 @@ def test_imputation_may_train_the_shared_part_when_asked(backbone: str) -> None:
     assert inputs.grad.abs().sum() > 0
 
 
-def test_held_parameters_stay_bit_identical_under_adam() -> None:
+@pytest.mark.parametrize("backbone", sorted(WITH_GATES))
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_further_towers_train_what_they_may(backbone: str) -> None:
+    """The propensity tower nothing but itself, the counterfactual tower the shared part too; each is named after its task."""
+    torch.manual_seed(0)
+    head = Escm2Head(NUM_INPUTS, BACKBONES[backbone](), (7,), {"counterfactual", "propensity"}, keeps_inputs=True)
+    assert head.imputation is None
+    for task, shares in (("propensity", False), ("counterfactual", True)):
+        head.zero_grad(set_to_none=True)
+        inputs = make_inputs()
+        predictions = head(inputs)
+        assert predictions.inputs is inputs
+        getattr(predictions, f"{task}_logit").sum().backward()
+        own = {name for name, _ in head.named_parameters() if name.startswith(f"{task}.")}
+        assert own
+        assert own <= trained(head)
+        assert (trained(head) == own and inputs.grad is None) is not shares
+        assert not any(name.startswith(("ctr.", "cvr.")) for name in trained(head))
+
+
+def test_held_parameters_stay_bit_identical_under_adam(backbone: str) -> None:
     # A gradient of zero would not do: Adam's momentum would go on moving them.
-    head, inputs = make_head("mmoe"), make_inputs()
+    head, inputs = make_head(backbone), make_inputs()
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=0.1)
     step(head, inputs, "joint")
     optimizer.step()
@@ -178,8 +246,9 @@ def test_base_rates_have_a_logit(rate: float) -> None:
         make_head("bare").set_base_rates(ctr=0.1, cvr=rate)
 
 
-def test_same_seed_gives_the_same_head() -> None:
-    for left, right in zip(make_head("mmoe").parameters(), make_head("mmoe").parameters(), strict=True):
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_same_seed_gives_the_same_head(backbone: str) -> None:
+    for left, right in zip(make_head(backbone).parameters(), make_head(backbone).parameters(), strict=True):
         assert torch.equal(left, right)
 
 

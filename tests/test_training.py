@@ -44,6 +44,8 @@ OBJECTIVES: dict[str, list[str]] = {
     "stable-dr": ["objective.kind=stable-dr"],
     "dcmt": ["objective.kind=dcmt"],
     "two-space": ["objective.kind=two-space"],
+    "escm2-dr-ple": ["objective.kind=escm2-dr", "model.backbone={kind: ple, hidden: [8]}"],
+    "escm2-ips-dcn_v2": ["objective.kind=escm2-ips", "model.backbone={kind: dcn_v2, hidden: [8]}"],
 }
 CALIBRATIONS = dict.fromkeys(["esmm-calibrated", "escm2-dr-calibrated"], (NUM_STEPS - 1) // 4)
 PLANS: dict[str, list[str]] = {"planner": [], "row_wise": ["training.sharding={'*': row_wise}"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -55,10 +56,10 @@ class Escm2Head(nn.Module):
         self.keeps_inputs = keeps_inputs
         self.backbone = backbone
 
-        def task() -> Task:
-            return Task(backbone.gate(), Tower(backbone.num_outputs, tower_hidden))
+        def task(name: Literal["ctr", "cvr"] | None = None) -> Task:
+            return Task(backbone.gate(name), Tower(backbone.num_outputs, tower_hidden))
 
-        self.ctr, self.cvr = task(), task()
+        self.ctr, self.cvr = task("ctr"), task("cvr")
         self.imputation = task() if "imputation" in further else None
         self.counterfactual = task() if "counterfactual" in further else None
         self.propensity = task() if "propensity" in further else None

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-from escm2rec.config import Config, Lambda, LambdaRamp, ModelConfig, ObjectiveConfig, SharedBottom
+from escm2rec.config import Config, Lambda, LambdaRamp, ModelConfig, ObjectiveConfig
 from escm2rec.errors import ConfigError
-from escm2rec.models.backbone import Backbone, Mmoe
-from escm2rec.models.backbone import SharedBottom as SharedBottomNetwork
+from escm2rec.models.backbone import Backbone, Mmoe, SharedBottom
+from escm2rec.models.dcn_v2 import DcnV2
 from escm2rec.models.embeddings import PooledEmbeddings
 from escm2rec.models.head import Escm2Head
 from escm2rec.models.model import Escm2Model
+from escm2rec.models.ple import Ple
 from escm2rec.objectives.estimator import Estimator, Settings, estimator_of
 from escm2rec.objectives.imputation import Imputation, Predicts
 from escm2rec.objectives.objective import Objective
@@ -155,6 +156,11 @@ def build_optimizer(module: DistributedModelParallel, learning_rate: float, weig
 
 
 def _backbone(num_inputs: int, config: ModelConfig) -> Backbone:
-    if isinstance(config.backbone, SharedBottom):
-        return SharedBottomNetwork(num_inputs, config.backbone.hidden)
-    return Mmoe(num_inputs, config.backbone.experts, config.backbone.hidden)
+    chosen = config.backbone
+    if chosen.kind == "shared_bottom":
+        return SharedBottom(num_inputs, chosen.hidden)
+    if chosen.kind == "mmoe":
+        return Mmoe(num_inputs, chosen.experts, chosen.hidden)
+    if chosen.kind == "ple":
+        return Ple(num_inputs, chosen.levels, chosen.task_experts, chosen.shared_experts, chosen.hidden)
+    return DcnV2(num_inputs, chosen.cross_layers, chosen.rank, chosen.experts, chosen.hidden)
