@@ -187,6 +187,7 @@ def test_further_towers_train_what_they_may(backbone: str) -> None:
         assert not any(name.startswith(("ctr.", "cvr.")) for name in trained(head))
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_held_parameters_stay_bit_identical_under_adam(backbone: str) -> None:
     # A gradient of zero would not do: Adam's momentum would go on moving them.
     head, inputs = make_head(backbone), make_inputs()
