@@ -1,0 +1,1 @@
+"""Studies against known truth."""
