@@ -35,7 +35,9 @@ from torch import Tensor
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.folder import new_folder, refuse_overlap, sha256_of, write_json, write_manifest
 from escm2rec.objectives.bce import bce_losses
-from escm2rec.objectives.cvr import dr_losses, ips_losses, naive_losses
+from escm2rec.objectives.estimators.escm2_dr import dr_losses
+from escm2rec.objectives.estimators.escm2_ips import ips_losses
+from escm2rec.objectives.estimators.naive import naive_losses
 from escm2rec.objectives.imputation import imputation_weights
 from escm2rec.progress import Progress
 from escm2rec.simulate.world import generator
