@@ -172,6 +172,37 @@ def score(
 
 @app.command()
 @_verb
+def study(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the study.", show_default=False)],
+    preset: Annotated[Literal["quick", "full"], typer.Option("--preset", help="2 worlds in minutes, or 20 in an hour or two.")] = "quick",
+    objectives: Annotated[
+        list[str], typer.Option("--objectives", help="What to compare; repeat it, or give a comma list. [default: the preset's]")
+    ] = [],  # noqa: B006
+    seeds: Annotated[int | None, typer.Option("--seeds", min=2, help="Seeds a world.", show_default="the preset's")] = None,
+    ratings: Annotated[
+        Path | None,
+        typer.Option("--ratings", help="Run the semi-synthetic protocol on this file of user, item, rating instead.", show_default=False),
+    ] = None,
+    draws: Annotated[int, typer.Option("--draws", min=3, help="Draws of labels, with --ratings.")] = 20,
+    overwrite: Overwrite = False,
+) -> Result:
+    """Compare objectives where the truth is known.
+
+    In simulated worlds, or on a completed matrix of ratings.
+    """
+    if ratings is not None:
+        if objectives or seeds is not None or preset != "quick":
+            raise ConfigError("--ratings goes with --draws alone", "leave --preset, --objectives and --seeds out")
+        from escm2rec.study.ratings import ratings_study
+
+        return ratings_study(ratings, out, draws, overwrite=overwrite)
+    from escm2rec.study.study import study
+
+    return study(out, preset, _names(objectives), seeds, overwrite)
+
+
+@app.command()
+@_verb
 def doctor() -> Result:
     """Check that torch, torchrec and fbgemm fit each other."""
     from escm2rec.doctor import check_installation

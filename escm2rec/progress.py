@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Rows done of `total` (None when nobody knows), rows/s and the time left; silent unless `active`."""
+    """Rows (or another `unit`) done of `total` (None when nobody knows), how many a second and the time left; silent unless `active`."""
 
-    def __init__(self, name: str, total: int | None, active: bool = True) -> None:
-        self._name, self._total, self._active = name, total, active
+    def __init__(self, name: str, total: int | None, active: bool = True, unit: str = "rows") -> None:
+        self._name, self._total, self._active, self._unit = name, total, active, unit
         self._rows = 0
         self._began = self._told = time.monotonic()
         self._bar: RichProgress | None = None
@@ -46,7 +46,9 @@ class Progress:
         left = ""
         if self._bar is None and self._total is not None and self._rows:
             left = f", {seconds * (self._total - self._rows) / self._rows:,.0f} s left"
-        return f"{self._rows:,}{of} rows, {self._rows / seconds:,.0f} rows/s{left}" + (f", {note}" if note else "")
+        rate = self._rows / seconds
+        pace = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+        return f"{self._rows:,}{of} {self._unit}, {pace} {self._unit}/s{left}" + (f", {note}" if note else "")
 
     def __enter__(self) -> Self:
         if self._bar is not None:

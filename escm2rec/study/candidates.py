@@ -1,0 +1,52 @@
+"""What a study compares: objectives of the config under a name, and references that no log could train."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+Reference = Literal["true propensity", "all conversions"]
+
+
+class Candidate(NamedTuple):
+    """One row of the study.
+
+    settings   a section `objective` of the config
+    reference  what it is given that a log does not hold: the true propensity as q, or the conversion of every impression
+    """
+
+    settings: dict[str, Any]
+    reference: Reference | None = None
+
+
+LABEL = {"predicts": "label", "loss": "bce"}
+
+CANDIDATES: dict[str, Candidate] = {
+    "esmm": Candidate({"kind": "esmm"}),
+    "naive": Candidate({"kind": "naive"}),
+    "naive+ctcvr": Candidate({"kind": "naive+ctcvr"}),
+    "direct": Candidate({"kind": "direct", "imputation": LABEL}),
+    "multi-ipw": Candidate({"kind": "multi-ipw"}),
+    "multi-dr": Candidate({"kind": "multi-dr"}),
+    "escm2-ips": Candidate({"kind": "escm2-ips"}),
+    "escm2-snips": Candidate({"kind": "escm2-snips"}),
+    "escm2-dr": Candidate({"kind": "escm2-dr"}),
+    "escm2-dr joint": Candidate({"kind": "escm2-dr", "imputation": {"alternate": False}}),
+    "escm2-dr 3:1": Candidate({"kind": "escm2-dr", "imputation": {"cvr_steps": 3}}),
+    "escm2-dr label": Candidate({"kind": "escm2-dr", "imputation": LABEL}),
+    "escm2-dr label joint": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "alternate": False}}),
+    "escm2-dr label mrdr": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "weighting": "mrdr", "normalise": True}}),
+    "escm2-dr label dr-bias": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "weighting": "dr-bias", "normalise": True}}),
+    "escm2-dr label dr-mse": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "weighting": "dr-mse", "normalise": True}}),
+    "escm2-dr label clipped": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "clip_pseudo_labels": True}}),
+    "stable-dr": Candidate({"kind": "stable-dr"}),
+    "dcmt": Candidate({"kind": "dcmt"}),
+    "two-space": Candidate({"kind": "two-space", "imputation": LABEL}),
+    "escm2-ips balanced": Candidate({"kind": "escm2-ips", "propensity": {"balance": 1.0}}),
+    "escm2-ips lambda_c 5": Candidate({"kind": "escm2-ips", "lambda_c": 5.0}),
+    "escm2-ips lambda_c 0.2": Candidate({"kind": "escm2-ips", "lambda_c": 0.2}),
+    "escm2-ips floor 0.5": Candidate({"kind": "escm2-ips", "propensity": {"floor": 0.5}}),
+    "escm2-ips floor 0.02": Candidate({"kind": "escm2-ips", "propensity": {"floor": 0.02}}),
+    "escm2-ips true q": Candidate({"kind": "escm2-ips"}, "true propensity"),
+    "escm2-dr true q": Candidate({"kind": "escm2-dr", "imputation": LABEL}, "true propensity"),
+    "oracle": Candidate({"kind": "naive"}, "all conversions"),
+}

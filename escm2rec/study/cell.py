@@ -1,0 +1,185 @@
+"""One cell of a study: one candidate trained on one draw of one world, and measured on fresh impressions of it.
+
+The model is `Escm2Head`, the loss `Objective` and `reduce_terms`, as in training; only tables, reader and ranks are left out, since a
+world's log fits into memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from escm2rec.config import ObjectiveConfig
+from escm2rec.models.backbone import SharedBottom
+from escm2rec.models.head import Escm2Head, Task
+from escm2rec.models.predictions import Predictions
+from escm2rec.models.tower import Tower
+from escm2rec.objectives.objective import Objective, Stage
+from escm2rec.objectives.reduction import local_sums, reduce_terms
+from escm2rec.study.candidates import Candidate
+from escm2rec.study.worlds import Sample, World, draw, drop_negatives, wrong_shift
+from escm2rec.training.build import BaseRates, build_objective
+
+# The same for every candidate. Chosen on seeds from 1,000 on, which no study uses, so that the oracle has stopped moving: its mean CVR
+# is within 3% of the truth in every world. Ids take one pass, since tables of rare ids overfit in the second.
+EPOCHS, LEARNING_RATE = 10, 4e-2
+EPOCHS_OF_IDS, LEARNING_RATE_OF_IDS, LEARNING_RATE_OF_TABLES = 1, 2e-2, 1e-2
+BATCH_ROWS, WEIGHT_DECAY = 2_000, 1e-3
+FLEXIBLE = (32, 16)
+ID_DIM, ID_STD = 8, 0.1
+WARM_UP = 0.1
+FRESH_ROWS = 50_000
+TRAINING, HELD_OUT, FRESH = 0, 1, 2
+
+
+class TruePropensity(Objective):
+    """An objective whose q is the true propensity, which predictions bring as `propensity_logit`."""
+
+    def propensity_logit(self, predictions: Predictions) -> Tensor:
+        """The logit of the true propensity, [B]."""
+        assert predictions.propensity_logit is not None
+        return predictions.propensity_logit
+
+
+class Rows(NamedTuple):
+    """A sample as tensors."""
+
+    numeric: Tensor
+    ids: Tensor
+    click: Tensor
+    conversion: Tensor
+    weight: Tensor
+    true_logit: Tensor
+
+    @classmethod
+    def of(cls, sample: Sample) -> Rows:
+        """The sample, float32 and int64."""
+        logit = np.log(sample.propensity) - np.log1p(-sample.propensity)
+        parts = (sample.numeric, sample.ids, sample.click, sample.conversion, sample.weight, logit.astype(np.float32))
+        return cls(*(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
+
+    def take(self, index: Tensor) -> Rows:
+        """Some rows."""
+        return Rows(*(part[index] for part in self))
+
+
+class Draw(NamedTuple):
+    """What one seed of a world draws: a log to train on, one held out, and fresh impressions with all that is true of them."""
+
+    training: Sample
+    held_out: Sample
+    fresh: Sample
+
+
+def draw_world(world: World, seed: int) -> Draw:
+    """Three independent draws; negatives are dropped from the logs, never from the fresh impressions."""
+    training = draw(world, world.impressions, (seed, TRAINING))
+    held_out = draw(world, world.impressions // 3, (seed, HELD_OUT))
+    fresh = draw(world, FRESH_ROWS, (seed, FRESH))
+    logs = [drop_negatives(sample, world.keep_rate, (seed, part, 1)) for part, sample in ((TRAINING, training), (HELD_OUT, held_out))]
+    return Draw(logs[0], logs[1], fresh)
+
+
+class StudyModel(nn.Module):
+    """A head over numbers, or over the embeddings of user and item. Towers are linear or not, as the world says."""
+
+    def __init__(self, world: World, objective: Objective) -> None:
+        super().__init__()
+        sizes = (world.users, world.users // 4) if world.users else ()
+        self.tables = nn.ModuleList(nn.Embedding(size, ID_DIM) for size in sizes)
+        for table in self.tables.parameters():
+            nn.init.normal_(table, std=ID_STD)
+        num_inputs = len(sizes) * ID_DIM if sizes else 8
+        hidden = () if world.towers == "linear" else FLEXIBLE
+        further = objective.towers
+        self.head = Escm2Head(num_inputs, SharedBottom(num_inputs, ()), hidden, further, keeps_inputs=objective.lambda_balance > 0)
+        if world.towers == "small":
+            for task in (self.head.cvr, self.head.imputation, self.head.counterfactual):
+                if isinstance(task, Task):
+                    task.tower = Tower(num_inputs, ())
+
+    def forward(self, rows: Rows) -> Predictions:
+        """Logits of rows."""
+        found = [table(rows.ids[:, column]) for column, table in enumerate(self.tables)]
+        predictions: Predictions = self.head(torch.cat([rows.numeric, *found], dim=1))
+        return predictions
+
+
+class Trained(NamedTuple):
+    """A candidate that was trained on one draw of a world."""
+
+    model: StudyModel
+    objective: Objective
+    calibration: Tensor | None
+
+    @torch.no_grad()
+    def predict(self, sample: Sample) -> Predictions:
+        """Logits of a sample."""
+        rows = Rows.of(sample)
+        predictions: Predictions = self.model(rows)
+        return _with_truth(self.objective, predictions, rows)
+
+    @property
+    def stage(self) -> Stage:
+        """Where it stands: at the end."""
+        return Stage("cvr", progress=1.0, calibration=self.calibration)
+
+
+def train(world: World, candidate: Candidate, sample: Sample, seed: int) -> Trained:
+    """Train a candidate on a log, in one thread; the same arguments give the same model."""
+    rows = Rows.of(sample)
+    config = ObjectiveConfig.model_validate({"lambda_c": 1.0, **candidate.settings})
+    everything = candidate.reference == "all conversions"
+    click = torch.ones_like(rows.click) if everything else rows.click
+    rates = BaseRates.of(_counts(rows.weight, rows.click, rows.conversion))
+    objective = _objective(config, rates, candidate)
+    calibration = torch.tensor([world.slope, wrong_shift(world)]) if world.slope != 1 and candidate.reference is None else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = StudyModel(world, objective)
+    model.head.set_base_rates(rates.ctr, rates.cvr)
+    epochs, rate = (EPOCHS_OF_IDS, LEARNING_RATE_OF_IDS) if world.users else (EPOCHS, LEARNING_RATE)
+    groups: list[dict[str, Any]] = [{"params": list(model.head.parameters()), "lr": rate}]
+    if world.users:
+        groups.append({"params": list(model.tables.parameters()), "lr": LEARNING_RATE_OF_TABLES})
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    rates_at_start = [group["lr"] for group in optimizer.param_groups]
+    order = torch.Generator().manual_seed(seed)
+    steps_by_epoch = max(1, round(len(sample) / BATCH_ROWS))
+    total = epochs * steps_by_epoch
+    for step in range(total):
+        if step % steps_by_epoch == 0:
+            batches = torch.randperm(len(sample), generator=order).chunk(steps_by_epoch)
+        index = batches[step % steps_by_epoch]
+        batch = rows.take(index)
+        for group, first in zip(optimizer.param_groups, rates_at_start, strict=True):
+            group["lr"] = first * (1 - step / total)
+        stage = Stage(objective.phase(step), step < WARM_UP * total, step / total, calibration)
+        predictions = _with_truth(objective, model(batch), batch)
+        terms = objective.terms(predictions, click[index], batch.conversion, batch.weight, stage)
+        if everything and "ctr" in terms:
+            del terms["ctr"]
+        loss, _ = reduce_terms(terms, local_sums(terms), world_size=1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return Trained(model, objective, calibration)
+
+
+def _objective(config: ObjectiveConfig, rates: BaseRates, candidate: Candidate) -> Objective:
+    objective = build_objective(config, rates.ctr)
+    if candidate.reference == "true propensity":
+        return TruePropensity(**{name: getattr(objective, name) for name in objective.__dataclass_fields__})
+    return objective
+
+
+def _with_truth(objective: Objective, predictions: Predictions, rows: Rows) -> Predictions:
+    return predictions._replace(propensity_logit=rows.true_logit) if isinstance(objective, TruePropensity) else predictions
+
+
+def _counts(weight: Tensor, click: Tensor, conversion: Tensor) -> dict[str, float]:
+    clicks = float((weight * click).sum())
+    return {"rows": float(weight.sum()), "clicks": clicks, "conversions": float((weight * click * conversion).sum())}

@@ -1,0 +1,84 @@
+"""Cells in parallel processes, each result a file: what is there is not computed again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from escm2rec.errors import RunError
+from escm2rec.folder import write_json
+from escm2rec.progress import Progress
+from escm2rec.study.candidates import CANDIDATES, Candidate
+from escm2rec.study.cell import draw_world, train
+from escm2rec.study.measure import measure
+from escm2rec.study.worlds import World
+
+CELLS = "cells"
+NUISANCE = Candidate({"kind": "naive"})
+Values = dict[str, float | None]
+
+
+class Task(NamedTuple):
+    """All candidates still missing for one seed of one world: they share its draws."""
+
+    world: World
+    seed: int
+    candidates: tuple[str, ...]
+    folder: Path
+
+
+def run_cells(folder: Path, plan: Sequence[tuple[World, int, tuple[str, ...]]], workers: int) -> None:
+    """Compute every cell of the plan (world, seeds, candidates) that is not in `folder` yet; RunError names the cell that failed."""
+    tasks = [task for world, seeds, names in plan for seed in range(seeds) if (task := _missing(folder, world, seed, names)).candidates]
+    total = sum(len(task.candidates) for task in tasks)
+    context = multiprocessing.get_context("spawn")
+    with Progress("study", total, unit="cells") as progress:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            running = {pool.submit(run_task, task): task for task in tasks}
+            for done in as_completed(running):
+                task = running[done]
+                if (error := done.exception()) is not None:
+                    where = f"world {task.world.name!r}, seed {task.seed}"
+                    raise RunError(f"{where}: {error}", "the same command goes on with the other cells") from error
+                progress.add(len(task.candidates), f"{task.world.name}, seed {task.seed}")
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def read_cells(folder: Path, world: World, seeds: int, candidate: str) -> list[Values]:
+    """The results of a candidate in a world, seed by seed."""
+    return [json.loads(_path(folder, world, candidate, seed).read_text(encoding="utf-8")) for seed in range(seeds)]
+
+
+def run_task(task: Task) -> None:
+    """Draw one seed's world and train, measure and write each candidate."""
+    draw = draw_world(task.world, task.seed)
+    judge = train(replace(task.world, towers="flexible", slope=1.0), NUISANCE, draw.training, task.seed)
+    nuisance = judge.predict(draw.held_out)
+    for name in task.candidates:
+        trained = train(task.world, CANDIDATES[name], draw.training, task.seed)
+        path = _path(task.folder, task.world, name, task.seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, measure(trained, draw, nuisance))
+
+
+def default_workers() -> int:
+    """One a core that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _missing(folder: Path, world: World, seed: int, names: tuple[str, ...]) -> Task:
+    return Task(world, seed, tuple(name for name in names if not _path(folder, world, name, seed).exists()), folder)
+
+
+def _path(folder: Path, world: World, candidate: str, seed: int) -> Path:
+    return folder / CELLS / world.name.replace(" ", "_") / candidate.replace(" ", "_") / f"{seed}.json"

@@ -1,0 +1,115 @@
+"""The `study` verb: worlds, candidates and seeds in, `study.json` and `study.html` out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from escm2rec import __version__
+from escm2rec.errors import ConfigError
+from escm2rec.folder import MANIFEST, refuse_existing, write_json, write_manifest
+from escm2rec.study import cell
+from escm2rec.study.candidates import CANDIDATES
+from escm2rec.study.presets import PRESETS, Preset
+from escm2rec.study.run import default_workers, read_cells, run_cells
+from escm2rec.study.summary import summarise
+
+SETTINGS = "settings.json"
+CONSTANTS = (
+    "EPOCHS",
+    "LEARNING_RATE",
+    "EPOCHS_OF_IDS",
+    "LEARNING_RATE_OF_IDS",
+    "LEARNING_RATE_OF_TABLES",
+    "BATCH_ROWS",
+    "WEIGHT_DECAY",
+    "WARM_UP",
+    "FLEXIBLE",
+    "ID_DIM",
+    "ID_STD",
+    "FRESH_ROWS",
+)
+Plan = list[tuple[Any, int, tuple[str, ...]]]
+
+
+def study(
+    out: Path, preset: str = "quick", objectives: Sequence[str] = (), seeds: int | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train candidates in worlds whose truth is known, and compare them.
+
+    `objectives` names candidates, by default those of the preset; `seeds` is the number of seeds a world, by default the preset's. The
+    folder holds `cells/WORLD/CANDIDATE/SEED.json`, `settings.json`, and, when all cells are there, `study.json`, `study.html` and the
+    manifest. The same command goes on with a study that was cut off, and computes only what is missing.
+
+    Returns out, worlds, candidates, cells, seconds, what ten seeds chose and what fresh ones say of it, and how near the best choosers end.
+    Raises ConfigError for an unknown name, or when `out` holds a finished study, another one, or something else.
+    """
+    began = time.monotonic()
+    plan = _plan(PRESETS[preset], objectives, seeds)
+    _open(out, _settings(plan), overwrite)
+    run_cells(out, plan, default_workers())
+    cells = {world.name: {name: read_cells(out, world, count, name) for name in names} for world, count, names in plan}
+    result = {"settings": _settings(plan), "seeds": {world.name: count for world, count, _ in plan}, **summarise(cells)}
+    write_json(out / "study.json", result)
+    total = sum(count * len(names) for _, count, names in plan)
+    content = {"preset": preset, "cells": total, "seconds": round(time.monotonic() - began, 1)}
+    write_manifest(out, "study", content)
+    return {
+        "out": str(out),
+        "worlds": len(plan),
+        "candidates": len(plan[0][2]),
+        **content,
+        "chosen": result["chosen"],
+        "choosers": {name: {key: value for key, value in each.items() if key != "worlds"} for name, each in result["choosers"].items()},
+    }
+
+
+def _plan(preset: Preset, objectives: Sequence[str], seeds: int | None) -> Plan:
+    unknown = [name for name in objectives if name not in CANDIDATES]
+    if unknown:
+        raise ConfigError(f"no candidate is named {unknown[0]!r}", f"known are: {', '.join(CANDIDATES)}")
+    names = tuple(dict.fromkeys(objectives)) or preset.candidates
+    return [(world, seeds or preset.seeds_of(world), names) for world in preset.worlds]
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "constants": {name: getattr(cell, name) for name in CONSTANTS},
+        "worlds": {world.name: asdict(world) for world, _, _ in plan},
+        "candidates": {name: CANDIDATES[name]._asdict() for _, _, names in plan for name in names},
+    }
+
+
+def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder, or check that what is there is a part of the same study."""
+    begun, finished = (out / SETTINGS).is_file(), (out / MANIFEST).exists()
+    if begun and not finished and not overwrite:
+        settings = _merged(out, settings)
+    else:
+        if not (begun and overwrite):
+            refuse_existing(out, "study", overwrite)
+        if out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+    write_json(out / SETTINGS, settings)
+
+
+def _merged(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a study that goes on, with those it was begun with; ConfigError where they differ."""
+    held = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    now: dict[str, Any] = json.loads(json.dumps(settings))
+    for part in ("constants", "worlds", "candidates"):
+        for name in held[part].keys() & now[part].keys():
+            if held[part][name] != now[part][name]:
+                raise ConfigError(
+                    f"{out} was begun with other {part}: {name} was {held[part][name]}, is {now[part][name]}",
+                    "choose another --out, or pass --overwrite to begin anew",
+                )
+        now[part] = {**held[part], **now[part]}
+    return now

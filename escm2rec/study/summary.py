@@ -1,0 +1,112 @@
+"""From cells to findings: means over seeds, paired tests, and what a chooser that sees no truth would have taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from escm2rec.study.candidates import CANDIDATES
+from escm2rec.study.compare import Paired, holm, interval, paired
+from escm2rec.study.presets import CHOOSING_SEEDS
+from escm2rec.study.run import Values
+
+BASELINES = ("esmm", "naive", "naive+ctcvr")
+LEAST_JUDGING_SEEDS = 10
+WITHIN = 1.05
+CHOOSERS = {"heldout_snips": 1, "heldout_dr": 1, "heldout_auc_clicked": -1}
+"""What a chooser goes by, and its sign: the least risk, the greatest AUC."""
+
+Cells = Mapping[str, Mapping[str, Sequence[Values]]]
+"""By world, by candidate, one set of values a seed."""
+
+
+def summarise(cells: Cells) -> dict[str, Any]:
+    """`means` by world, candidate and metric; `against`, each candidate's KL beside the baselines'; `chosen`, what ten seeds choose and
+    fresh ones say of it; `choosers`, how near the best a choice without the truth ends."""
+    return {
+        "means": {world: {name: _means(seeds) for name, seeds in of_world.items()} for world, of_world in cells.items()},
+        "against": {world: _against(of_world) for world, of_world in cells.items()},
+        "chosen": _chosen(cells),
+        "choosers": _choosers(cells),
+    }
+
+
+def contenders(of_world: Mapping[str, Sequence[Values]]) -> list[str]:
+    """The candidates that a log can train and that correct for selection."""
+    return [name for name in of_world if CANDIDATES[name].reference is None and name not in BASELINES]
+
+
+def _means(seeds: Sequence[Values]) -> dict[str, dict[str, Any]]:
+    """Of each metric that exists in any seed, its interval; `seeds` says in how many it does."""
+    names = dict.fromkeys(name for values in seeds for name in values)
+    found = {name: interval([value for values in seeds if (value := values.get(name)) is not None]) for name in names}
+    return {name: each._asdict() for name, each in found.items() if each is not None}
+
+
+def _column(seeds: Sequence[Values], metric: str) -> list[float]:
+    values = [values[metric] for values in seeds]
+    return [math.nan if value is None else value for value in values]
+
+
+def _against(of_world: Mapping[str, Sequence[Values]]) -> dict[str, dict[str, Any]]:
+    """Of each candidate and baseline: the ratio of KLs and of risks, and p adjusted over the world's candidates."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in of_world}
+    for baseline in BASELINES:
+        others = [name for name in of_world if name != baseline]
+        if baseline not in of_world or len(of_world[baseline]) < 2:
+            continue
+        kls = [paired(_column(of_world[name], "kl"), _column(of_world[baseline], "kl")) for name in others]
+        risks = [paired(_column(of_world[name], "true_risk"), _column(of_world[baseline], "true_risk")) for name in others]
+        adjusted = holm([each.p for each in kls])
+        for name, kl, risk, p in zip(others, kls, risks, adjusted, strict=True):
+            found[name][baseline] = {"kl": kl._asdict(), "risk": risk._asdict(), "kl_p_holm": p}
+    return found
+
+
+def _chosen(cells: Cells) -> list[dict[str, Any]]:
+    """In each world with seeds enough: the contender of least mean log KL on the choosing seeds, judged on the others."""
+    found: list[dict[str, Any]] = []
+    tests: list[Paired] = []
+    for world, of_world in cells.items():
+        names = contenders(of_world)
+        if not names or any(len(seeds) < CHOOSING_SEEDS + LEAST_JUDGING_SEEDS for seeds in of_world.values()):
+            continue
+        logs = {name: np.log(_column(of_world[name], "kl")) for name in of_world}
+        best = min(names, key=lambda name: float(logs[name][:CHOOSING_SEEDS].mean()))
+        kls = {name: _column(seeds, "kl")[CHOOSING_SEEDS:] for name, seeds in of_world.items()}
+        against = {baseline: paired(kls[best], kls[baseline]) for baseline in BASELINES if baseline in of_world}
+        tests += against.values()
+        found.append({"world": world, "candidate": best, "against": {name: test._asdict() for name, test in against.items()}})
+    adjusted = iter(holm([test.p for test in tests]))
+    for entry in found:
+        for test in entry["against"].values():
+            test["p_holm"] = next(adjusted)
+    return found
+
+
+def _choosers(cells: Cells) -> dict[str, Any]:
+    """By chooser and world: mean KL and risk of what it took seed by seed, over the least of any candidate."""
+    found: dict[str, Any] = {}
+    for chooser, sign in CHOOSERS.items():
+        worlds: dict[str, dict[str, Any]] = {}
+        for world, of_world in cells.items():
+            pool = [name for name in of_world if CANDIDATES[name].reference is None]
+            scores = sign * np.array([_column(of_world[name], chooser) for name in pool])
+            taken = np.where(np.isnan(scores), np.inf, scores).argmin(axis=0)
+            ratios: dict[str, float] = {}
+            for metric in ("kl", "true_risk"):
+                table = np.array([_column(of_world[name], metric) for name in pool])
+                ratios[metric] = float(table[taken, np.arange(table.shape[1])].mean() / table.mean(axis=1).min())
+            names, counts = np.unique(taken, return_counts=True)
+            best = pool[int(np.array([_column(of_world[name], "kl") for name in pool]).mean(axis=1).argmin())]
+            worlds[world] = {**ratios, "best": best, "taken": {pool[int(i)]: int(n) for i, n in zip(names, counts, strict=True)}}
+        found[chooser] = {
+            "worlds": worlds,
+            "kl_within_5_percent": sum(each["kl"] <= WITHIN for each in worlds.values()),
+            "risk_within_5_percent": sum(each["true_risk"] <= WITHIN for each in worlds.values()),
+            "of_worlds": len(worlds),
+        }
+    return found
