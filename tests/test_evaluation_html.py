@@ -92,9 +92,9 @@ def test_a_report_on_random_impressions_tells_of_them_only(tmp_path: Path) -> No
     assert page.headings == ["A title", *sections, "What the words mean"]
     assert len(page.images) == 2
     tables = text.split("<h2>What the words mean")[0]
-    assert "4,000 impressions at random" in tables
+    assert f"4,000 impressions at random · {made['conversions']:,} conversions ({number(made['conversions'] / 40, 3)}%)" in tables
     assert "CVR, random impressions" in tables
-    assert "NDCG@5" in tables
+    assert re.findall(r">(\w+@\d)<", tables) == ["NDCG@5", "DCG@2", "DCG@4", "DCG@6", "Recall@2", "Recall@4", "Recall@6"]
     assert number(made["ranking_per_user"]["cvr"]["recall_at_6"]) in tables
     assert "CTR, all" not in tables
     assert "clicks" not in tables

@@ -190,7 +190,8 @@ def _header(report: Record, title: str) -> str:
     clicks, conversions, impressions = report["clicks"], report["conversions"], report["impressions"]
     parts = [f"{impressions:,} impressions", f"{clicks:,} clicks", f"{conversions:,} conversions"]
     if report["at_random"]:
-        parts = [f"{impressions:,} impressions at random", parts[2]]
+        share = f" ({number(100 * conversions / impressions, 3)}%)" if impressions and not report["weighted"] else ""
+        parts = [f"{impressions:,} impressions at random", parts[2] + share]
     elif report["weighted"]:  # shares of rows would mislead
         parts.append("weighted")
     elif clicks:
@@ -340,7 +341,7 @@ def _gauc(report: Record) -> str:
 
 def _ranking(ranking: Record, sections: Sequence[str]) -> str:
     names = (*RANKING_METRICS, "users_used", "users_without_positive")
-    heads = [_words_of(name).replace(" at ", "@") for name in RANKING_METRICS]
+    heads = [_words_of(name).replace(" at ", "@").replace("recall", "Recall") for name in RANKING_METRICS]
     head = ("Prediction, population", *heads, "Users\nused", "Users without\na positive")
     return table(head, [NAMES[s] for s in sections], _columns([ranking[s] for s in sections], names)) + _reasons(ranking, sections)
 

@@ -62,7 +62,7 @@ def _matrices(source: MatrixSource, folder: Path, labels: bool) -> list[RawFile]
     if not folder.is_dir():
         raise DataError(
             f"{folder} is no folder: rating matrices are read from one, which holds {source.train}",
-            "pass the folder; pairs of your choice can be picked from the predictions by user and item",
+            "pass the folder; score predicts every pair, pick yours by user and item",
         )
 
     def path(name: str | None, key: str) -> Path | None:
