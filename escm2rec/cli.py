@@ -136,7 +136,12 @@ def evaluate(
     data: DataFolder,
     split: Annotated[Literal["train", "validation", "test"], typer.Option("--split", help="Which split to measure.")] = "test",
     by: Annotated[list[str], typer.Option("--by", help="Also report by this column; repeat it, or give a comma list.")] = [],  # noqa: B006
-    user: Annotated[str | None, typer.Option("--user", help="Column of the user, for GAUC.", show_default="no GAUC")] = None,
+    user: Annotated[
+        str | None,
+        typer.Option(
+            "--user", help="Column of the user, to measure the ranking within each.", show_default="user for rating matrices, else none"
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run's report.")] = False,
 ) -> Result:
     """Measure a trained model on a split.

@@ -77,7 +77,27 @@ class TableSource(Section):
         return self
 
 
-Source = Annotated[AliccpSource | TableSource, Field(discriminator="kind")]
+class MatrixSource(Section):
+    """Ratings as dense user x item matrices in text, 0 where unrated: one of what users chose to rate, one of items shown at random.
+
+    Every pair of the training matrix is an impression: rated is the click. A pair of the test matrix is one where it is rated.
+    """
+
+    kind: Literal["matrix"]
+    train: str = Field("train.ascii", description="File of the ratings that users chose to give, in the input folder.")
+    test: str = Field("test.ascii", description="File of the ratings of items shown at random, of the same users and items.")
+    user_features: str | None = Field(None, description="File with one row of numbers a user, if any.")
+    item_features: str | None = Field(None, description="File with one row of numbers an item, if any.")
+    conversion_at: float = Field(4.0, gt=0, description="A rating of so much or more is a conversion.")
+
+    @model_validator(mode="after")
+    def _files_are_apart(self) -> Self:
+        if Path(self.train).name == Path(self.test).name:
+            raise ValueError(f"train and test are both named {Path(self.train).name!r}: splits go by name, give them two")
+        return self
+
+
+Source = Annotated[AliccpSource | TableSource | MatrixSource, Field(discriminator="kind")]
 
 
 class FeatureConfig(Section):
@@ -127,6 +147,15 @@ class FileSplit(Section):
     train: str = Field(description="Pattern of the file names that train.")
     validation: str = Field("", description="Pattern of the file names that validate.")
     test: str = Field("", description="Pattern of the file names that test.")
+    validation_share: float = Field(
+        0.0, ge=0, lt=1, description="Share of the rows of the training files that validate instead, by a stable hash of file name and row."
+    )
+
+    @model_validator(mode="after")
+    def _one_validation(self) -> Self:
+        if self.validation and self.validation_share:
+            raise ValueError("validation and validation_share exclude each other: files validate, or a share of the training rows")
+        return self
 
 
 class ColumnSplit(Section):
@@ -187,12 +216,25 @@ class DataConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"feature names must be unique, found twice: {', '.join(twice)}")
-        if isinstance(self.source, AliccpSource):
+        if not isinstance(self.source, TableSource):
             for feature in self.features:
                 if feature.weights_column is not None:
                     raise ValueError(
-                        f"feature {feature.name!r}: weights_column is for table sources; an aliccp field brings its own values"
+                        f"feature {feature.name!r}: weights_column is for table sources; {self.source.kind} columns bring their own values"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _matrix_is_split_by_file(self) -> Self:
+        if isinstance(self.source, MatrixSource):
+            train, test = Path(self.source.train).name, Path(self.source.test).name
+            if not isinstance(self.split, FileSplit) or (self.split.train, self.split.validation, self.split.test) != (train, "", test):
+                raise ValueError(
+                    f"a matrix source brings its own test set: split: {{ by: file, train: {train}, test: {test} }}, "
+                    "with validation_share to validate"
+                )
+            if "user" not in self.keep:
+                raise ValueError("a matrix source needs user under keep: its test ratings are ranked by user")
         return self
 
 
@@ -512,7 +554,7 @@ def _problem_lines(error: ValidationError, root: type[BaseModel] = Config) -> It
 
 def _readable_path(loc: tuple[int | str, ...]) -> str:
     # Discriminated unions put the tag ("aliccp", "hash", ...) into the path; a person has not written it there as a key.
-    tags = {"aliccp", "table", "file", "column", "hash", "shared_bottom", "mmoe", "ple", "dcn_v2", "number", "ramp", "learned"}
+    tags = {"aliccp", "table", "matrix", "file", "column", "hash", "shared_bottom", "mmoe", "ple", "dcn_v2", "number", "ramp", "learned"}
     parts = [
         str(part)
         for index, part in enumerate(loc)

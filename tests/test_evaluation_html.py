@@ -85,6 +85,21 @@ def test_a_full_report_is_one_page_without_scripts_or_hosts(tmp_path: Path) -> N
         assert said in text, said
 
 
+def test_a_report_on_random_impressions_tells_of_them_only(tmp_path: Path) -> None:
+    made = build_report(simulated(truth=False).with_columns(click=pl.lit(1)), by=["scene"], user="user", at_random=True)
+    page, text = page_of(made, tmp_path)
+    sections = ["Metrics", "Calibration", "Ranking", "Ranking within users, by user", "By scene"]
+    assert page.headings == ["A title", *sections, "What the words mean"]
+    assert len(page.images) == 2
+    tables = text.split("<h2>What the words mean")[0]
+    assert f"4,000 impressions at random · {made['conversions']:,} conversions ({number(made['conversions'] / 40, 3)}%)" in tables
+    assert "CVR, random impressions" in tables
+    assert re.findall(r">(\w+@\d)<", tables) == ["NDCG@5", "DCG@2", "DCG@4", "DCG@6", "Recall@2", "Recall@4", "Recall@6"]
+    assert number(made["ranking_per_user"]["cvr"]["recall_at_6"]) in tables
+    assert "CTR, all" not in tables
+    assert "clicks" not in tables
+
+
 def test_the_same_report_gives_the_same_page(tmp_path: Path) -> None:
     made = build_report(simulated(500))
     pages = []

@@ -10,6 +10,7 @@ import pytest
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.evaluation import metrics, report
 from escm2rec.evaluation.report import build_report, flat_metrics, gauc
+from escm2rec.evaluation.user_ranking import rank_by_user
 from tests.evaluation_world import simulated
 
 
@@ -162,11 +163,60 @@ def test_what_is_undefined_is_null_with_a_reason(rows: int) -> None:
     assert made["cvr_clicked"]["undefined"]["log_loss"] == "no impressions"
     assert made["cvr_clicked"]["calibration_interval"] is None
     assert made["gauc_per_user"]["ctr"]["undefined"] == {"auc": "no user has a positive and a negative"}
+    assert made["ranking_per_user"]["ctr"]["undefined"]["recall_at_4"] == "no user has a positive"
+    assert made["ranking_per_user"]["ctr"]["users_without_positive"] == none["kept.user"].n_unique()
     if rows:
         assert made["ctr"]["calibration_interval"][1] is None
     everything = build_report(simulated(50).with_columns(click=pl.lit(1), conversion=pl.lit(1)))
     assert everything["cvr_unclicked"]["undefined"]["kl"] == "no impressions"
     assert everything["ctr"]["undefined"]["auc"] == "no negatives"
+
+
+@pytest.mark.parametrize("names", [None, [f"user {number}" for number in range(40)]])
+def test_ranking_is_within_users_whatever_names_them(names: list[str] | None) -> None:
+    """Rows without a user are left out; the clicked section ranks clicked rows."""
+    predictions = simulated(800).with_columns(pl.col("kept.user") % 40)
+    codes = predictions["kept.user"]
+    if names is not None:
+        predictions = predictions.with_columns(codes.map_elements(lambda code: names[code], pl.String))
+    lost = pl.int_range(pl.len()) < 5
+    made = build_report(predictions.with_columns(pl.when(lost).then(None).otherwise(pl.col("kept.user")).alias("kept.user")), user="user")
+    kept = predictions.with_columns(codes.alias("code"))[5:]
+    assert made["ranking_per_user"]["user"] == "user"
+    clicked = kept.filter(pl.col("click") == 1)
+    for section, rows, logit, label in (("ctr", kept, "ctr_logit", "click"), ("cvr_clicked", clicked, "cvr_logit", "conversion")):
+        expected = rank_by_user(rows["code"], rows[logit], rows[label])
+        found = made["ranking_per_user"][section]
+        counts = {"users_used": expected.users_used, "users_without_positive": expected.users_without_positive}
+        assert found == pytest.approx({**expected.values, **counts})
+    assert flat_metrics(made)["cvr_ndcg_at_5_clicked"] == made["ranking_per_user"]["cvr_clicked"]["ndcg_at_5"]
+
+
+def test_weighted_rows_have_no_ranking() -> None:
+    weighted = build_report(simulated().with_columns(weight=1.0 + pl.col("click")), user="user")["ranking_per_user"]["ctr"]
+    assert weighted["ndcg_at_5"] is None
+    assert set(weighted["undefined"].values()) == {"weighted rows have no position"}
+    equal = build_report(simulated().with_columns(weight=pl.lit(2.0)), user="user")["ranking_per_user"]
+    assert equal == build_report(simulated(), user="user")["ranking_per_user"]
+
+
+def test_random_impressions_have_one_section_of_the_entire_space() -> None:
+    """Rows of which each was seen: the clicked CVR is that of all, and is called so; clicks are not measured."""
+    seen = simulated(truth=False).with_columns(click=pl.lit(1, pl.UInt8))
+    made = build_report(seen, by=["scene"], user="user", at_random=True)
+    as_log = build_report(seen, by=["scene"], user="user")
+    assert json.loads(json.dumps(made, allow_nan=False)) == made
+    assert [section for section in report.OBSERVED if section in made] == ["cvr"]
+    assert made["cvr"] == as_log["cvr_clicked"]
+    assert made["curves"] == {"cvr": as_log["curves"]["cvr_clicked"]}
+    assert made["propensity"] == {}
+    for table in ("gauc_per_user", "ranking_per_user"):
+        assert made[table] == {"user": "user", "cvr": as_log[table]["cvr_clicked"]}
+    assert [set(row) for row in made["groups"]["scene"]["rows"]] == [{"value", "cvr"}] * 2
+    flat = flat_metrics(made)
+    assert flat["cvr_auc"] == made["cvr"]["auc"]
+    assert {"cvr_gauc", "cvr_ndcg_at_5", "cvr_dcg_at_2", "cvr_recall_at_6", "cvr_log_loss"} <= set(flat)
+    assert not any(name.startswith("ct") for name in flat)
 
 
 def test_the_report_is_json_and_flat_names_carry_their_population() -> None:

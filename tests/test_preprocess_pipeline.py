@@ -119,6 +119,20 @@ def test_a_file_of_no_split_is_counted(tmp_path: Path) -> None:
     assert made(config, tmp_path, tmp_path / "out")[1]["rejected"] == {"no split": 4}
 
 
+def test_a_share_of_the_training_files_validates(tmp_path: Path) -> None:
+    """The rows that a hash split of that share would take first; test files and files of no split stay whole."""
+    for name in ("train", "test", "other"):
+        numbered(tmp_path / f"{name}.parquet", 2000)
+    split = {"by": "file", "train": "train*", "test": "test*", "validation_share": 0.3}
+    out, result = made(table_config(ONE, split=split, keep=["row"]), tmp_path, tmp_path / "out")
+    hashed = {"by": "hash", "train": 0.3, "test": 0.7}
+    expected, _ = made(table_config(ONE, split=hashed, keep=["row"]), tmp_path / "train.parquet", tmp_path / "hashed")
+    assert [row["kept.row"] for row in read_split(out, "validation")] == [row["kept.row"] for row in read_split(expected, "train")]
+    assert [row["kept.row"] for row in read_split(out, "train")] == [row["kept.row"] for row in read_split(expected, "test")]
+    assert result["splits"]["test"]["rows"] == 2000
+    assert result["rejected"] == {"no split": 2000}
+
+
 def test_splits_by_hash_of_the_row_or_of_a_column(tmp_path: Path) -> None:
     source = numbered(tmp_path / "a.parquet", 2000)
     by_row = made(table_config(ONE, split=HASHED, keep=["row"]), source, tmp_path / "row")[0]

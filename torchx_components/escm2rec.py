@@ -168,7 +168,7 @@ def evaluate(
         data: data set folder, as preprocess writes it
         split: train, validation or test
         by: columns to report by
-        user: column of the user, for GAUC
+        user: column of the user, to measure the ranking within each
         overwrite: replace the run's report
         j: {nodes}x{processes per node}; with GPUs, one process each
         image: container image, or the directory to run in on schedulers without containers

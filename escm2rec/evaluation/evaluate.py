@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 import torch.distributed as dist
 
-from escm2rec.config import KEPT_PREFIX, Split
+from escm2rec.config import KEPT_PREFIX, MatrixSource, Split
 from escm2rec.doctor import require_matching_packages
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.evaluation.html import write_html
@@ -31,19 +31,22 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a run on a split and write `report.json` and `report.html` into its folder; called by all ranks alike.
 
-    Every row of the split counts once on any number of ranks. `by` and `user` name kept columns. Returns the metrics, flat, with their
+    Every row of the split counts once on any number of ranks. `by` and `user` name kept columns. The test split of rating matrices is one
+    of random impressions, ranked within `user` unless another column is named. Returns the metrics, flat, with their
     population in the name, and the paths of the report.
     """
     require_matching_packages()
     started = time.perf_counter()
     with distributed_runtime() as runtime:
         opened, dataset = on_main(runtime, lambda: _open(run, data, split, overwrite))
+        at_random = split == "test" and isinstance(dataset.schema.source, MatrixSource)
+        user = "user" if at_random and user is None else user
         columns = on_main(runtime, lambda: _extra_columns(dataset, [*by, *([user] if user is not None else [])]))
         predictions = _predict(opened, dataset, split, columns, runtime)
 
         def report() -> dict[str, Any]:
             assert predictions is not None
-            tree = build_report(predictions, by, user)
+            tree = build_report(predictions, by, user, at_random)
             tree["run"] = _facts(opened, dataset, split, time.perf_counter() - started)
             write_json(run / "report.json", tree)
             write_html(tree, run / "report.html", f"{opened.config.objective.kind} on {split}")

@@ -12,12 +12,13 @@ from typing import Any
 
 from escm2rec.evaluation.plots import calibration_plot, roc_plot
 from escm2rec.evaluation.report import OBSERVED, Record
+from escm2rec.evaluation.user_ranking import RANKING_METRICS
 
 MAX_GROUPS_SHOWN = 100
 """Groups of one column on the page; report.json holds more."""
 KNOWN = ("cvr_entire", "cvr_unclicked")
 
-ABBREVIATIONS = ("auc", "ctr", "ctcvr", "cvr", "ece", "kl", "ks", "rmse")
+ABBREVIATIONS = ("auc", "ctr", "ctcvr", "cvr", "dcg", "ece", "kl", "ks", "ndcg", "rmse")
 
 NAMES = {
     "ctr": "CTR, all impressions",
@@ -25,6 +26,7 @@ NAMES = {
     "cvr_clicked": "CVR, clicked impressions",
     "cvr_entire": "CVR and truth, all impressions",
     "cvr_unclicked": "CVR and truth, unclicked impressions",
+    "cvr": "CVR, random impressions",
 }
 POPULATIONS = {
     "CTR, all impressions": "Will the impression be clicked? Measured on every impression.",
@@ -33,6 +35,8 @@ POPULATIONS = {
     "Clicked impressions are not like the others: this says nothing certain about the rest.",
     "CVR and truth": "Simulated logs come with the true conversion probability of every impression, so that the "
     "prediction can be judged where nobody clicked: what ESCM² is for. Real logs cannot show this.",
+    "CVR, random impressions": "Will it convert? Of rating sets whose test items were drawn at random and all rated, so that clicks have "
+    "selected nothing: what holds here holds for all impressions.",
 }
 METRICS = {
     "AUC": "The chance that a random positive is ranked above a random negative. 0.5 is guessing, 1 is perfect. Says nothing about the "
@@ -54,6 +58,9 @@ METRICS = {
     "Bias": "Mean predicted over mean true probability (ratio), and their difference. 1 and 0 are right.",
     "GAUC": "AUC within each user, averaged by impressions: can the model order what one person sees? Users without both a positive and a "
     "negative are left out.",
+    "NDCG, DCG, Recall": "Of the first k impressions of each user, by falling prediction. Recall@k is the share of the user's "
+    "positives that are there, DCG@k adds 1 / log2(position + 1) for each, NDCG@k divides that by the best possible. Means over users "
+    "with a positive; equal predictions share their positions.",
     "Propensity": "The predicted click probability, as the weight that ESCM² corrects selection by. Where it is wrong, the correction is.",
 }
 PAGE = """<!DOCTYPE html>
@@ -117,7 +124,7 @@ dl.words dd {{ margin: 0; max-width: 82ch; }}
 def write_html(report: Record, path: Path, title: str) -> None:
     """Write the page of a report of `build_report`; `report["run"]` may hold facts of the run, as names and values."""
     sections = (_header(report, title), _observed(report), _truth(report), _calibration(report), _roc(report), _propensity(report))
-    more = (_gauc(report), *(_groups(name, groups) for name, groups in report.get("groups", {}).items()), _words())
+    more = (_gauc(report), *(_groups(name, groups, _present(report)) for name, groups in report.get("groups", {}).items()), _words())
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(PAGE.format(title=escape(title), body="\n".join((*sections, *more))), encoding="utf-8")
     os.replace(partial, path)
@@ -170,6 +177,11 @@ def table(head: Sequence[str], first: Sequence[str], columns: Sequence[Sequence[
     return f'<div class="wide"><table><thead>{top}<tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
+def _present(report: Record) -> list[str]:
+    """The sections of a report whose labels were observed."""
+    return [section for section in OBSERVED if section in report]
+
+
 def _columns(records: Sequence[Record], names: Sequence[str]) -> list[list[str]]:
     return [aligned([record.get(name) for record in records]) for name in names]
 
@@ -177,7 +189,10 @@ def _columns(records: Sequence[Record], names: Sequence[str]) -> list[list[str]]
 def _header(report: Record, title: str) -> str:
     clicks, conversions, impressions = report["clicks"], report["conversions"], report["impressions"]
     parts = [f"{impressions:,} impressions", f"{clicks:,} clicks", f"{conversions:,} conversions"]
-    if report["weighted"]:  # shares of rows would mislead
+    if report["at_random"]:
+        share = f" ({number(100 * conversions / impressions, 3)}%)" if impressions and not report["weighted"] else ""
+        parts = [f"{impressions:,} impressions at random", parts[2] + share]
+    elif report["weighted"]:  # shares of rows would mislead
         parts.append("weighted")
     elif clicks:
         parts[1] += f" ({number(100 * clicks / impressions, 3)}%)"
@@ -201,7 +216,8 @@ def _fact(value: Any) -> str:
 
 
 def _observed(report: Record) -> str:
-    records = [report[section] for section in OBSERVED]
+    sections = _present(report)
+    records = [report[section] for section in sections]
     columns = [
         *_columns(records, ("impressions", "positives", "mean_predicted", "mean_observed", "auc", "log_loss", "normalized_entropy")),
         *_columns(records, ("calibration",)),
@@ -211,7 +227,7 @@ def _observed(report: Record) -> str:
     head = ("Prediction,\npopulation", "Impressions", "Positives", "Mean\npredicted", "Mean\nobserved", "AUC", "Log loss")
     heads = (*head, "Norm.\nentropy", "Calibration", "95% interval", "ECE", "KS")
     note = "Impression weights multiply every sum; impressions and positives are counts of rows." if report["weighted"] else ""
-    return f"<h2>Metrics</h2>{table(heads, [NAMES[s] for s in OBSERVED], columns)}{_reasons(report, OBSERVED)}{_note(note)}"
+    return f"<h2>Metrics</h2>{table(heads, [NAMES[s] for s in sections], columns)}{_reasons(report, sections)}{_note(note)}"
 
 
 def _interval(interval: Sequence[float | None] | None) -> str:
@@ -317,19 +333,29 @@ def _gauc(report: Record) -> str:
         "Impressions\nskipped",
         "Impressions\nwithout user",
     )
-    body = table(head, [NAMES[s] for s in OBSERVED], _columns([gauc[s] for s in OBSERVED], names))
+    sections = _present(report)
+    body = table(head, [NAMES[s] for s in sections], _columns([gauc[s] for s in sections], names))
+    body += f"<p>{METRICS['NDCG, DCG, Recall']}</p>{_ranking(report['ranking_per_user'], sections)}"
     return f"<h2>Ranking within users, by {escape(gauc['user'])}</h2><p>{METRICS['GAUC']}</p>{body}"
 
 
-def _groups(name: str, groups: Record) -> str:
+def _ranking(ranking: Record, sections: Sequence[str]) -> str:
+    names = (*RANKING_METRICS, "users_used", "users_without_positive")
+    heads = [_words_of(name).replace(" at ", "@").replace("recall", "Recall") for name in RANKING_METRICS]
+    head = ("Prediction, population", *heads, "Users\nused", "Users without\na positive")
+    return table(head, [NAMES[s] for s in sections], _columns([ranking[s] for s in sections], names)) + _reasons(ranking, sections)
+
+
+def _groups(name: str, groups: Record, sections: Sequence[str]) -> str:
     shown = groups["rows"][:MAX_GROUPS_SHOWN]
     columns: list[list[str]] = []
     head, spans = [name], [("", 1)]
-    counts = {"ctr": ["impressions", "positives"], "ctcvr": [], "cvr_clicked": ["positives"]}
-    titles = {"ctr": ["Impressions", "Clicks"], "ctcvr": [], "cvr_clicked": ["Conversions"]}
-    for section, task in zip(OBSERVED, ("CTR, all", "CTCVR, all", "CVR, clicked"), strict=True):
+    counts = {"ctr": ["impressions", "positives"], "ctcvr": [], "cvr_clicked": ["positives"], "cvr": ["impressions", "positives"]}
+    titles = {"ctr": ["Impressions", "Clicks"], "ctcvr": [], "cvr_clicked": ["Conversions"], "cvr": ["Impressions", "Conversions"]}
+    for section in sections:
         names = [*counts[section], "auc", "normalized_entropy", "calibration"]
         columns += _columns([row[section] for row in shown], names)
+        task = NAMES[section].removesuffix(" impressions")
         head, spans = [*head, *titles[section], "AUC", "NE", "Calib."], [*spans, (task, len(names))]
     if all("cvr_unclicked" in row for row in shown):
         columns += _columns([row["cvr_unclicked"] for row in shown], ["bias_ratio", "kl"])

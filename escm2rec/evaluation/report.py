@@ -7,6 +7,10 @@ A section's name says what is predicted and on whom:
     cvr_clicked    conversions, on clicked impressions: only there were they observed
     cvr_entire     predicted CVR against the known truth, on all impressions (simulated logs)
     cvr_unclicked  the same, on unclicked impressions
+    cvr            conversions, on impressions drawn at random of which each was seen (the test split of rating matrices)
+
+A name without a population is of all impressions, `cvr` too: its rows are a random sample of them with every label observed, so nothing is
+selected by clicks, and the clicked CVR is that of the entire space. Such rows say nothing of clicks: `ctr` and `ctcvr` are left out.
 
 CVR is never measured on all impressions with unclicked ones as zeros: that would measure the ranking of CTCVR.
 """
@@ -26,6 +30,7 @@ from escm2rec.config import KEPT_PREFIX
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.evaluation import metrics
 from escm2rec.evaluation.metrics import Floats, Ranking
+from escm2rec.evaluation.user_ranking import RANKING_METRICS, rank_by_user
 
 REPORT_VERSION = 1
 MAX_GROUPS = 1000
@@ -35,7 +40,8 @@ LEAST_PER_CLASS = 10
 ROC_POINTS = 200
 LOGITS = ("ctr_logit", "cvr_logit")
 TRUTH_COLUMNS = ("true_propensity", "true_cvr")
-OBSERVED = ("ctr", "ctcvr", "cvr_clicked")
+OBSERVED = ("ctr", "ctcvr", "cvr_clicked", "cvr")
+"""Sections whose labels were observed; a report has the first three, or the last."""
 
 Record = dict[str, Any]
 
@@ -51,7 +57,10 @@ class Population(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Checked columns of B impressions. `conversion` is 0 wherever there is no click, whatever was recorded."""
+    """Checked columns of B impressions. `conversion` is 0 wherever there is no click, whatever was recorded.
+
+    `at_random` says that they were drawn at random from all impressions, and each was seen.
+    """
 
     click: Floats
     conversion: Floats
@@ -60,9 +69,10 @@ class Rows:
     weight: Floats | None
     true_propensity: Floats | None
     true_cvr: Floats | None
+    at_random: bool = False
 
     @classmethod
-    def of(cls, predictions: pl.DataFrame) -> Rows:
+    def of(cls, predictions: pl.DataFrame, at_random: bool = False) -> Rows:
         """Columns of a predictions table; DataError names the first value that cannot be right."""
         for name in ("click", "conversion", *LOGITS):
             if name not in predictions.columns:
@@ -79,7 +89,7 @@ class Rows:
         if "weight" in predictions.columns:
             positive = (pl.col("weight") > 0) & pl.col("weight").is_finite()
             weight = _checked(predictions, "weight", positive, "a finite number above 0")
-        return cls(click, np.where(click > 0, conversion, 0.0), ctr_logit, cvr_logit, weight, propensity, cvr)
+        return cls(click, np.where(click > 0, conversion, 0.0), ctr_logit, cvr_logit, weight, propensity, cvr, at_random)
 
     def take(self, rows: slice | np.ndarray[Any, Any]) -> Rows:
         """Some of the rows."""
@@ -95,10 +105,14 @@ class Rows:
             weight=some(self.weight),
             true_propensity=some(self.true_propensity),
             true_cvr=some(self.true_cvr),
+            at_random=self.at_random,
         )
 
     def observed(self) -> Iterator[Population]:
         """Each population whose labels were observed."""
+        if self.at_random:
+            yield Population("cvr", self.cvr_logit, self.conversion, self.weight)
+            return
         clicked = self.click > 0
         weight = None if self.weight is None else self.weight[clicked]
         yield Population("ctr", self.ctr_logit, self.click, self.weight)
@@ -115,43 +129,52 @@ class Rows:
         yield Population("cvr_unclicked", self.cvr_logit[unclicked], self.true_cvr[unclicked], weight)
 
 
-def build_report(predictions: pl.DataFrame, by: Sequence[str] = (), user: str | None = None) -> Record:
+def build_report(predictions: pl.DataFrame, by: Sequence[str] = (), user: str | None = None, at_random: bool = False) -> Record:
     """Every metric of a model on labelled impressions.
 
     `predictions` has columns click, conversion (0 or 1), ctr_logit, cvr_logit, and optionally weight, true_propensity, true_cvr and
-    kept.<column>. `by` names columns to report by group, `user` the column of GAUC; a kept column may be named without its prefix.
+    kept.<column>. `by` names columns to report by group, `user` the column to rank within; a kept column may be named without its prefix.
+    `at_random` is of rows that were drawn at random from all impressions and all seen: their one section is `cvr`.
     Weights multiply every sum; `impressions` and `positives` stay counts of rows. Undefined metrics are None, with a reason under
     `undefined`; an unbounded end of an interval is None. Raises DataError on values that cannot be right, ConfigError on unknown columns.
     """
     columns = [resolve_column(predictions, name) for name in by]
     user_column = resolve_column(predictions, user) if user is not None else None
-    rows = Rows.of(predictions)
+    rows = Rows.of(predictions, at_random)
     report: Record = {
         "version": REPORT_VERSION,
         "impressions": predictions.height,
         "clicks": int(rows.click.sum()),
         "conversions": int(rows.conversion.sum()),
         "weighted": rows.weight is not None,
+        "at_random": at_random,
         **_sections(rows, least=1),
-        "propensity": _propensity(rows),
+        "propensity": {} if at_random else _propensity(rows),
         "curves": _curves(rows),
     }
     if user_column is not None:
-        users = predictions[user_column]
-        report["gauc_per_user"] = {"user": user_column.removeprefix(KEPT_PREFIX), **_gauc_sections(users, rows)}
+        users, name = predictions[user_column], user_column.removeprefix(KEPT_PREFIX)
+        populations = _with_users(users, rows)
+        report["gauc_per_user"] = {"user": name, **{p.section: gauc(mine, p.logits, p.labels, p.weights) for mine, p in populations}}
+        report["ranking_per_user"] = {"user": name, **{p.section: ranking(mine, p) for mine, p in populations}}
     if columns:
         report["groups"] = {column.removeprefix(KEPT_PREFIX): _groups(predictions[column], rows) for column in columns}
     return report
 
 
 def flat_metrics(report: Record) -> dict[str, float]:
-    """Defined metrics as one flat record with their population in the name: `ctr_auc`, `ctcvr_auc`, `cvr_auc_clicked`, `cvr_kl_entire`."""
+    """Defined metrics as one flat record with their population in the name: `ctr_auc`, `ctcvr_auc`, `cvr_auc_clicked`, `cvr_kl_entire`.
+
+    `cvr_auc` is that of impressions at random.
+    """
     flat = {}
     for section in (*OBSERVED, "cvr_entire", "cvr_unclicked"):
         task, _, population = section.partition("_")
         ending = f"_{population}" if population else ""
         gauc = report.get("gauc_per_user", {}).get(section, {}).get("auc")
-        for name, value in {**report.get(section, {}), "gauc": gauc}.items():
+        ranked = report.get("ranking_per_user", {}).get(section, {})
+        ranked = {name: ranked.get(name) for name in RANKING_METRICS}
+        for name, value in {**report.get(section, {}), "gauc": gauc, **ranked}.items():
             if isinstance(value, int | float):
                 flat[f"{task}_{name}{ending}"] = float(value)
     return flat
@@ -256,15 +279,27 @@ def gauc(users: pl.Series, logits: Floats, labels: Floats, weights: Floats | Non
     }
 
 
+def ranking(users: pl.Series, population: Population) -> Record:
+    """NDCG, DCG and Recall of `rank_by_user`; rows without a user are left out. Weighted rows have no positions, so no values."""
+    held = users.is_not_null().to_numpy()
+    found = rank_by_user(users.drop_nulls().rank("dense").to_numpy(), population.logits[held], population.labels[held])
+    weighted = population.weights is not None and bool((population.weights != population.weights[:1]).any())
+    values = dict.fromkeys(RANKING_METRICS, float("nan")) if weighted else found.values
+    reason = "weighted rows have no position" if weighted else "no user has a positive"
+    counts = {"users_used": found.users_used, "users_without_positive": found.users_without_positive}
+    return {**_json_numbers(values), **counts, **_undefined(values, reason)}
+
+
 def _sections(rows: Rows, least: int) -> Record:
     observed = {p.section: observed_metrics(p.logits, p.labels, p.weights, least) for p in rows.observed()}
     known = {p.section: truth_metrics(p.logits, p.labels, p.weights) for p in rows.known()}
     return observed | known
 
 
-def _gauc_sections(users: pl.Series, rows: Rows) -> Record:
+def _with_users(users: pl.Series, rows: Rows) -> list[tuple[pl.Series, Population]]:
+    """Each population whose labels were observed, and the users of its rows."""
     clicked = users.filter(pl.Series(rows.click > 0))
-    return {p.section: gauc(clicked if p.section == "cvr_clicked" else users, p.logits, p.labels, p.weights) for p in rows.observed()}
+    return [(clicked if population.section == "cvr_clicked" else users, population) for population in rows.observed()]
 
 
 def _propensity(rows: Rows) -> Record:

@@ -6,17 +6,20 @@ import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
-from escm2rec.config import AliccpSource, TableSource
+from escm2rec.config import AliccpSource, MatrixSource, Source
 from escm2rec.errors import DataError
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """One file of impressions, and for Ali-CCP its common and truth files."""
+    """One file of impressions, with its common and truth files (Ali-CCP), or its training matrix and feature files (matrix)."""
 
     path: Path
     common: Path | None = None
     truth: Path | None = None
+    train: Path | None = None  # of a test matrix: what its ratings must not be in
+    user_features: Path | None = None
+    item_features: Path | None = None
 
     @property
     def name(self) -> str:
@@ -26,15 +29,18 @@ class RawFile:
     @property
     def all_paths(self) -> list[Path]:
         """Every path that is read for this file."""
-        return [path for path in (self.path, self.common, self.truth) if path is not None]
+        paths = (self.path, self.common, self.truth, self.train, self.user_features, self.item_features)
+        return [path for path in paths if path is not None]
 
 
-def raw_files(source: AliccpSource | TableSource, path: Path, labels: bool = True) -> list[RawFile]:
+def raw_files(source: Source, path: Path, labels: bool = True) -> list[RawFile]:
     """The files of a source under `path` (a folder, or one file), in the order of their names.
 
-    Truth files are looked for with `labels` only. DataError when there are no files, or when an Ali-CCP skeleton lacks its common or truth
-    file.
+    Truth files and test matrices are looked for with `labels` only. DataError when there are no files, or when a file lacks one that
+    belongs to it.
     """
+    if isinstance(source, MatrixSource):
+        return _matrices(source, path, labels)
     pattern = source.skeleton if isinstance(source, AliccpSource) else source.files
     if path.is_file():
         found = [path]
@@ -49,6 +55,26 @@ def raw_files(source: AliccpSource | TableSource, path: Path, labels: bool = Tru
     if isinstance(source, AliccpSource):
         return [_with_companions(source, skeleton, labels) for skeleton in found]
     return [RawFile(file) for file in found]
+
+
+def _matrices(source: MatrixSource, folder: Path, labels: bool) -> list[RawFile]:
+    """The training matrix, and with `labels` the test matrix after it."""
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder} is no folder: rating matrices are read from one, which holds {source.train}",
+            "pass the folder; score predicts every pair, pick yours by user and item",
+        )
+
+    def path(name: str | None, key: str) -> Path | None:
+        if name is not None and not (folder / name).is_file():
+            raise DataError(f"no file {folder / name}", f"set data.source.{key}, or fetch the file")
+        return None if name is None else folder / name
+
+    users, items = path(source.user_features, "user_features"), path(source.item_features, "item_features")
+    train, test = path(source.train, "train"), path(source.test, "test") if labels else None
+    assert train is not None
+    files = [RawFile(train, user_features=users, item_features=items)]
+    return files if test is None else [*files, RawFile(test, train=train, user_features=users, item_features=items)]
 
 
 def _refuse_nested(path: Path, pattern: str) -> None:

@@ -165,7 +165,7 @@ class _Job:
         return Rejection(NO_SPLIT, str(block.file.path), column or "", len(rows), lines, seen)
 
     def _manifest(self, schema_hash: str, splits: dict[Split, dict[str, Any]], shares: Shares) -> dict[str, Any]:
-        inputs = [path for file in self._files for path in file.all_paths]
+        inputs = dict.fromkeys(path for file in self._files for path in file.all_paths)
         return {
             "schema_hash": schema_hash,
             "splits": splits,

@@ -17,11 +17,15 @@ FIRST_OFFENDERS = 5
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a row cannot be used: its name in the manifest, what was expected, and what to do."""
+    """Why a row cannot be used: its name in the manifest, what was expected, and what to do.
+
+    A row of an `only_counted` reason is not wrong, and never refused.
+    """
 
     name: str
     expected: str
     hint: str = "mend the input, or set data.bad_rows to count to leave such rows out"
+    only_counted: bool = False
 
 
 MALFORMED = Reason("malformed line", "comma-separated columns, then field\\x02id\\x03value joined by \\x01")
@@ -42,6 +46,8 @@ NULL_IN_LIST = Reason("null in a list", "values and weights without null")
 PAIR = Reason("weighted value", "a value, the weight separator, and a weight that fits float32")
 TRUTH = Reason("truth", "a probability from 0 to 1")
 WEIGHT = Reason("weight", "a finite number above 0")
+RATING = Reason("rating", "a number from 0, 0 where there is no rating")
+RATED_TWICE = Reason("rated in train and test", "a test rating of a pair that is not in the training matrix", only_counted=True)
 COLUMNS = Reason("number of columns", "as many columns as the header names")
 CONVERSION = Reason(
     "conversion without click",
@@ -115,7 +121,7 @@ class Rejected:
 
     def add(self, rejections: list[Rejection], refusals: Sequence[Rejection] = ()) -> None:
         """Count the rejections; raise DataError for the lowest row of the refusals, and of the rejections when refusing."""
-        fatal = [*refusals, *(rejections if self.refuse else ())]
+        fatal = [*refusals, *(each for each in rejections if self.refuse and not each.reason.only_counted)]
         if fatal:
             raise min(fatal, key=lambda rejection: rejection.lines[0]).error()
         for rejection in rejections:

@@ -1,4 +1,4 @@
-"""Opens raw files of either kind, so that the rest of preprocess knows blocks only."""
+"""Opens raw files of any kind, so that the rest of preprocess knows blocks only."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from escm2rec.config import AliccpSource, TableSource
+from escm2rec.config import AliccpSource, MatrixSource, Source
 from escm2rec.preprocess.aliccp import SkeletonFile
 from escm2rec.preprocess.aliccp_columns import AliccpColumns
 from escm2rec.preprocess.block import RawBlock, Request
 from escm2rec.preprocess.common import CommonRecords, read_common
 from escm2rec.preprocess.files import RawFile
+from escm2rec.preprocess.matrix import MatrixFile
 from escm2rec.preprocess.rejections import Rejected
 from escm2rec.preprocess.tables import TableFile
 
-BLOCK_ROWS = 65_536  # of a table
+BLOCK_ROWS = 65_536  # of a table or a matrix
 
 
 class OpenFile(Protocol):
@@ -32,7 +33,7 @@ class Opener:
 
     def __init__(
         self,
-        source: AliccpSource | TableSource,
+        source: Source,
         request: Request,
         workspace: Path,
         rejected: Rejected,
@@ -45,10 +46,12 @@ class Opener:
 
     def open(self, file: RawFile) -> OpenFile:
         """Open one file; its bad common records are counted, or refused, here."""
-        if self._columns is None:
-            assert isinstance(self._source, TableSource)
+        if isinstance(self._source, MatrixSource):
+            return MatrixFile(file, self._source, self._request, self._block_rows)
+        if not isinstance(self._source, AliccpSource):
             return TableFile(file, self._source, self._request, self._block_rows)
         assert file.common is not None
+        assert self._columns is not None
         common = read_common(file.common, self._columns, self.folder(file), self._rejected, self._workers)
         return SkeletonFile(file, self._columns, common)
 
@@ -58,5 +61,5 @@ class Opener:
 
 
 def common_of(opened: OpenFile) -> CommonRecords | None:
-    """The common records of an Ali-CCP file; None for a table."""
+    """The common records of an Ali-CCP file; None for others."""
     return opened.common if isinstance(opened, SkeletonFile) else None

@@ -17,7 +17,7 @@ from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.stable_hash import hash64, row_hash, split_points
 
 NO_SPLIT = -1
-TRAIN = 0
+TRAIN, VALIDATION = 0, 1
 AnySplit = FileSplit | ColumnSplit | HashSplit
 Numbers = npt.NDArray[np.int8]
 
@@ -36,10 +36,16 @@ def split_numbers(split: AnySplit, block: RawBlock) -> Numbers:
     """Position in SPLITS of each row's split, -1 for none.
 
     Hash: splitmix64(base ^ fnv1a64(salt)) as a number in [0, 1), cut by the shares in order; base is the hash of the column's value, or of
-    file name and row. A null in the column belongs to no split.
+    file name and row. A null in the column belongs to no split. `validation_share` takes its rows of training files the same way, without
+    a salt.
     """
     if isinstance(split, FileSplit):
-        return np.full(len(block), _by_file(split, block.file), dtype=np.int8)
+        number = _by_file(split, block.file)
+        numbers = np.full(len(block), number, dtype=np.int8)
+        if number == TRAIN and split.validation_share:
+            points = split_points(row_hash(block.file.name, block.rows), salt="")
+            numbers[points < split.validation_share] = VALIDATION
+        return numbers
     if isinstance(split, ColumnSplit):
         texts = _cast(block, split.column, pa.string())
         numbers = np.full(len(block), NO_SPLIT, dtype=np.int8)
