@@ -326,6 +326,12 @@ def test_caution_zero_labels_halve_the_cvr(beta: float) -> None:
     assert slope(eta / (1 + beta), m=eta) < -0.05
 
 
+def test_every_kind_is_in_the_table_of_the_documentation() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
+    table = page.split("| kind | L_CVR |")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"`([\w+-]+)`", "".join(line.split("|")[1] for line in table.splitlines()[1:]))) == sorted(KINDS)
+
+
 def test_every_guard_that_the_documentation_names_exists() -> None:
     root = Path(__file__).parents[1]
     named = re.findall(r"`(test_\w+)`", (root / "docs" / "method.md").read_text(encoding="utf-8"))

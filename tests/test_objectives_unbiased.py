@@ -7,6 +7,7 @@ docs/method.md is made of it: `python -m tests.test_objectives_unbiased` writes 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from escm2rec.models.predictions import Predictions
 from escm2rec.objectives.bce import bce_losses, softplus
-from escm2rec.objectives.objective import Stage
-from escm2rec.objectives.reduction import local_sums, reduce_terms
+from escm2rec.objectives.objective import Objective, Stage
+from escm2rec.objectives.reduction import LossTerm, local_sums, reduce_terms
 from tests.objectives_world import KINDS, make_objective
 
 TRUE_CTR = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
@@ -49,19 +50,37 @@ def outcomes(true_cvr: Tensor) -> Outcomes:
     return Outcomes((kinds > 0).double(), (kinds == 2).double(), probability)
 
 
-def cvr_loss_by_outcome(kind: str, ctr_logit: Tensor, imputation_logit: Tensor, true_cvr: Tensor, **settings: Any) -> Tensor:
-    """The reduced CVR loss of each outcome, [K]; the propensity tower, where there is one, says what the CTR tower says."""
+def term_by_outcome(name: str, objective: Objective, true_cvr: Tensor, logits: Sequence[Tensor], inputs: Tensor | None = None) -> LossTerm:
+    """A term of all outcomes at once, its columns [K, N, C], of the logits [N] of `Predictions` in their order."""
     world = outcomes(true_cvr)
     num_outcomes = len(world.click)
-    logits = ctr_logit, CVR_LOGIT, imputation_logit, -imputation_logit, ctr_logit
     predictions = Predictions(*(logit.repeat(num_outcomes) for logit in logits))
+    predictions = predictions._replace(inputs=None if inputs is None else inputs.repeat(num_outcomes, 1))
     labels = world.click.flatten(), world.conversion.flatten(), WEIGHT.repeat(num_outcomes)
-    cvr = make_objective(kind, **settings).terms(predictions, *labels, stage=Stage("cvr"))["cvr"]
+    term = objective.terms(predictions, *labels, stage=Stage("cvr"))[name]
+    return term._replace(columns=term.columns.view(num_outcomes, NUM_ROWS, -1))
+
+
+def cvr_by_outcome(kind: str, ctr_logit: Tensor, imputation_logit: Tensor, true_cvr: Tensor, **settings: Any) -> LossTerm:
+    """The CVR term of all outcomes; a propensity tower says what the CTR tower says, a counterfactual one 1 - m."""
+    logits = ctr_logit, CVR_LOGIT, imputation_logit, -imputation_logit, ctr_logit
+    return term_by_outcome("cvr", make_objective(kind, **settings), true_cvr, logits)
+
+
+def cvr_loss_by_outcome(kind: str, ctr_logit: Tensor, imputation_logit: Tensor, true_cvr: Tensor, **settings: Any) -> Tensor:
+    """The reduced CVR loss of each outcome, [K]."""
+    cvr = cvr_by_outcome(kind, ctr_logit, imputation_logit, true_cvr, **settings)
     reduced = []
-    for columns in cvr.columns.view(num_outcomes, NUM_ROWS, -1):
+    for columns in cvr.columns:
         term = {"cvr": cvr._replace(columns=columns)}
         reduced.append(reduce_terms(term, local_sums(term), world_size=1)[1]["cvr"])
     return torch.stack(reduced)
+
+
+def expected_sums(kind: str, ctr_logit: Tensor, **settings: Any) -> Tensor:
+    """The mean over outcomes of the sums that a CVR loss is made of, [C]: their ratio is what the loss tends to on many impressions."""
+    cvr = cvr_by_outcome(kind, ctr_logit, WRONG_IMPUTATION_LOGIT, TRUE_CVR, **settings)
+    return outcomes(TRUE_CVR).probability @ cvr.columns.sum(dim=1)
 
 
 def expected_cvr_loss(
@@ -211,6 +230,16 @@ def test_clipping_takes_the_propensity_out_of_pseudo_labels() -> None:
         assert torch.allclose(seen, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["escm2-snips", "stable-dr"])
+def test_self_normalised_losses_tend_to_the_risk_even_of_a_propensity_that_is_wrong_by_a_factor(kind: str) -> None:
+    # Biased on few clicks, as the table says: a ratio of means is not the mean of ratios.
+    for ctr_logit in (TRUE_CTR_LOGIT, torch.logit(TRUE_CTR / 2)):
+        losses, weights = expected_sums(kind, ctr_logit)
+        assert (losses / weights).item() == pytest.approx(TRUE_RISK, abs=1e-12)
+    losses, weights = expected_sums(kind, -TRUE_CTR_LOGIT)
+    assert abs(losses / weights - TRUE_RISK) > 0.01
+
+
 def test_dcmt_trains_the_cvr_tower_as_ips_does_but_for_its_tie() -> None:
     # Biased as a risk: the second tower's loss is no part of one. Its slope in z is that of IPS, plus lambda's.
     ips, dcmt = (expected_slope(kind, TRUE_CTR_LOGIT, consistency=0.0) for kind in ("escm2-ips", "dcmt"))
@@ -222,14 +251,10 @@ def test_dcmt_trains_the_cvr_tower_as_ips_does_but_for_its_tie() -> None:
 
 def expected_slope(kind: str, ctr_logit: Tensor, **settings: Any) -> Tensor:
     """Gradient in each row's CVR logit of the mean CVR loss over all outcomes, [N], for losses over N."""
-    world = outcomes(TRUE_CVR)
-    num_outcomes = len(world.click)
     cvr_logit = CVR_LOGIT.clone().requires_grad_()
     logits = ctr_logit, cvr_logit, WRONG_IMPUTATION_LOGIT, -WRONG_IMPUTATION_LOGIT, ctr_logit
-    predictions = Predictions(*(logit.repeat(num_outcomes) for logit in logits))
-    labels = world.click.flatten(), world.conversion.flatten(), WEIGHT.repeat(num_outcomes)
-    losses = make_objective(kind, **settings).terms(predictions, *labels, stage=Stage("cvr"))["cvr"].losses
-    mean = (world.probability.unsqueeze(1) * losses.view(num_outcomes, NUM_ROWS)).sum() / WEIGHT.sum()
+    losses = term_by_outcome("cvr", make_objective(kind, **settings), TRUE_CVR, logits).columns[:, :, 0]
+    mean = (outcomes(TRUE_CVR).probability.unsqueeze(1) * losses).sum() / WEIGHT.sum()
     (slope,) = torch.autograd.grad(mean, cvr_logit)
     return slope
 
@@ -240,15 +265,9 @@ CONTRAST_INPUTS = torch.tensor([[0.3, -1.0], [1.2, 0.4], [-0.7, 2.0], [0.1, 0.0]
 @pytest.mark.parametrize(("own_logit", "balanced"), [(TRUE_CTR_LOGIT, True), (WRONG_CTR_LOGIT, False)])
 def test_the_balancing_contrast_has_mean_zero_under_the_true_propensity_alone(own_logit: Tensor, balanced: bool) -> None:
     """E sum w (o / p - (1 - o) / (1 - p)) phi, with p of the propensity tower: the term is the squared norm of what varies around it."""
-    world = outcomes(TRUE_CVR)
-    num_outcomes = len(world.click)
     logits = WRONG_CTR_LOGIT, CVR_LOGIT, WRONG_IMPUTATION_LOGIT, CVR_LOGIT, own_logit
-    predictions = Predictions(*(logit.repeat(num_outcomes) for logit in logits))
-    predictions = predictions._replace(inputs=CONTRAST_INPUTS.repeat(num_outcomes, 1))
-    labels = world.click.flatten(), world.conversion.flatten(), WEIGHT.repeat(num_outcomes)
-    term = make_objective("multi-ipw", lambda_balance=1.0).terms(predictions, *labels, stage=Stage("cvr"))["balance"]
-    sums = term.columns.view(num_outcomes, NUM_ROWS, -1).sum(dim=1)
-    mean = (world.probability.unsqueeze(1) * sums[:, :-1]).sum(dim=0)
+    term = term_by_outcome("balance", make_objective("multi-ipw", lambda_balance=1.0), TRUE_CVR, logits, CONTRAST_INPUTS)
+    mean = (outcomes(TRUE_CVR).probability @ term.columns.sum(dim=1))[:-1]
     assert len(mean) == 1 + CONTRAST_INPUTS.shape[1]
     assert bool((mean.abs() < UNBIASED).all()) is balanced
     assert balanced or (mean.abs() > 1e-2).all()
