@@ -10,6 +10,7 @@ from torch import Tensor
 
 from escm2rec.objectives.objective import Phase, Stage
 from escm2rec.objectives.reduction import local_sums, reduce_terms
+from escm2rec.objectives.weights import Ramp
 from tests.objectives_world import IMPUTING, KINDS, Step, close, make_batch, make_objective, take_step, whole_phase
 
 ROWS = 12
@@ -154,6 +155,18 @@ def test_gradient_of_balance_by_its_formula() -> None:
     assert close(step.propensity_grad, expected)
 
 
+def test_balance_leaves_what_the_towers_read_alone() -> None:
+    # The inputs are pooled embeddings, with their gradient: the propensity is to balance them, not they it.
+    batch = make_batch()
+    assert batch.predictions.inputs is not None
+    inputs = batch.predictions.inputs.clone().requires_grad_()
+    predictions = batch.predictions._replace(inputs=inputs)
+    terms = make_objective("multi-ipw", lambda_balance=1.0).terms(predictions, *batch[1:], Stage("cvr"))
+    loss, _ = reduce_terms(terms, local_sums(terms), world_size=1)
+    grads = torch.autograd.grad(loss, [inputs, batch.logits()[4]], allow_unused=True)
+    assert [grad is None for grad in grads] == [True, False]
+
+
 def test_balance_without_inputs_says_how_to_get_them() -> None:
     batch = make_batch()
     predictions = batch.predictions._replace(inputs=None)
@@ -282,6 +295,16 @@ def test_lambdas_scale_their_terms() -> None:
     step = take_step(make_objective("escm2-dr", lambda_c=0.3, lambda_g=2.0, lambda_imp=0.7), make_batch(), phase="joint")
     expected = step.values["ctr"] + 0.3 * step.values["cvr"] + 2.0 * step.values["ctcvr"] + 0.7 * step.values["imputation"]
     assert close(step.loss, expected)
+
+
+def test_scheduled_lambdas_follow_the_training() -> None:
+    batch = make_batch()
+    objective = make_objective("escm2-ips", lambda_c=Ramp(0.0, 2.0, 0.5), lambda_g=Ramp(3.0, 1.0, 1.0))
+    scales = {}
+    for progress in (0.0, 0.25, 0.5, 1.0):
+        terms = objective.terms(batch.predictions, *batch[1:], Stage("cvr", progress=progress))
+        scales[progress] = [terms[name].scale for name in ("ctr", "cvr", "ctcvr")]
+    assert scales == {0.0: [1.0, 0.0, 3.0], 0.25: [1.0, 1.0, 2.5], 0.5: [1.0, 2.0, 2.0], 1.0: [1.0, 2.0, 1.0]}
 
 
 def test_phases_alternate_k_to_one() -> None:
