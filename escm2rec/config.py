@@ -352,7 +352,8 @@ class ImputationConfig(Section):
     )
     normalise: bool = Field(False, description="Divide the imputation loss by the sum of its weights instead of N.")
     clip_pseudo_labels: bool = Field(
-        False, description="Clip m + (o/q)(r - m) to [0, 1] (label only): biased, but the loss is bounded below."
+        False,
+        description="Clip m + (o/q)(r - m) to [0, 1] (label only): r where clicked, m elsewhere. Bounded below; right only where m is.",
     )
     alternate: bool = Field(
         True, description="Update CVR and imputation in turn; false does both in one step with the same stop-gradients."

@@ -16,6 +16,10 @@ from escm2rec.objectives.reduction import local_sums, reduce_terms
 from escm2rec.objectives.weights import Constant
 
 KINDS: tuple[str, ...] = get_args(ObjectiveKind)
+WITH_CVR = tuple(kind for kind in KINDS if estimator_of(kind).cvr is not None)
+IMPUTING = tuple(kind for kind in KINDS if "imputation" in estimator_of(kind).towers)
+IMPUTING_ERRORS = tuple(kind for kind in IMPUTING if not estimator_of(kind).labels_only)
+WEIGHING_CLICKS = ("multi-ipw", "multi-dr", "escm2-ips", "escm2-snips", "escm2-dr", "stable-dr", "dcmt", "two-space")
 torch.set_num_threads(1)
 
 
@@ -95,6 +99,46 @@ def make_batch(rows: int = 12, seed: int = 0) -> Batch:
     conversion[:3] = torch.tensor([1.0, 0.0, 0.0])[:rows]
     weight = 0.5 + torch.rand(rows, generator=generator, dtype=torch.float64)
     return Batch(Predictions(*(logit.requires_grad_() for logit in logits))._replace(inputs=inputs), click, conversion, weight)
+
+
+class Parts(NamedTuple):
+    """A CVR loss written out, as sum(numerators) / sum(denominators), [B] each, with what it is made of."""
+
+    numerators: Tensor
+    denominators: Tensor
+    delta: Tensor
+    q: Tensor
+
+
+def cvr_parts(kind: str, batch: Batch, predicts: str = "error", own_q: Tensor | None = None) -> Parts:
+    """The CVR loss of a kind, floor 0, beta 1 and lambda 1e-3, by the formulas of docs/method.md and nothing of the package.
+
+    `own_q` replaces q; an objective that imputes labels only ignores `predicts`.
+    """
+    a, z, h, star, own = batch.logits()
+    o, r, w = batch.click, batch.conversion, batch.weight
+    q = torch.sigmoid(own if kind == "stable-dr" else a).detach() if own_q is None else own_q
+
+    def cross_entropy(label: Tensor) -> Tensor:
+        return -label * torch.log(torch.sigmoid(z)) - (1 - label) * torch.log(torch.sigmoid(-z))
+
+    m = torch.sigmoid(h).detach()
+    delta = cross_entropy(o * r)
+    imputed = cross_entropy(m) if predicts == "label" else torch.log1p(h.exp()).detach()
+    ips = o * delta / q
+    apart = (1 - torch.sigmoid(z) - torch.sigmoid(star)).abs()
+    losses: dict[str, tuple[Tensor, Tensor]] = {
+        "naive": (o * delta, o),
+        "direct": (cross_entropy(m), torch.ones_like(o)),
+        "multi-ipw": (ips, torch.ones_like(o)),
+        "multi-dr": (imputed + o * (delta - imputed) / q, torch.ones_like(o)),
+        "escm2-snips": (ips, o / q),
+        "dcmt": (ips - (1 - o) * torch.log(torch.sigmoid(star)) / (1 - q) + 1e-3 * apart, torch.ones_like(o)),
+        "two-space": (ips + (1 - o) / (1 - q) * cross_entropy(m), torch.ones_like(o)),
+    }
+    same = {"naive+ctcvr": "naive", "escm2-ips": "multi-ipw", "escm2-dr": "multi-dr", "stable-dr": "escm2-snips"}
+    numerators, denominators = losses[same.get(kind, kind)]
+    return Parts(w * numerators, w * denominators, delta, q)
 
 
 class Step(NamedTuple):

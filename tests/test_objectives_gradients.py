@@ -6,21 +6,60 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from escm2rec.objectives.objective import Phase, Stage
-from tests.objectives_world import KINDS, close, make_batch, make_objective, take_step, whole_phase
+from escm2rec.objectives.reduction import local_sums, reduce_terms
+from escm2rec.objectives.weights import Ramp
+from tests.objectives_world import IMPUTING, KINDS, Step, close, make_batch, make_objective, take_step, whole_phase
 
 ROWS = 12
 
 
-@pytest.mark.parametrize("kind", ["naive", "naive+ctcvr", "escm2-ips", "escm2-dr"])
+def reached(step: Step) -> set[str]:
+    """The towers whose logits get a gradient; that of the others is None, not zero."""
+    grads = dict(zip(("ctr", "cvr", "imputation", "counterfactual", "propensity"), step[2:], strict=True))
+    assert all(grad is None or grad.abs().sum() > 0 for grad in grads.values())
+    return {name for name, grad in grads.items() if grad is not None}
+
+
 @pytest.mark.parametrize("predicts", ["error", "label"])
-def test_cvr_loss_leaves_the_ctr_tower_alone(kind: str, predicts: str) -> None:
-    step = take_step(make_objective(kind, predicts=predicts, floor=0.05), make_batch(), only="cvr")
-    assert step.ctr_grad is None
-    assert step.imputation_grad is None
-    assert step.cvr_grad is not None
-    assert step.cvr_grad.abs().sum() > 0
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_term_reaches_its_own_towers(kind: str, predicts: str) -> None:
+    objective = make_objective(kind, predicts=predicts, lambda_balance=1.0, floor=0.02)
+    expected = {
+        "ctr": {"ctr"},
+        "cvr": {"cvr", "counterfactual"} if kind == "dcmt" else {"cvr"},
+        "ctcvr": {"cvr", "ctr"} if kind == "esmm" else {"cvr"},
+        "imputation": {"imputation"},
+        "propensity": {"propensity"},
+        "stability": {"propensity"},
+        "balance": {"propensity"},
+    }
+    names = take_step(objective, make_batch(), whole_phase(kind)).values.keys()
+    assert {"ctr", "propensity", "balance"} <= names
+    for name in names:
+        assert reached(take_step(objective, make_batch(), whole_phase(kind), only=name)) == expected[name], name
+
+
+@pytest.mark.parametrize("balance", [0.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_phase_holds_gets_no_gradient(kind: str, balance: float) -> None:
+    objective = make_objective(kind, lambda_balance=balance, floor=0.02)
+    main = {"ctr", "cvr", "counterfactual"} if kind == "dcmt" else {"ctr", "cvr"}
+    own = {"propensity"} if "propensity" in objective.towers else set[str]()
+    expected: dict[Phase, set[str]] = {"cvr": main if kind == "stable-dr" else main | own}
+    if kind in IMPUTING:
+        expected |= {"imputation": {"imputation"}, "joint": main | own | {"imputation"}}
+    if kind == "stable-dr":
+        expected["propensity"] = own
+    assert {objective.phase(step) for step in range(6)} == expected.keys() - {"joint"}
+    for phase, towers in expected.items():
+        assert reached(take_step(objective, make_batch(), phase)) == towers, phase
+    others: tuple[Phase, ...] = ("imputation", "propensity")
+    for phase in (other for other in others if other not in expected):
+        with pytest.raises(ValueError, match=f"has no {phase} phase"):
+            take_step(objective, make_batch(), phase)
 
 
 @pytest.mark.parametrize("detach_ctr", [True, False])
@@ -61,6 +100,78 @@ def test_gradient_of_dr_with_imputed_labels() -> None:
     assert close(step.cvr_grad, (batch.weight * expected / batch.weight.sum()).detach())
     assert step.cvr_grad is not None
     assert (step.cvr_grad[batch.click == 0] != 0).all()
+
+
+@pytest.mark.parametrize("kind", ["naive", "direct", "multi-ipw", "escm2-snips", "stable-dr", "two-space", "dcmt"])
+def test_gradient_in_the_cvr_logit_by_its_formula(kind: str) -> None:
+    batch = make_batch()
+    a, z, h, star, own = (logit.detach() for logit in batch.logits())
+    o, r, w, beta, tie = batch.click, batch.conversion, batch.weight, 0.7, 0.3
+    eta, m, eta_star = torch.sigmoid(z), torch.sigmoid(h), torch.sigmoid(star)
+    q = torch.sigmoid(own if kind == "stable-dr" else a).clamp(min=0.2)
+    other = (1 - q).clamp(min=0.2)
+    side = torch.sign(1 - eta - eta_star)
+    ips, n = w * o / q * (eta - r), w.sum()
+    expected = {
+        "naive": w * o * (eta - r) / (w * o).sum(),
+        "direct": w * (eta - m) / n,
+        "multi-ipw": ips / n,
+        "escm2-snips": ips / (w * o / q).sum(),
+        "stable-dr": ips / (w * o / q).sum(),
+        "two-space": (ips + beta * w * (1 - o) / other * (eta - m)) / n,
+        "dcmt": (ips - tie * w * side * eta * (1 - eta)) / n,
+    }[kind]
+    step = take_step(make_objective(kind, beta=beta, consistency=tie, floor=0.2), batch, only="cvr")
+    assert close(step.cvr_grad, expected)
+    if kind == "dcmt":
+        counterfactual = -w * (1 - o) / other * (1 - eta_star) - tie * w * side * eta_star * (1 - eta_star)
+        assert close(step.counterfactual_grad, counterfactual / n)
+
+
+@pytest.mark.parametrize("predicts", ["error", "label"])
+@pytest.mark.parametrize("term", ["stability", "balance", "propensity"])
+def test_gradient_in_the_propensity_logit_is_that_of_finite_differences(term: str, predicts: str) -> None:
+    batch = make_batch()
+    objective = make_objective("stable-dr", predicts=predicts, lambda_balance=1.0)
+
+    def value(own: Tensor) -> Tensor:
+        predictions = batch.predictions._replace(propensity_logit=own)
+        terms = objective.terms(predictions, batch.click, batch.conversion, batch.weight, Stage("propensity"))
+        return reduce_terms({term: terms[term]}, local_sums({term: terms[term]}), world_size=1)[0]
+
+    assert torch.autograd.gradcheck(value, batch.logits()[4])
+
+
+def test_gradient_of_balance_by_its_formula() -> None:
+    """2 S . phi w [-o (1 - p) / p - (1 - o) p / (1 - p)] / N, S the mean of the contrast times phi = (1, inputs)."""
+    batch = make_batch()
+    assert batch.predictions.inputs is not None
+    o, w, p = batch.click, batch.weight, torch.sigmoid(batch.logits()[4]).detach()
+    phi = torch.cat([torch.ones(ROWS, 1), batch.predictions.inputs], dim=1)
+    mean = (w * (o / p - (1 - o) / (1 - p))) @ phi / w.sum()
+    expected = 2 * (phi @ mean) * -w * (o * (1 - p) / p + (1 - o) * p / (1 - p)) / w.sum()
+    step = take_step(make_objective("multi-ipw", lambda_balance=0.5), batch, only="balance")
+    assert close(step.loss, (mean**2).sum())
+    assert close(step.propensity_grad, expected)
+
+
+def test_balance_leaves_what_the_towers_read_alone() -> None:
+    # The inputs are pooled embeddings, with their gradient: the propensity is to balance them, not they it.
+    batch = make_batch()
+    assert batch.predictions.inputs is not None
+    inputs = batch.predictions.inputs.clone().requires_grad_()
+    predictions = batch.predictions._replace(inputs=inputs)
+    terms = make_objective("multi-ipw", lambda_balance=1.0).terms(predictions, *batch[1:], Stage("cvr"))
+    loss, _ = reduce_terms(terms, local_sums(terms), world_size=1)
+    grads = torch.autograd.grad(loss, [inputs, batch.logits()[4]], allow_unused=True)
+    assert [grad is None for grad in grads] == [True, False]
+
+
+def test_balance_without_inputs_says_how_to_get_them() -> None:
+    batch = make_batch()
+    predictions = batch.predictions._replace(inputs=None)
+    with pytest.raises(ValueError, match="needs predictions that hold the inputs: build the head with keeps_inputs=True"):
+        make_objective("multi-ipw", lambda_balance=1.0).terms(predictions, batch.click, batch.conversion, batch.weight, Stage("cvr"))
 
 
 def test_clipped_pseudo_labels_bound_the_loss_below() -> None:
@@ -184,6 +295,16 @@ def test_lambdas_scale_their_terms() -> None:
     step = take_step(make_objective("escm2-dr", lambda_c=0.3, lambda_g=2.0, lambda_imp=0.7), make_batch(), phase="joint")
     expected = step.values["ctr"] + 0.3 * step.values["cvr"] + 2.0 * step.values["ctcvr"] + 0.7 * step.values["imputation"]
     assert close(step.loss, expected)
+
+
+def test_scheduled_lambdas_follow_the_training() -> None:
+    batch = make_batch()
+    objective = make_objective("escm2-ips", lambda_c=Ramp(0.0, 2.0, 0.5), lambda_g=Ramp(3.0, 1.0, 1.0))
+    scales = {}
+    for progress in (0.0, 0.25, 0.5, 1.0):
+        terms = objective.terms(batch.predictions, *batch[1:], Stage("cvr", progress=progress))
+        scales[progress] = [terms[name].scale for name in ("ctr", "cvr", "ctcvr")]
+    assert scales == {0.0: [1.0, 0.0, 3.0], 0.25: [1.0, 1.0, 2.5], 0.5: [1.0, 2.0, 2.0], 1.0: [1.0, 2.0, 1.0]}
 
 
 def test_phases_alternate_k_to_one() -> None:

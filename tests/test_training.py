@@ -6,10 +6,11 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from escm2rec.config import ObjectiveKind
 from tests.encoded import write_dataset
 from tests.ranks import run_ranks
 
@@ -100,9 +101,15 @@ def test_one_and_two_ranks_take_the_same_steps_under_every_plan(runs: Runs, obje
 
 
 def test_mistake_11_every_objective_trains_on_the_training_split_alone(runs: Runs, data: Path) -> None:
-    assert json.loads((data / "manifest.json").read_text())["splits"]["test"]["rows"] == 700
+    splits = json.loads((data / "manifest.json").read_text())["splits"]
+    assert splits["test"]["rows"] == 700
     assert not (data / "test").exists(), "no run found anything to read there"
     assert {objective for objective, _, _ in runs} == OBJECTIVES.keys()
+    kinds = {setting.removeprefix("objective.kind=") for settings in OBJECTIVES.values() for setting in settings[:1]}
+    assert kinds == set(get_args(ObjectiveKind))
+    # All of that split and nothing else, to the last step: nothing stops early, on whatever it would look at.
+    for key, records in runs.items():
+        assert sum(record["rows"] for record in records) == splits["train"]["rows"] != splits["validation"]["rows"], key
 
 
 def test_alternation_trains_imputation_every_second_step(runs: Runs) -> None:

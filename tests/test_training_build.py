@@ -66,6 +66,14 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
         {"lambda_c": "learned", "imputation": {"predicts": "label"}},
         "objective.lambda_c: learned does not go with the pseudo-labels of escm2-dr, whose loss has no lower bound",
     ),
+    "learned weight of no CVR loss": (
+        {"kind": "esmm", "lambda_c": "learned"},
+        "objective.lambda_c: learned has nothing to learn from, esmm has no such term",
+    ),
+    "learned weight of no CTCVR loss": (
+        {"kind": "naive", "lambda_g": "learned"},
+        "objective.lambda_g: learned has nothing to learn from, naive has no such term",
+    ),
     "balance of no weights": (
         {"kind": "naive+ctcvr", "propensity": {"balance": 1.0}},
         r"objective.propensity.balance has no effect on naive\+ctcvr, which weighs nothing by q",

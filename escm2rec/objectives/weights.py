@@ -31,7 +31,7 @@ class Learned(NamedTuple):
     """exp(-s) with s learned, from s = 0: homoscedastic uncertainty (Kendall et al., CVPR 2018).
 
     The objective holds exp(-s) f + s / 2 for the term f, least where exp(-s) = 1 / (2 f): a term weighs the inverse of what it comes to.
-    A batch whose f is below 0 counts as 0 for s, or s would have no bound.
+    A batch whose f is below 0 counts as 0 for s, which it would drive down ever faster.
     """
 
     def at(self, progress: float) -> float:

@@ -60,6 +60,10 @@ def build_objective(config: ObjectiveConfig, base_ctr: float) -> Objective:
     )
     if objective.lambda_balance > 0 and not objective.estimator.weighs:
         raise ConfigError(f"objective.propensity.balance has no effect on {config.kind}, which weighs nothing by q", "set it to 0")
+    estimator = objective.estimator
+    for name, weight, there in (("c", objective.lambda_c, estimator.cvr is not None), ("g", objective.lambda_g, estimator.ctcvr)):
+        if isinstance(weight, Learned) and not there:
+            raise ConfigError(f"objective.lambda_{name}: learned has nothing to learn from, {config.kind} has no such term", "leave it out")
     if objective.counts_pseudo_labels and not config.imputation.clip_pseudo_labels and isinstance(objective.lambda_c, Learned):
         raise ConfigError(
             f"objective.lambda_c: learned does not go with the pseudo-labels of {config.kind}, whose loss has no lower bound",

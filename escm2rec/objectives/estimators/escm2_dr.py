@@ -22,8 +22,8 @@ def dr_losses(delta: Tensor, delta_hat: Tensor, click: Tensor, q: Tensor) -> Ten
 def pseudo_labels(m: Tensor, conversion: Tensor, click: Tensor, q: Tensor, clip: bool) -> Tensor:
     """m + (o / q)(r - m), [B]: the label whose BCE is the doubly robust loss with delta_hat = BCE(sigmoid(z), m).
 
-    It lies outside [0, 1] on every clicked row with q < 1, where its BCE has no lower bound; `clip` cuts it to [0, 1],
-    which bounds the loss and biases it.
+    It lies outside [0, 1] on every clicked row with q < 1, where its BCE has no lower bound. `clip` cuts it to [0, 1]: to r where
+    clicked and m elsewhere, whatever q is. That bounds the loss, and leaves it unbiased only where m is the true CVR.
     """
     labels = m + click * (conversion - m) / q
     return labels.clamp(0, 1) if clip else labels

@@ -1,7 +1,8 @@
 """StableDR (Li et al., ICLR 2023, arXiv 2205.04701): a propensity that keeps the doubly robust loss bounded; without L_CTCVR.
 
 A cycle of three steps: imputation, sum w o (delta - delta_hat)^2 / q (`imputation.py`); propensity, this file; prediction, the
-self-normalised loss, which equals the doubly robust one where the propensity meets the constraint.
+self-normalised loss, which equals the self-normalised doubly robust one, mean delta_hat + sum (o/q)(delta - delta_hat) / sum o/q,
+where the propensity meets the constraint.
 """
 
 from __future__ import annotations
