@@ -31,7 +31,7 @@ from escm2rec.config import Config, parse_config
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.sharding.runtime import distributed_runtime
-from escm2rec.training.train import Trainer
+from escm2rec.training.trainer import Trainer
 
 GLOBAL_BATCH = 8192
 

@@ -442,12 +442,22 @@ class SimulationConfig(Section):
 # --- the whole ----------------------------------------------------------------------------------
 
 
+class ChoiceConfig(Section):
+    """Objectives to be tried beside `objective`; the run of the best is kept. They share everything else."""
+
+    objectives: list[ObjectiveConfig] = Field([], description="Sections like `objective`, each a model trained.")
+    by: Literal["dr", "snips"] = Field(
+        "dr", description="What estimates the CVR risk on all impressions of the validation split: doubly robust, or self-normalised IPS."
+    )
+
+
 class Config(Section):
     """A complete configuration."""
 
     data: DataConfig = Field(description="What the logs hold and how they become a data set.")
     model: ModelConfig = Field(ModelConfig(), description="The network.")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="What is optimised.")
+    choice: ChoiceConfig = Field(ChoiceConfig(), description="Further objectives to try, and how to choose.")
     training: TrainingConfig = Field(TrainingConfig(), description="How it is optimised.")
     simulation: SimulationConfig = Field(SimulationConfig(), description="The world that `simulate` draws from.")
 

@@ -27,7 +27,7 @@ from tests.raw_tables import raw_table, write_config
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "torchx_components" / "escm2rec.py"
-SINGLE = ("simulate", "preprocess")
+SINGLE = ("simulate", "preprocess", "study")
 DISTRIBUTED = ("train", "evaluate", "score")
 VERBS = (*SINGLE, *DISTRIBUTED)
 JOB_ARGUMENTS = {"image", "name", "h", "cpu", "memory_mb", "env", "max_retries", "mounts"}
@@ -43,6 +43,10 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
     "preprocess": (
         ["--config", "c.yaml", "--input", "i", "--out", "o", "--overwrite", "True"],
         ["--config", "c.yaml", "--input", "i", "--out", "o", "--overwrite"],
+    ),
+    "study": (
+        ["--out", "o", "--preset", "full", "--objectives", "esmm,escm2-ips", "--seeds", "3"],
+        ["--out", "o", "--preset", "full", "--objectives", "esmm", "--objectives", "escm2-ips", "--seeds", "3"],
     ),
     "train": (
         ["--config", "c.yaml", "--data", "d", "--out", "a b", "--set", "training.epochs=2,model.tower_hidden=[8,4]", "--resume", "true"],

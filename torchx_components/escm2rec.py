@@ -98,6 +98,47 @@ def preprocess(
     return _single_process("preprocess", arguments, image, name, resource, env, max_retries, mounts)
 
 
+def study(
+    out: str,
+    preset: str = "quick",
+    objectives: Optional[List[str]] = None,
+    seeds: Optional[int] = None,
+    ratings: Optional[str] = None,
+    draws: Optional[int] = None,
+    overwrite: bool = False,
+    image: str = torchx.IMAGE,
+    name: str = "study",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    memory_mb: int = 8192,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Compare objectives where the truth is known, in one process a core of one host.
+
+    Args:
+        out: folder for the study
+        preset: quick (2 worlds) or full (20)
+        objectives: what to compare; by default what the preset has
+        seeds: seeds a world; by default the preset's
+        ratings: run the semi-synthetic protocol on this file of user, item, rating instead
+        draws: draws of labels, with ratings
+        overwrite: replace what is at out
+        image: container image, or the directory to run in on schedulers without containers
+        name: name of the job
+        h: named resource of the host; takes precedence over cpu and memory_mb
+        cpu: CPU cores
+        memory_mb: memory in MB
+        env: environment variables, as A=1,B=2
+        max_retries: how often the scheduler may start it again
+        mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
+    """
+    arguments = _options(out=out, preset=preset, objectives=objectives, seeds=seeds, ratings=ratings, draws=draws, overwrite=overwrite)
+    resource = specs.resource(cpu=cpu, memMB=memory_mb, h=h)
+    return _single_process("study", arguments, image, name, resource, env, max_retries, mounts)
+
+
 def train(
     config: str,
     data: str,

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from escm2rec.evaluation import metrics
+from escm2rec.evaluation.entire_risk import risk_estimates, risk_sums
 from escm2rec.models.predictions import Predictions
-from escm2rec.objectives.bce import bce_losses
-from escm2rec.objectives.estimators.escm2_dr import dr_losses
-from escm2rec.objectives.estimators.escm2_ips import ips_losses
 from escm2rec.objectives.propensity import propensity, propensity_report, propensity_sums
 from escm2rec.objectives.reduction import local_sums, reduce_terms
 from escm2rec.study.cell import Draw, Rows, Trained
@@ -97,12 +94,15 @@ def _held_out(predictions: Predictions, log: Sample, nuisance: Predictions) -> d
     z, w = predictions.cvr_logit, rows.weight
     base_ctr = float((w * rows.click).sum() / w.sum())
     q = propensity(nuisance.ctr_logit, NUISANCE_FLOOR * base_ctr)
-    delta, imputed = bce_losses(z, rows.conversion), bce_losses(z, torch.sigmoid(nuisance.cvr_logit))
-    snips = (w * ips_losses(delta, rows.click, q)).sum() / (w * rows.click / q).sum()
-    dr = (w * dr_losses(delta, imputed, rows.click, q)).sum() / w.sum()
+    risks = risk_estimates(risk_sums(z, rows.click, rows.conversion, w, q, nuisance.cvr_logit))
     clicked = log.click > 0
     auc = metrics.auc(_array(z)[clicked], log.conversion[clicked], log.weight[clicked])
-    return {"heldout_snips": float(snips), "heldout_dr": float(dr), "heldout_auc_clicked": auc}
+    missing = math.nan
+    return {
+        "heldout_snips": missing if risks.snips is None else risks.snips,
+        "heldout_dr": missing if risks.dr is None else risks.dr,
+        "heldout_auc_clicked": auc,
+    }
 
 
 def _array(logit: Tensor) -> Floats:

@@ -1,0 +1,258 @@
+"""One training: a data set in, a run out, step by step on the ranks that there are."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
+
+from escm2rec.config import Config
+from escm2rec.errors import ConfigError, DataError
+from escm2rec.folder import MANIFEST, read_manifest, write_json
+from escm2rec.objectives.objective import Phase, Stage
+from escm2rec.progress import Progress
+from escm2rec.reader.batch import Batch
+from escm2rec.reader.dataset import Dataset
+from escm2rec.reader.reader import Reader
+from escm2rec.sharding.planner import plan_as_json
+from escm2rec.sharding.runtime import Runtime, on_main
+from escm2rec.training.build import BaseRates, build_model, build_objective, build_optimizer, shard
+from escm2rec.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from escm2rec.training.metrics import MetricsLog, TrainingMetrics
+from escm2rec.training.run import finish_run, go_on, last_record, start_run
+from escm2rec.training.step import Loss, TrainingModel
+
+logger = logging.getLogger(__name__)
+
+
+def train_one(config: Config, data: Path, out: Path, runtime: Runtime, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """Train the config's objective on the training split of `data` and leave a run at `out`; see `train`."""
+    dataset = on_main(runtime, lambda: _start(config, data, out, resume, overwrite))
+    trainer = Trainer(config, dataset, out, runtime)
+    if resume:
+        trainer.resume()
+    return trainer.train()
+
+
+class Trainer:
+    """One rank's training: model, optimizers, reader and where it stands."""
+
+    def __init__(self, config: Config, dataset: Dataset, out: Path, runtime: Runtime) -> None:
+        self.config, self.out, self.runtime = config, out, runtime
+        training = config.training
+        self.rates = BaseRates.of(dataset.weighted_counts("train"))
+        self.objective = build_objective(config.objective, self.rates.ctr)
+        calibration = config.objective.propensity.calibration
+        self.loss = Loss(self.objective, runtime.group, None if calibration == "none" else calibration)
+        model = TrainingModel(build_model(dataset.schema, config.model, config.objective, self.rates, training.seed), self.loss)
+        holds_parts = self.objective.alternates or calibration != "none"
+        sharded = shard(model, dataset.schema, config, holds_parts, runtime)
+        self.module: DistributedModelParallel = sharded.module
+        self.plan = {"world_size": runtime.world_size, **plan_as_json(sharded.plan)}
+        self.optimizer: CombinedOptimizer = build_optimizer(self.module, training.dense_learning_rate, training.dense_weight_decay)
+        self.learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.reader = Reader(
+            dataset,
+            "train",
+            training.global_batch_size,
+            runtime.rank,
+            runtime.world_size,
+            seed=training.seed,
+            lanes=training.shuffle_lanes,
+            prefetch=training.prefetch_batches,
+            pin_memory=runtime.device.type == "cuda",
+        )
+        self.calendar = Calendar(
+            training.epochs * self.reader.num_steps, config.objective.propensity.calibration_every_steps if calibration != "none" else None
+        )
+        self.held_out = self._held_out_reader(dataset) if calibration != "none" else None
+        self.total_steps = self.calendar.total
+        self.warm_up_steps = math.ceil(config.objective.propensity.warmup_fraction * self.total_steps)
+        self.step = 0  # steps done, over all epochs; the reader is further ahead
+        self.schema_hash, self.data_identity = dataset.schema.hash(), dataset.identity("train")
+
+    def resume(self) -> None:
+        """Go on from the last complete checkpoint, if there is one."""
+        folder = latest_checkpoint(self.out)
+        if folder is None:
+            return
+        progress = load_checkpoint(folder, self.module, self.optimizer)
+        if progress["data"] != self.data_identity:
+            raise DataError(f"{folder} was trained on other rows than the training split holds now", "resume with the data set of the run")
+        if progress["step"] > self.total_steps:
+            raise ConfigError(f"{folder} is past the {self.total_steps} steps of training.epochs", "ask for as many epochs or more")
+        self.step, self.warm_up_steps = progress["step"], progress["warm_up_steps"]
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end, log, save, and finish the run."""
+        started, first_step = time.perf_counter(), self.step
+        record: dict[str, Any] = {}
+        if first_step == self.total_steps and (finished := on_main(self.runtime, self._finished)) is not None:
+            return finished
+        rows_left = self._rows(self.total_steps) - self._rows(self.step)
+        on_main(self.runtime, self._prepare)
+        if self.objective.estimator.weighs and self.warm_up_steps >= self.total_steps:
+            logger.warning(
+                "all %d steps are warm-up: the base CTR stays the propensity; train on more, or in smaller batches", self.total_steps
+            )
+        with MetricsLog(self.out, self.runtime, first_step) as log, Progress("train", rows_left, self.runtime.is_main) as progress:
+            for record in self.records():
+                log.write(record)
+                losses = [f"{name} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
+                progress.add(record["rows"], f"step {self.step} of {self.total_steps}, {' '.join(losses)}")
+        seconds = time.perf_counter() - started
+        checkpoint = latest_checkpoint(self.out)
+        assert checkpoint is not None
+        rows = self._rows(self.step) - self._rows(first_step)
+        summary = {
+            "objective": self.objective.kind,
+            "steps": self.step,
+            "epochs": self.config.training.epochs,
+            "world_size": self.runtime.world_size,
+            "checkpoint": str(checkpoint.relative_to(self.out)),
+            "base_ctr": self.rates.ctr,
+            "base_cvr": self.rates.cvr,
+            "schema_hash": self.schema_hash,
+            "seconds": round(seconds, 3),
+            "rows_per_s": round(rows / seconds, 1),
+            "last_metrics": record or on_main(self.runtime, lambda: last_record(self.out)),
+        }
+        on_main(self.runtime, lambda: finish_run(self.out, summary))
+        return {"run": str(self.out), **summary}
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Train step by step from where it stands; yield a record of metrics when one is due, before the checkpoint of that step."""
+        training = self.config.training
+        metrics = TrainingMetrics(self.runtime)
+        pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
+        batches = self._batches()
+        while self.step < self.total_steps:
+            self._set_learning_rates()
+            calibrates = self.calendar.calibrates(self.step)
+            phase: Phase = "calibration" if calibrates else self.objective.phase(self.calendar.trained(self.step))
+            self.loss.stage = Stage(phase, self.step < self.warm_up_steps, self.step / self.total_steps)
+            output = pipeline.progress(batches)
+            if not calibrates:
+                metrics.add(output)
+            self.step += 1
+            last = self.step == self.total_steps
+            saves = last or (training.checkpoint_every_steps is not None and self.step % training.checkpoint_every_steps == 0)
+            if metrics.steps and (saves or self.step % training.log_every_steps == 0):  # it checks the losses: no checkpoint without
+                epoch = (self.calendar.trained(self.step) - 1) // self.reader.num_steps
+                yield metrics.record(self.step, epoch) | self._calibration()
+            if saves:
+                progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
+                save_checkpoint(self.out, self.step, progress, self.module, self.optimizer, self.runtime)
+
+    def _set_learning_rates(self) -> None:
+        """Those of the next step, a function of the step alone."""
+        left = 1 - self.step / self.total_steps if self.config.training.learning_rate_decay == "linear" else 1.0
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+            group["lr"] = rate * left
+
+    def _prepare(self) -> None:
+        go_on(self.out, self.step)
+        write_json(self.out / "plan.json", self.plan)
+
+    def _finished(self) -> dict[str, Any] | None:
+        """What the finished run says of itself; None when it is not finished."""
+        if not (self.out / MANIFEST).exists():
+            return None
+        manifest = read_manifest(self.out, "run")
+        return {"run": str(self.out), **{name: value for name, value in manifest.items() if name not in ("kind", "version")}}
+
+    def _batches(self) -> Iterator[Batch]:
+        """All batches still to come: those that train, epoch after epoch, and among them those that calibrate, round and round."""
+        first_epoch, first_step = divmod(self.calendar.trained(self.step), self.reader.num_steps)
+        epochs = range(first_epoch, self.config.training.epochs)
+        trains = chain.from_iterable(self.reader.epoch(epoch, first_step if epoch == first_epoch else 0) for epoch in epochs)
+        if self.held_out is None:
+            return trains
+        calibrates = self._held_out_batches(self.held_out)
+        return (next(calibrates if self.calendar.calibrates(step) else trains) for step in range(self.step, self.total_steps))
+
+    def _held_out_batches(self, reader: Reader) -> Iterator[Batch]:
+        start = (self.step - self.calendar.trained(self.step)) % reader.num_steps
+        return chain.from_iterable(reader.epoch(0, start if turn == 0 else 0) for turn in count())
+
+    def _held_out_reader(self, dataset: Dataset) -> Reader:
+        size = self.config.training.global_batch_size
+        return Reader(dataset, "validation", size, self.runtime.rank, self.runtime.world_size, seed=self.config.training.seed)
+
+    def _rows(self, step: int) -> int:
+        """Rows that have trained when so many steps are done."""
+        return self.calendar.trained(step) * self.reader.num_rows // self.reader.num_steps
+
+    def _calibration(self) -> dict[str, float]:
+        """The propensity's slope and shift, for the record."""
+        if self.loss.calibrates is None:
+            return {}
+        slope, shift = self.loss.calibration.tolist()
+        return {"propensity_slope": slope, "propensity_shift": shift}
+
+
+class Calendar(NamedTuple):
+    """Which steps train and which calibrate: one of calibration after every `every` of training, never the last (None: none)."""
+
+    training: int
+    every: int | None
+
+    @property
+    def total(self) -> int:
+        """All steps, of both kinds."""
+        return self.training + ((self.training - 1) // self.every if self.every is not None else 0)
+
+    def calibrates(self, step: int) -> bool:
+        """Whether step 0, 1, ... is one of calibration."""
+        return self.every is not None and step % (self.every + 1) == self.every
+
+    def trained(self, step: int) -> int:
+        """How many of the steps before this one train."""
+        return step - (step // (self.every + 1) if self.every is not None else 0)
+
+
+def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool) -> Dataset:
+    dataset = Dataset.open(data)
+    dataset.split_counts("train")
+    if dataset.manifest.get("negative_keep_rate", 1.0) != 1.0:
+        raise DataError(
+            f"the negatives of {data} were down-sampled, which training does not correct yet", "preprocess without down-sampling"
+        )
+    _check_features(config, dataset)
+    build_objective(config.objective, 0.5)
+    if config.objective.propensity.calibration != "none" and not dataset.manifest["splits"].get("validation", {}).get("rows"):
+        raise DataError(
+            f"objective.propensity.calibration fits to the validation split, and {data} has no rows in it",
+            "give data.split a share for validation and preprocess again, or set calibration: none",
+        )
+    _warn_of_labels(dataset.split_counts("train"))
+    start_run(out, config, dataset, resume, overwrite)
+    return dataset
+
+
+def _check_features(config: Config, dataset: Dataset) -> None:
+    """ConfigError when the config describes other features than the data set was made with."""
+    asked = {feature.name: (feature.kind, feature.column) for feature in config.data.features}
+    held = {feature.name: (feature.kind, feature.column) for feature in dataset.schema.features}
+    for name in sorted(asked.keys() | held.keys()):
+        if asked.get(name) != held.get(name):
+            said = [" of column ".join(features[name]) if name in features else "no such feature" for features in (asked, held)]
+            raise ConfigError(
+                f"feature {name!r}: the config says {said[0]}, the data set at {dataset.path} was made with {said[1]}",
+                "preprocess again with this config, or train with the config of the data set",
+            )
+
+
+def _warn_of_labels(counts: dict[str, int]) -> None:
+    for label, learned in (("clicks", "neither CTR nor CVR"), ("conversions", "no CVR")):
+        if not counts[label]:
+            logger.warning("the training split has no %s: %s can be learned from it", label, learned)
+            return

@@ -1,0 +1,106 @@
+"""Several objectives trained, one kept: on real ranks, cut off and resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from escm2rec.config import ChoiceConfig
+from escm2rec.training.run import Run
+from tests.encoded import write_dataset
+from tests.ranks import run_ranks
+
+TRAIN = "tests.training_calls:train_run"
+SETTINGS = [
+    "objective.kind=escm2-ips",
+    "choice.objectives=[{kind: esmm}, {kind: escm2-dr, lambda_c: 0.2}]",
+    "training.log_every_steps=50",
+]
+NAMES = ["0-escm2-ips", "1-esmm", "2-escm2-dr"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = write_dataset(tmp_path_factory.mktemp("data") / "set", {"train": 3_000, "validation": 1_000, "test": 100})
+    shutil.rmtree(made / "test")  # no choice may need the test split
+    return made
+
+
+def train(data: Path, out: Path, folder: Path, world_size: int = 1, **arguments: Any) -> dict[str, Any]:
+    call = (TRAIN, {"data": str(data), "out": str(out), "overrides": SETTINGS, **arguments})
+    result: dict[str, Any] = run_ranks(world_size, [call], folder)[0]
+    return result
+
+
+@pytest.fixture(scope="module")
+def chosen(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("chosen")
+    for world_size in (1, 2):
+        result = train(data, folder / str(world_size), folder / f"ranks-{world_size}", world_size)
+        assert "choice" in result, result
+    return {world_size: folder / str(world_size) for world_size in (1, 2)}
+
+
+def test_the_least_estimated_risk_is_kept_as_a_run(chosen: dict[int, Path]) -> None:
+    out = chosen[1]
+    choice = json.loads((out / "choice.json").read_text())
+    risks = {name: risk["dr"] for name, risk in choice["estimated_risk"].items()}
+    assert list(risks) == NAMES
+    assert choice["by"] == "dr"
+    assert choice["taken"] == min(risks, key=lambda name: risks[name])
+    assert len(set(risks.values())) == 3
+    run = Run.open(out)
+    assert f"{NAMES.index(choice['taken'])}-{run.config.objective.kind}" == choice["taken"]
+    assert run.config.choice == ChoiceConfig(), "the kept run is one training, which its config repeats"
+    assert run.checkpoint.is_dir()
+    others = {path.name for path in (out / "candidates").iterdir()}
+    assert others == {*NAMES, "nuisance"} - {choice["taken"]}
+    for name in others:
+        assert Run.open(out / "candidates" / name).manifest["steps"] == run.manifest["steps"]
+
+
+def test_ranks_estimate_the_same_risk(chosen: dict[int, Path]) -> None:
+    one, two = (json.loads((chosen[world_size] / "choice.json").read_text())["estimated_risk"] for world_size in (1, 2))
+    for name in NAMES:
+        for estimate in ("snips", "dr", "dr_standard_error"):
+            assert two[name][estimate] == pytest.approx(one[name][estimate], rel=1e-4)
+
+
+def move_back(out: Path, taken: str) -> None:
+    """As before the kept run was moved up."""
+    (out / "candidates" / taken).mkdir()
+    for entry in [path for path in out.iterdir() if path.name not in ("candidates", "choice.json")]:
+        entry.rename(out / "candidates" / taken / entry.name)
+
+
+def test_a_choice_that_was_cut_off_goes_on(data: Path, chosen: dict[int, Path], tmp_path: Path) -> None:
+    """Cut off while the kept run was moved up, and before the nuisance model was trained; what is there is kept."""
+    expected = json.loads((chosen[1] / "choice.json").read_text())
+    out = tmp_path / "run"
+    shutil.copytree(chosen[1], out)
+    move_back(out, expected["taken"])
+    (out / "candidates" / expected["taken"] / "plan.json").rename(out / "plan.json")
+    first = train(data, out, tmp_path / "a", resume=True)
+    assert first["choice"] == expected
+    assert Run.open(out).config.objective.kind == first["objective"]
+    assert train(data, out, tmp_path / "b", resume=True) == first, "there is nothing left to do"
+    assert "exists" in train(data, out, tmp_path / "c")["message"]
+
+    move_back(out, expected["taken"])
+    (out / "choice.json").unlink()
+    shutil.rmtree(out / "candidates" / "nuisance")
+    assert "exists" in train(data, out, tmp_path / "d")["message"], "unfinished, it goes on with --resume alone"
+    again = train(data, out, tmp_path / "e", resume=True)
+    for name in NAMES:
+        assert again["choice"]["estimated_risk"][name]["dr"] == pytest.approx(expected["estimated_risk"][name]["dr"], rel=1e-6)
+
+
+def test_a_choice_needs_clicks_to_judge_by(tmp_path: Path) -> None:
+    made = write_dataset(tmp_path / "set", {"train": 500})
+    refused = train(made, tmp_path / "run", tmp_path / "ranks")
+    assert "choice.objectives are judged on the validation split" in refused["message"]
+    assert not (tmp_path / "run").exists()
