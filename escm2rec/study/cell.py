@@ -18,9 +18,9 @@ from escm2rec.models.head import Escm2Head, Task
 from escm2rec.models.predictions import Predictions
 from escm2rec.models.tower import Tower
 from escm2rec.objectives.objective import Objective, Stage
-from escm2rec.objectives.reduction import local_sums, reduce_terms
+from escm2rec.objectives.reduction import LossTerm, local_sums, reduce_terms
 from escm2rec.study.candidates import Candidate
-from escm2rec.study.worlds import Sample, World, draw, drop_negatives, wrong_shift
+from escm2rec.study.worlds import NUM_NUMBERS, Sample, World, draw, drop_negatives, wrong_shift
 from escm2rec.training.build import BaseRates, build_objective
 
 # The same for every candidate. Chosen on seeds from 1,000 on, which no study uses, so that the oracle has stopped moving: its mean CVR
@@ -92,7 +92,7 @@ class StudyModel(nn.Module):
         self.tables = nn.ModuleList(nn.Embedding(size, ID_DIM) for size in sizes)
         for table in self.tables.parameters():
             nn.init.normal_(table, std=ID_STD)
-        num_inputs = len(sizes) * ID_DIM if sizes else 8
+        num_inputs = len(sizes) * ID_DIM if sizes else NUM_NUMBERS
         hidden = () if world.towers == "linear" else FLEXIBLE
         further = objective.towers
         self.head = Escm2Head(num_inputs, SharedBottom(num_inputs, ()), hidden, further, keeps_inputs=objective.lambda_balance > 0)
@@ -131,37 +131,19 @@ class Trained(NamedTuple):
 def train(world: World, candidate: Candidate, sample: Sample, seed: int) -> Trained:
     """Train a candidate on a log, in one thread; the same arguments give the same model."""
     rows = Rows.of(sample)
-    config = ObjectiveConfig.model_validate({"lambda_c": 1.0, **candidate.settings})
-    everything = candidate.reference == "all conversions"
-    click = torch.ones_like(rows.click) if everything else rows.click
     rates = BaseRates.of(_counts(rows.weight, rows.click, rows.conversion))
-    objective = _objective(config, rates, candidate)
+    objective = _objective(candidate, rates)
     calibration = torch.tensor([world.slope, wrong_shift(world)]) if world.slope != 1 and candidate.reference is None else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = StudyModel(world, objective)
-    model.head.set_base_rates(rates.ctr, rates.cvr)
-    epochs, rate = (EPOCHS_OF_IDS, LEARNING_RATE_OF_IDS) if world.users else (EPOCHS, LEARNING_RATE)
-    groups: list[dict[str, Any]] = [{"params": list(model.head.parameters()), "lr": rate}]
-    if world.users:
-        groups.append({"params": list(model.tables.parameters()), "lr": LEARNING_RATE_OF_TABLES})
-    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
-    rates_at_start = [group["lr"] for group in optimizer.param_groups]
-    order = torch.Generator().manual_seed(seed)
-    steps_by_epoch = max(1, round(len(sample) / BATCH_ROWS))
-    total = epochs * steps_by_epoch
-    for step in range(total):
-        if step % steps_by_epoch == 0:
-            batches = torch.randperm(len(sample), generator=order).chunk(steps_by_epoch)
-        index = batches[step % steps_by_epoch]
-        batch = rows.take(index)
-        for group, first in zip(optimizer.param_groups, rates_at_start, strict=True):
-            group["lr"] = first * (1 - step / total)
-        stage = Stage(objective.phase(step), step < WARM_UP * total, step / total, calibration)
-        predictions = _with_truth(objective, model(batch), batch)
-        terms = objective.terms(predictions, click[index], batch.conversion, batch.weight, stage)
-        if everything and "ctr" in terms:
-            del terms["ctr"]
+    model = _model(world, objective, rates, seed)
+    optimizer = _optimizer(world, model)
+    first_rates = [group["lr"] for group in optimizer.param_groups]
+    batches = _batches(len(sample), EPOCHS_OF_IDS if world.users else EPOCHS, seed)
+    for step, index in enumerate(batches):
+        progress = step / len(batches)
+        for group, first in zip(optimizer.param_groups, first_rates, strict=True):
+            group["lr"] = first * (1 - progress)
+        stage = Stage(objective.phase(step), progress < WARM_UP, progress, calibration)
+        terms = _terms(objective, candidate, model, rows.take(index), stage)
         loss, _ = reduce_terms(terms, local_sums(terms), world_size=1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -169,8 +151,40 @@ def train(world: World, candidate: Candidate, sample: Sample, seed: int) -> Trai
     return Trained(model, objective, calibration)
 
 
-def _objective(config: ObjectiveConfig, rates: BaseRates, candidate: Candidate) -> Objective:
-    objective = build_objective(config, rates.ctr)
+def _model(world: World, objective: Objective, rates: BaseRates, seed: int) -> StudyModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = StudyModel(world, objective)
+    model.head.set_base_rates(rates.ctr, rates.cvr)
+    return model
+
+
+def _optimizer(world: World, model: StudyModel) -> torch.optim.AdamW:
+    rate = LEARNING_RATE_OF_IDS if world.users else LEARNING_RATE
+    groups: list[dict[str, Any]] = [{"params": list(model.head.parameters()), "lr": rate}]
+    if world.users:
+        groups.append({"params": list(model.tables.parameters()), "lr": LEARNING_RATE_OF_TABLES})
+    return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+
+
+def _batches(rows: int, epochs: int, seed: int) -> list[Tensor]:
+    """Places of the rows of each step: every row once an epoch, in an order of its own."""
+    order = torch.Generator().manual_seed(seed)
+    steps = max(1, round(rows / BATCH_ROWS))
+    return [index for _ in range(epochs) for index in torch.randperm(rows, generator=order).chunk(steps)]
+
+
+def _terms(objective: Objective, candidate: Candidate, model: StudyModel, batch: Rows, stage: Stage) -> dict[str, LossTerm]:
+    """The terms of a step. The oracle sees every conversion, as if all had clicked, and learns no CTR."""
+    predictions = _with_truth(objective, model(batch), batch)
+    everything = candidate.reference == "all conversions"
+    click = torch.ones_like(batch.click) if everything else batch.click
+    terms = objective.terms(predictions, click, batch.conversion, batch.weight, stage)
+    return {name: term for name, term in terms.items() if not (everything and name == "ctr")}
+
+
+def _objective(candidate: Candidate, rates: BaseRates) -> Objective:
+    objective = build_objective(ObjectiveConfig.model_validate({"lambda_c": 1.0, **candidate.settings}), rates.ctr)
     if candidate.reference == "true propensity":
         return TruePropensity(**{name: getattr(objective, name) for name in objective.__dataclass_fields__})
     return objective
