@@ -328,6 +328,11 @@ class PropensityConfig(Section):
         "none", description="Fit q to clicks of the validation split: a temperature, or slope and shift (Platt). Changes q only."
     )
     calibration_every_steps: int = Field(20, ge=1, description="Steps of training before each step of calibration.")
+    cross_fit: bool = Field(
+        False,
+        description="Take q from two models, each trained on one half of the training split and asked for the other: for several epochs, "
+        "in which p_hat comes to know the clicks that it weighs.",
+    )
     balance: float = Field(
         0.0,
         ge=0,

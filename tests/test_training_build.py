@@ -74,6 +74,18 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
         {"kind": "naive", "lambda_g": "learned"},
         "objective.lambda_g: learned has nothing to learn from, naive has no such term",
     ),
+    "cross-fitting of no weights": (
+        {"kind": "esmm", "propensity": {"cross_fit": True}},
+        "objective.propensity.cross_fit has no effect on esmm, which weighs nothing by q",
+    ),
+    "cross-fitting beside a propensity tower": (
+        {"kind": "stable-dr", "propensity": {"cross_fit": True}},
+        "objective.propensity.cross_fit gives q from two models, and stable-dr has a propensity tower of its own",
+    ),
+    "cross-fitting and calibration": (
+        {"kind": "escm2-ips", "propensity": {"cross_fit": True, "calibration": "platt"}},
+        "objective.propensity.cross_fit gives q from two models, which calibration does not reach",
+    ),
     "balance of no weights": (
         {"kind": "naive+ctcvr", "propensity": {"balance": 1.0}},
         r"objective.propensity.balance has no effect on naive\+ctcvr, which weighs nothing by q",

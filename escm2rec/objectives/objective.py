@@ -50,6 +50,7 @@ class Objective:
     floor           least propensity, absolute
     base_ctr        the training set's click rate: q in warm-up
     settings        what estimators can be told
+    given           q is of a `propensity_logit` that predictions bring from elsewhere: of no tower of this model
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Objective:
     floor: float
     base_ctr: float
     settings: Settings
+    given: bool = False
 
     @property
     def estimator(self) -> Estimator:
@@ -102,8 +104,9 @@ class Objective:
         return propensity(self.propensity_logit(predictions), self.floor, self.base_ctr if stage.warm_up else None, stage.calibration)
 
     def propensity_logit(self, predictions: Predictions) -> Tensor:
-        """What q is made of, [B]: the logit of the propensity tower if there is one, of the CTR tower otherwise."""
-        return required(predictions.propensity_logit, "propensity") if "propensity" in self.towers else predictions.ctr_logit
+        """What q is made of, [B]: a given logit, that of the propensity tower if there is one, or that of the CTR tower."""
+        apart = self.given or "propensity" in self.towers
+        return required(predictions.propensity_logit, "propensity") if apart else predictions.ctr_logit
 
     def terms(self, predictions: Predictions, click: Tensor, conversion: Tensor, weight: Tensor, stage: Stage) -> dict[str, LossTerm]:
         """The terms of one step, those of `TERMS` that it has, in that order.

@@ -16,7 +16,7 @@ class Batch(Pipelineable):
 
     `features` and `weighted_features` hold table ids, keyed by feature name, one bag an impression (None when the schema has no such
     feature); `numeric` is float32 [B, number of numeric features]; labels and weights are float32 [B]. The first `num_rows` impressions
-    are real, the rest is padding of weight 0.
+    are real, the rest is padding of weight 0. `propensity_logit` is there when a reader was given some (`training/cross_fit.py`).
     """
 
     features: KeyedJaggedTensor | None
@@ -26,6 +26,7 @@ class Batch(Pipelineable):
     conversion: Tensor
     weight: Tensor
     num_rows: int
+    propensity_logit: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -37,11 +38,12 @@ class Batch(Pipelineable):
             self.conversion.to(device, non_blocking=non_blocking),
             self.weight.to(device, non_blocking=non_blocking),
             self.num_rows,
+            None if self.propensity_logit is None else self.propensity_logit.to(device, non_blocking=non_blocking),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that `stream` still uses this batch (GPU)."""
-        for part in (self.features, self.weighted_features, self.numeric, self.click, self.conversion, self.weight):
+        for part in (self.features, self.weighted_features, self.numeric, self.click, self.conversion, self.weight, self.propensity_logit):
             if part is not None:
                 part.record_stream(stream)
 
@@ -55,6 +57,7 @@ class Batch(Pipelineable):
             self.conversion.pin_memory(),
             self.weight.pin_memory(),
             self.num_rows,
+            None if self.propensity_logit is None else self.propensity_logit.pin_memory(),
         )
 
     def __len__(self) -> int:

@@ -106,6 +106,7 @@ def assemble(slices: Sequence[Slice], schema: Schema, padded_rows: int = 0) -> B
         _labels("conversion", slices, rows, padding),
         _labels("weight", slices, rows, padding),
         rows,
+        _labels("propensity_logit", slices, rows, padding) if slices and "propensity_logit" in slices[0].columns.labels else None,
     )
 
 

@@ -13,11 +13,13 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from escm2rec.config import Split
 from escm2rec.errors import DataError
@@ -33,6 +35,7 @@ class Reader:
 
     `num_steps` batches an epoch on every rank; `global_batch_size` is the number of impressions of a step over all ranks (the last batch
     is not shorter: all share what is missing). With `shuffle` false, rows come lane by lane in the order of the files.
+    `propensity_logits` is a .npy file of float32, one a row of the split, which batches then hold.
     """
 
     def __init__(
@@ -49,14 +52,18 @@ class Reader:
         prefetch: int = 4,
         pin_memory: bool = False,
         extra_columns: tuple[str, ...] = (),
+        propensity_logits: Path | None = None,
     ) -> None:
         self.schema = dataset.schema
+        dataset.split_counts(split)
         self.groups = dataset.row_groups(split)
-        self.num_rows = dataset.split_counts(split)["rows"]
+        self.num_rows = sum(group.num_rows for group in self.groups)
         self.num_steps = -(-self.num_rows // global_batch_size)
         self._rank, self._world_size = rank, world_size
         self._seed, self._lanes, self._shuffle = seed, lanes, shuffle
         self._prefetch, self._pin_memory = prefetch, pin_memory
+        # Of the whole split, row by row; mapped, so that a group costs its own rows alone.
+        self._propensity_logits = None if propensity_logits is None else np.load(propensity_logits, mmap_mode="r")
         self._columns = [*encoded_columns(dataset.schema, labels=True), *extra_columns]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -86,6 +93,15 @@ class Reader:
                     low, high = max(start, starts[index]) - starts[index], min(stop, starts[index + 1]) - starts[index]
                     slices.append(Slice(window[index], low, high))
             yield assemble(slices, self.schema, padded_rows), _extra(slices)
+
+    def places(self, step: int) -> NDArray[np.int64]:
+        """Where in the split the rows of this rank's batch of a step stand; of a reader that does not shuffle."""
+        assert not self._shuffle
+        ends = np.cumsum([group.num_rows for group in self.groups])
+        order = np.concatenate([np.arange(start, stop) for start, stop in self._parts(step)[0]] or [np.zeros(0, np.int64)])
+        index = np.searchsorted(ends, order, side="right")
+        first = np.array([group.start for group in self.groups]) - ends + np.array([group.num_rows for group in self.groups])
+        return np.asarray(order + first[index], np.int64)
 
     def _order(self, epoch: int) -> list[RowGroup]:
         if not self._shuffle:
@@ -123,7 +139,11 @@ class Reader:
         if self._shuffle:
             # By its number, so that two lanes that share a group permute it alike.
             order = pa.array(np.random.default_rng([self._seed, epoch, group.number]).permutation(group.num_rows))
-        return decode(table, self.schema, labels=True, where=where, order=order)
+        columns = decode(table, self.schema, labels=True, where=where, order=order)
+        if self._propensity_logits is not None:
+            logits = np.array(self._propensity_logits[group.start : group.start + group.num_rows])
+            columns.labels["propensity_logit"] = logits if order is None else logits[order.to_numpy()]
+        return columns
 
 
 def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:

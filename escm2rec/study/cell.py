@@ -6,6 +6,7 @@ world's log fits into memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,15 +34,6 @@ ID_DIM, ID_STD = 8, 0.1
 WARM_UP = 0.1
 FRESH_ROWS = 50_000
 TRAINING, HELD_OUT, FRESH = 0, 1, 2
-
-
-class TruePropensity(Objective):
-    """An objective whose q is the true propensity, which predictions bring as `propensity_logit`."""
-
-    def propensity_logit(self, predictions: Predictions) -> Tensor:
-        """The logit of the true propensity, [B]."""
-        assert predictions.propensity_logit is not None
-        return predictions.propensity_logit
 
 
 class Rows(NamedTuple):
@@ -185,13 +177,11 @@ def _terms(objective: Objective, candidate: Candidate, model: StudyModel, batch:
 
 def _objective(candidate: Candidate, rates: BaseRates) -> Objective:
     objective = build_objective(ObjectiveConfig.model_validate({"lambda_c": 1.0, **candidate.settings}), rates.ctr)
-    if candidate.reference == "true propensity":
-        return TruePropensity(**{name: getattr(objective, name) for name in objective.__dataclass_fields__})
-    return objective
+    return replace(objective, given=candidate.reference == "true propensity")
 
 
 def _with_truth(objective: Objective, predictions: Predictions, rows: Rows) -> Predictions:
-    return predictions._replace(propensity_logit=rows.true_logit) if isinstance(objective, TruePropensity) else predictions
+    return predictions._replace(propensity_logit=rows.true_logit) if objective.given else predictions
 
 
 def _counts(weight: Tensor, click: Tensor, conversion: Tensor) -> dict[str, float]:

@@ -57,7 +57,10 @@ def build_objective(config: ObjectiveConfig, base_ctr: float) -> Objective:
             consistency=config.dcmt_consistency,
             stability=config.stability,
         ),
+        given=config.propensity.cross_fit,
     )
+    if objective.given:
+        _check_cross_fit(config, objective)
     if objective.lambda_balance > 0 and not objective.estimator.weighs:
         raise ConfigError(f"objective.propensity.balance has no effect on {config.kind}, which weighs nothing by q", "set it to 0")
     estimator = objective.estimator
@@ -70,6 +73,18 @@ def build_objective(config: ObjectiveConfig, base_ctr: float) -> Objective:
             "give lambda_c a number, set objective.imputation.clip_pseudo_labels: true, or predicts: error",
         )
     return objective
+
+
+def _check_cross_fit(config: ObjectiveConfig, objective: Objective) -> None:
+    where = "objective.propensity.cross_fit"
+    if not objective.estimator.weighs:
+        raise ConfigError(f"{where} has no effect on {config.kind}, which weighs nothing by q", "set it to false")
+    if "propensity" in objective.towers:
+        raise ConfigError(f"{where} gives q from two models, and {config.kind} has a propensity tower of its own", "choose one of them")
+    if config.propensity.calibration != "none":
+        raise ConfigError(
+            f"{where} gives q from two models, which calibration does not reach", "set objective.propensity.calibration: none"
+        )
 
 
 def _imputation(config: ObjectiveConfig) -> Imputation:

@@ -28,9 +28,9 @@ from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.build import build_objective
+from escm2rec.training.cross_fit import train_objective
 from escm2rec.training.run import Run
 from escm2rec.training.trained import TrainedModel
-from escm2rec.training.trainer import train_one
 
 CANDIDATES, CHOICE = "candidates", "choice.json"
 NUISANCE = "nuisance"
@@ -48,7 +48,7 @@ def train_and_choose(config: Config, data: Path, out: Path, runtime: Runtime, re
     if not on_main(runtime, lambda: (out / CHOICE).exists()):
         for name, objective in [*runs.items(), (NUISANCE, ObjectiveConfig(kind="naive"))]:
             alone = config.model_copy(update={"objective": objective, "choice": ChoiceConfig()})
-            train_one(alone, data, out / CANDIDATES / name, runtime, resume=True, overwrite=False)
+            train_objective(alone, data, out / CANDIDATES / name, runtime, resume=True, overwrite=False)
         estimates = _estimate(config, Dataset.open(data), out, list(runs), runtime)
         on_main(runtime, lambda: write_json(out / CHOICE, _choice(config.choice.by, estimates)))
     return on_main(runtime, lambda: _keep(out))

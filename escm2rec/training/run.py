@@ -19,6 +19,7 @@ from escm2rec.training.checkpoint import latest_checkpoint
 
 METRICS = "metrics.jsonl"
 REPORTS = ("report.json", "report.html")
+PROPENSITY = "propensity"  # the cross-fitted one, if there is one
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def start_run(out: Path, config: Config, dataset: Dataset, resume: bool, overwri
     A run that was started and has no checkpoint yet holds nothing to lose: the same command starts it anew.
     """
     refuse_overlap(out, [dataset.path])
-    if resume and latest_checkpoint(out) is not None:
+    if resume and (latest_checkpoint(out) is not None or (out / PROPENSITY).is_dir()):
         _check_resumable(out, config, dataset)
         return
     with new_folder(out, "run", overwrite or _has_only_started(out)) as folder:

@@ -65,6 +65,8 @@ class Loss(nn.Module):
 
     def forward(self, predictions: Predictions, batch: Batch) -> tuple[Tensor, StepOutput]:
         """The loss whose gradient, averaged over ranks, is that of the global batch; and the step's output."""
+        if self.objective.given:
+            predictions = predictions._replace(propensity_logit=batch.propensity_logit)
         stage = self.stage if self.calibrates is None else self.stage._replace(calibration=self.calibration)
         if stage.phase == "calibration":
             self._refit(predictions, batch)

@@ -9,7 +9,7 @@ from escm2rec.config import Config
 from escm2rec.doctor import require_matching_packages
 from escm2rec.sharding.runtime import distributed_runtime
 from escm2rec.training.choice import train_and_choose
-from escm2rec.training.trainer import train_one
+from escm2rec.training.cross_fit import train_objective
 
 
 def train(config: Config, data: Path, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -21,5 +21,5 @@ def train(config: Config, data: Path, out: Path, resume: bool = False, overwrite
     """
     require_matching_packages()
     with distributed_runtime() as runtime:
-        how = train_and_choose if config.choice.objectives else train_one
+        how = train_and_choose if config.choice.objectives else train_objective
         return how(config, data, out, runtime, resume, overwrite)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,10 +34,22 @@ from escm2rec.training.step import Loss, TrainingModel
 logger = logging.getLogger(__name__)
 
 
-def train_one(config: Config, data: Path, out: Path, runtime: Runtime, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """Train the config's objective on the training split of `data` and leave a run at `out`; see `train`."""
-    dataset = on_main(runtime, lambda: _start(config, data, out, resume, overwrite))
-    trainer = Trainer(config, dataset, out, runtime)
+def train_one(
+    config: Config,
+    data: Path,
+    out: Path,
+    runtime: Runtime,
+    resume: bool,
+    overwrite: bool,
+    half: int | None = None,
+    propensities: Callable[[], Path] | None = None,
+) -> dict[str, Any]:
+    """Train the config's objective on the training split of `data`, or a half of it, and leave a run at `out`; see `train`.
+
+    `propensities` makes the logits of a given q, when the run folder is there.
+    """
+    dataset = replace(on_main(runtime, lambda: _start(config, data, out, resume, overwrite)), half=half)
+    trainer = Trainer(config, dataset, out, runtime, None if propensities is None else propensities())
     if resume:
         trainer.resume()
     return trainer.train()
@@ -45,7 +58,7 @@ def train_one(config: Config, data: Path, out: Path, runtime: Runtime, resume: b
 class Trainer:
     """One rank's training: model, optimizers, reader and where it stands."""
 
-    def __init__(self, config: Config, dataset: Dataset, out: Path, runtime: Runtime) -> None:
+    def __init__(self, config: Config, dataset: Dataset, out: Path, runtime: Runtime, propensity_logits: Path | None = None) -> None:
         self.config, self.out, self.runtime = config, out, runtime
         training = config.training
         self.rates = BaseRates.of(dataset.weighted_counts("train"))
@@ -69,6 +82,7 @@ class Trainer:
             lanes=training.shuffle_lanes,
             prefetch=training.prefetch_batches,
             pin_memory=runtime.device.type == "cuda",
+            propensity_logits=propensity_logits,
         )
         self.calendar = Calendar(
             training.epochs * self.reader.num_steps, config.objective.propensity.calibration_every_steps if calibration != "none" else None
