@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -234,7 +235,7 @@ def test_base_rates_are_where_training_starts() -> None:
     head = make_head("shared_bottom")
     for task in (head.ctr, head.cvr):
         nn.init.zeros_(task.tower.output.weight)
-    head.set_base_rates(ctr=0.04, cvr=0.005)
+    head.set_base_rates(ctr=0.04, cvr=0.005, imputes_labels=False)
     predictions = head(make_inputs())
     torch.testing.assert_close(torch.sigmoid(predictions.ctr_logit), torch.full((8,), 0.04))
     torch.testing.assert_close(torch.sigmoid(predictions.cvr_logit), torch.full((8,), 0.005))
@@ -243,7 +244,7 @@ def test_base_rates_are_where_training_starts() -> None:
 @pytest.mark.parametrize("rate", [0.0, 1.0, float("nan")])
 def test_base_rates_have_a_logit(rate: float) -> None:
     with pytest.raises(ValueError, match="above 0 and below 1"):
-        make_head("bare").set_base_rates(ctr=0.1, cvr=rate)
+        make_head("bare").set_base_rates(ctr=0.1, cvr=rate, imputes_labels=False)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -266,3 +267,13 @@ def test_alternation_works_under_ddp(tmp_path: Path) -> None:
             assert trained(head) == (names if phase == "imputation" else {name for name, _ in head.named_parameters()} - names)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("imputes_labels", [False, True])
+def test_imputed_labels_start_at_the_base_rate(imputes_labels: bool) -> None:
+    head = make_head("bare")
+    assert head.imputation is not None
+    before = head.imputation.tower.output.bias.item()
+    head.set_base_rates(ctr=0.04, cvr=0.005, imputes_labels=imputes_labels)
+    after = head.imputation.tower.output.bias.item()
+    assert after == (pytest.approx(math.log(0.005 / 0.995)) if imputes_labels else before)

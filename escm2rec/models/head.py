@@ -77,10 +77,15 @@ class Escm2Head(nn.Module):
             inputs if self.keeps_inputs else None,
         )
 
-    def set_base_rates(self, ctr: float, cvr: float) -> None:
-        """Set the output biases to the logits of base rates in (0, 1); `cvr` is conversions over clicks. Imputation keeps its own."""
+    def set_base_rates(self, ctr: float, cvr: float, imputes_labels: bool) -> None:
+        """Set the output biases to the logits of base rates in (0, 1); `cvr` is conversions over clicks.
+
+        An imputation tower starts from it too where it predicts labels: from 0.5 it would long teach too much. One of errors keeps its own.
+        """
         self.ctr.tower.set_base_rate(ctr)
         self.cvr.tower.set_base_rate(cvr)
+        if self.imputation is not None and imputes_labels:
+            self.imputation.tower.set_base_rate(cvr)
         if self.counterfactual is not None:
             self.counterfactual.tower.set_base_rate(1 - cvr)
         if self.propensity is not None:

@@ -147,7 +147,7 @@ def _model(world: World, objective: Objective, rates: BaseRates, seed: int) -> S
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = StudyModel(world, objective)
-    model.head.set_base_rates(rates.ctr, rates.cvr)
+    model.head.set_base_rates(rates.ctr, rates.cvr, imputes_labels=objective.settings.imputation.predicts == "label")
     return model
 
 

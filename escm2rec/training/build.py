@@ -135,7 +135,7 @@ def build_model(schema: Schema, config: ModelConfig, objective: ObjectiveConfig,
             imputation_trains_shared=objective.imputation.trains_embedding,
             keeps_inputs=needs.lambda_balance > 0,
         )
-    head.set_base_rates(rates.ctr, rates.cvr)
+    head.set_base_rates(rates.ctr, rates.cvr, imputes_labels=needs.settings.imputation.predicts == "label")
     return Escm2Model(schema.tables, embeddings, head)
 
 
