@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -41,7 +42,7 @@ def run_cells(folder: Path, plan: Sequence[tuple[World, int, tuple[str, ...]]], 
     total = sum(len(task.candidates) for task in tasks)
     context = multiprocessing.get_context("spawn")
     with Progress("study", total, unit="cells") as progress:
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         try:
             running = {pool.submit(run_task, task): task for task in tasks}
             for done in as_completed(running):
@@ -69,6 +70,19 @@ def run_task(task: Task) -> None:
         path = _path(task.folder, task.world, name, task.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, measure(trained, draw, nuisance))
+
+
+def _start_worker() -> None:
+    """One thread a worker; and none outlives a study that was killed, or it would go on writing beside the one that takes over."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, name="escm2rec-study-parent", daemon=True).start()
 
 
 def default_workers() -> int:
