@@ -188,7 +188,7 @@ def study(
         Path | None,
         typer.Option("--ratings", help="Run the semi-synthetic protocol on this file of user, item, rating instead.", show_default=False),
     ] = None,
-    draws: Annotated[int, typer.Option("--draws", min=3, help="Draws of labels, with --ratings.")] = 20,
+    draws: Annotated[int | None, typer.Option("--draws", min=3, help="Draws of labels, with --ratings.", show_default="20")] = None,
     overwrite: Overwrite = False,
 ) -> Result:
     """Compare objectives where the truth is known.
@@ -200,7 +200,9 @@ def study(
             raise ConfigError("--ratings goes with --draws alone", "leave --preset, --objectives and --seeds out")
         from escm2rec.study.ratings import ratings_study
 
-        return ratings_study(ratings, out, draws, overwrite=overwrite)
+        return ratings_study(ratings, out, 20 if draws is None else draws, overwrite=overwrite)
+    if draws is not None:
+        raise ConfigError("--draws is of labels drawn on --ratings", "leave it out; --seeds says how often a world is drawn")
     from escm2rec.study.study import study
 
     return study(out, preset, _names(objectives), seeds, overwrite)
@@ -233,9 +235,11 @@ def config_check(
     """Check a config and print it complete, every default filled in."""
     from escm2rec.config import load_config
     from escm2rec.training.build import build_objective
+    from escm2rec.training.choice import check_choice
 
     checked = load_config(config, overrides)
     build_objective(checked.objective, base_ctr=0.5)
+    check_choice(checked)
     return checked.model_dump(mode="json")
 
 

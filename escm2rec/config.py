@@ -451,6 +451,9 @@ class ChoiceConfig(Section):
     """Objectives to be tried beside `objective`; the run of the best is kept. They share everything else."""
 
     objectives: list[ObjectiveConfig] = Field([], description="Sections like `objective`, each a model trained.")
+    judge: ModelConfig | None = Field(
+        None, description="Network of the model that judges; that of `model` by default. One that can learn more judges better."
+    )
     by: Literal["dr", "snips"] = Field(
         "dr", description="What estimates the CVR risk on all impressions of the validation split: doubly robust, or self-normalised IPS."
     )

@@ -42,7 +42,7 @@ def main() -> None:
             try:
                 results.append(getattr(importlib.import_module(module), function)(**arguments))
             except Escm2Error as error:
-                results.append({"error": type(error).__name__, "message": str(error)})
+                results.append({"error": type(error).__name__, "message": str(error), "hint": error.hint})
         if runtime.is_main:
             Path(sys.argv[2]).write_text(json.dumps(results))
 

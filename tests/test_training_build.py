@@ -86,6 +86,10 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
         {"kind": "escm2-ips", "propensity": {"cross_fit": True, "calibration": "platt"}},
         "objective.propensity.cross_fit gives q from two models, which calibration does not reach",
     ),
+    "calibration of a tower that is held to something": (
+        {"kind": "stable-dr", "propensity": {"calibration": "platt"}},
+        "objective.propensity.calibration would undo what the propensity tower of stable-dr is held to",
+    ),
     "balance of no weights": (
         {"kind": "naive+ctcvr", "propensity": {"balance": 1.0}},
         r"objective.propensity.balance has no effect on naive\+ctcvr, which weighs nothing by q",

@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(data: Path, out: Path, folder: Path, world_size: int = 1, **arguments: Any) -> dict[str, Any]:
-    call = (TRAIN, {"data": str(data), "out": str(out), "overrides": SETTINGS, **arguments})
+    call = (TRAIN, {"data": str(data), "out": str(out), "overrides": SETTINGS} | arguments)
     result: dict[str, Any] = run_ranks(world_size, [call], folder)[0]
     return result
 
@@ -57,8 +57,8 @@ def test_the_least_estimated_risk_is_kept_as_a_run(chosen: dict[int, Path]) -> N
     assert f"{NAMES.index(choice['taken'])}-{run.config.objective.kind}" == choice["taken"]
     assert run.config.choice == ChoiceConfig(), "the kept run is one training, which its config repeats"
     assert run.checkpoint.is_dir()
-    others = {path.name for path in (out / "candidates").iterdir()}
-    assert others == {*NAMES, "nuisance"} - {choice["taken"]}
+    others = {path.name for path in (out / "candidates").iterdir() if path.is_dir()}
+    assert others == {*NAMES, "judge"} - {choice["taken"]}
     for name in others:
         assert Run.open(out / "candidates" / name).manifest["steps"] == run.manifest["steps"]
 
@@ -78,12 +78,13 @@ def move_back(out: Path, taken: str) -> None:
 
 
 def test_a_choice_that_was_cut_off_goes_on(data: Path, chosen: dict[int, Path], tmp_path: Path) -> None:
-    """Cut off while the kept run was moved up, and before the nuisance model was trained; what is there is kept."""
+    """Cut off while the kept run was moved up, and before the judge was trained; what is there is kept."""
     expected = json.loads((chosen[1] / "choice.json").read_text())
     out = tmp_path / "run"
     shutil.copytree(chosen[1], out)
     move_back(out, expected["taken"])
     (out / "candidates" / expected["taken"] / "plan.json").rename(out / "plan.json")
+    (out / "candidates" / expected["taken"] / "manifest.json").rename(out / "candidates" / expected["taken"] / ".manifest.json.kept")
     first = train(data, out, tmp_path / "a", resume=True)
     assert first["choice"] == expected
     assert Run.open(out).config.objective.kind == first["objective"]
@@ -92,8 +93,12 @@ def test_a_choice_that_was_cut_off_goes_on(data: Path, chosen: dict[int, Path], 
 
     move_back(out, expected["taken"])
     (out / "choice.json").unlink()
-    shutil.rmtree(out / "candidates" / "nuisance")
-    assert "exists" in train(data, out, tmp_path / "d")["message"], "unfinished, it goes on with --resume alone"
+    shutil.rmtree(out / "candidates" / "judge")
+    refused = train(data, out, tmp_path / "d")
+    assert "holds a choice that was cut off" in refused["message"]
+    assert "--resume goes on with it" in refused["hint"]
+    other = train(data, out, tmp_path / "f", resume=True, overrides=[*SETTINGS, "choice.by=snips"])
+    assert "was begun with another config or data set" in other["message"]
     again = train(data, out, tmp_path / "e", resume=True)
     for name in NAMES:
         assert again["choice"]["estimated_risk"][name]["dr"] == pytest.approx(expected["estimated_risk"][name]["dr"], rel=1e-6)
@@ -104,3 +109,26 @@ def test_a_choice_needs_clicks_to_judge_by(tmp_path: Path) -> None:
     refused = train(made, tmp_path / "run", tmp_path / "ranks")
     assert "choice.objectives are judged on the validation split" in refused["message"]
     assert not (tmp_path / "run").exists()
+
+
+def test_an_objective_that_does_not_hold_together_is_told_before_any_is_trained(data: Path, tmp_path: Path) -> None:
+    settings = ["choice.objectives=[{kind: esmm}, {kind: naive, propensity: {balance: 1.0}}]"]
+    refused = train(data, tmp_path / "run", tmp_path / "ranks", overrides=settings)
+    assert refused["message"].startswith("choice.objectives.1: objective.propensity.balance has no effect on naive")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_no_choice_made_is_not_dropped(data: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "hiring"
+    (theirs / "candidates").mkdir(parents=True)
+    (theirs / "candidates" / "cv.pdf").write_text("mine")
+    for arguments in ({"overwrite": True}, {"resume": True}, {}):
+        refused = train(data, theirs, tmp_path / f"ranks-{len(arguments)}-{arguments.get('resume')}", **arguments)
+        assert "message" in refused, refused
+    assert (theirs / "candidates" / "cv.pdf").read_text() == "mine"
+
+
+def test_the_judge_has_a_seed_and_a_network_of_its_own(data: Path, chosen: dict[int, Path]) -> None:
+    judge, kept = Run.open(chosen[1] / "candidates" / "judge"), Run.open(chosen[1])
+    assert judge.config.training.seed == kept.config.training.seed + 1
+    assert judge.config.objective.kind == "naive"

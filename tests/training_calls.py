@@ -12,9 +12,9 @@ from escm2rec.training.train import train
 from tests.encoded import config
 
 
-def train_run(data: str, out: str, overrides: list[str], resume: bool = False) -> dict[str, Any]:
+def train_run(data: str, out: str, overrides: list[str], resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train with the tests' config."""
-    return train(config(*overrides), Path(data), Path(out), resume=resume)
+    return train(config(*overrides), Path(data), Path(out), resume, overwrite)
 
 
 def train_file(config_file: str, data: str, out: str, overrides: list[str] | None = None) -> dict[str, Any]:

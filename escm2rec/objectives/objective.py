@@ -101,7 +101,8 @@ class Objective:
 
     def propensity(self, predictions: Predictions, stage: Stage) -> Tensor:
         """q, [B], without gradient: see `propensity`."""
-        return propensity(self.propensity_logit(predictions), self.floor, self.base_ctr if stage.warm_up else None, stage.calibration)
+        constant = self.base_ctr if stage.warm_up and not self.given else None  # a given q has been learned already
+        return propensity(self.propensity_logit(predictions), self.floor, constant, stage.calibration)
 
     def propensity_logit(self, predictions: Predictions) -> Tensor:
         """What q is made of, [B]: a given logit, that of the propensity tower if there is one, or that of the CTR tower."""

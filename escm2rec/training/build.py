@@ -61,6 +61,10 @@ def build_objective(config: ObjectiveConfig, base_ctr: float) -> Objective:
     )
     if objective.given:
         _check_cross_fit(config, objective)
+    if config.propensity.calibration != "none" and "propensity" in objective.towers:
+        raise ConfigError(
+            f"objective.propensity.calibration would undo what the propensity tower of {config.kind} is held to", "set calibration: none"
+        )
     if objective.lambda_balance > 0 and not objective.estimator.weighs:
         raise ConfigError(f"objective.propensity.balance has no effect on {config.kind}, which weighs nothing by q", "set it to 0")
     estimator = objective.estimator
@@ -89,9 +93,10 @@ def _check_cross_fit(config: ObjectiveConfig, objective: Objective) -> None:
 
 def _imputation(config: ObjectiveConfig) -> Imputation:
     imputation = config.imputation
-    predicts = _predicts(config, estimator_of(config.kind))
+    estimator = estimator_of(config.kind)
+    predicts = _predicts(config, estimator)
     for name, asked in (("loss: bce", imputation.loss == "bce"), ("clip_pseudo_labels: true", imputation.clip_pseudo_labels)):
-        if asked and predicts == "error":
+        if asked and predicts == "error" and "imputation" in estimator.towers:
             raise ConfigError(f"objective.imputation.{name} needs predicts: label", "an error is neither a probability nor a label")
     return Imputation(
         predicts=predicts,

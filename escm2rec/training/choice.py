@@ -1,7 +1,8 @@
 """Several objectives trained, one kept: the one whose CVR errs least on all impressions, as far as a log can say.
 
-No log shows that error. It is estimated on the validation split by a propensity and imputed labels of a model of its own, trained like the
-others with the naive objective: they saw no row of that split, so they are cross-fitted, and belong to none of the candidates.
+No log shows that error. It is estimated on the validation split by a propensity and imputed labels of a judge: a model of its own, trained
+with the naive objective, another seed, and `choice.judge` for a network if one is given. It saw no row of that split (nor did the
+candidates, but for a `calibration` fitted there). What the judge cannot learn biases it: a small one favours models that are wrong alike.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from escm2rec.config import ChoiceConfig, Config, ObjectiveConfig
-from escm2rec.errors import DataError
+from escm2rec.errors import ConfigError, DataError
 from escm2rec.evaluation.entire_risk import RiskEstimates, risk_estimates, risk_sums
 from escm2rec.folder import MANIFEST, read_manifest, refuse_existing, refuse_overlap, write_json
 from escm2rec.models.predictions import Predictions
@@ -32,8 +33,9 @@ from escm2rec.training.cross_fit import train_objective
 from escm2rec.training.run import Run
 from escm2rec.training.trained import TrainedModel
 
-CANDIDATES, CHOICE = "candidates", "choice.json"
-NUISANCE = "nuisance"
+CANDIDATES, CHOICE, ASKED = "candidates", "choice.json", "asked.json"
+JUDGE = "judge"
+MOVED_MANIFEST = f".{MANIFEST}.kept"
 
 
 def train_and_choose(config: Config, data: Path, out: Path, runtime: Runtime, resume: bool, overwrite: bool) -> dict[str, Any]:
@@ -42,48 +44,79 @@ def train_and_choose(config: Config, data: Path, out: Path, runtime: Runtime, re
     `out/candidates/` keeps the other runs, `out/choice.json` the estimated risks. With `resume` a choice that was cut off goes on where it
     stood. Returns what `train` returns of the kept run, and `choice`.
     """
-    if finished := on_main(runtime, lambda: _open(data, out, resume, overwrite)):
+    if finished := on_main(runtime, lambda: _open(config, data, out, resume, overwrite)):
         return finished
-    runs = {f"{number}-{objective.kind}": objective for number, objective in enumerate([config.objective, *config.choice.objectives])}
+    runs = {f"{number}-{objective.kind}": objective for number, objective in enumerate(_objectives(config))}
     if not on_main(runtime, lambda: (out / CHOICE).exists()):
-        for name, objective in [*runs.items(), (NUISANCE, ObjectiveConfig(kind="naive"))]:
+        for name, objective in runs.items():
             alone = config.model_copy(update={"objective": objective, "choice": ChoiceConfig()})
             train_objective(alone, data, out / CANDIDATES / name, runtime, resume=True, overwrite=False)
-        estimates = _estimate(config, Dataset.open(data), out, list(runs), runtime)
+        train_objective(_judge(config), data, out / CANDIDATES / JUDGE, runtime, resume=True, overwrite=False)
+        estimates = _estimate(config, data, out, list(runs), runtime)
         on_main(runtime, lambda: write_json(out / CHOICE, _choice(config.choice.by, estimates)))
     return on_main(runtime, lambda: _keep(out))
 
 
-def _open(data: Path, out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def check_choice(config: Config) -> None:
+    """ConfigError, with its place, when an objective of the choice does not hold together: before the first is trained."""
+    for number, objective in enumerate(config.choice.objectives):
+        try:
+            build_objective(objective, base_ctr=0.5)
+        except ConfigError as error:
+            raise ConfigError(f"choice.objectives.{number}: {error.message}", error.hint) from error
+
+
+def _objectives(config: Config) -> list[ObjectiveConfig]:
+    return [config.objective, *config.choice.objectives]
+
+
+def _judge(config: Config) -> Config:
+    model = config.choice.judge or config.model
+    # Another seed: a naive candidate of the same one would be the judge itself, and judged by its own labels.
+    training = config.training.model_copy(update={"seed": config.training.seed + 1})
+    update = {"objective": ObjectiveConfig(kind="naive"), "choice": ChoiceConfig(), "model": model, "training": training}
+    return config.model_copy(update=update)
+
+
+def _open(config: Config, data: Path, out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """Make the folder ready; what a finished run says of itself when there is nothing left to do."""
-    if not Dataset.open(data).manifest["splits"].get("validation", {}).get("clicks"):
+    check_choice(config)
+    dataset = Dataset.open(data)
+    if not dataset.manifest["splits"].get("validation", {}).get("clicks"):
         raise DataError(
             f"choice.objectives are judged on the validation split, and {data} has no click in it",
             "give data.split a share for validation and preprocess again, or leave choice.objectives empty",
         )
     refuse_overlap(out, [data])
-    unfinished = (out / CANDIDATES).is_dir() and not (out / MANIFEST).exists()
-    if resume and (out / MANIFEST).exists():
-        return _result(out)
-    if unfinished and (resume or overwrite):
-        if overwrite:
-            shutil.rmtree(out)
+    asked = {"config": config.model_dump(mode="json"), "data": [dataset.identity("train"), dataset.identity("validation")]}
+    begun = (out / CANDIDATES / ASKED).is_file()
+    if begun and resume:
+        if json.loads((out / CANDIDATES / ASKED).read_text(encoding="utf-8")) != asked:
+            raise ConfigError(
+                f"{out} was begun with another config or data set", "resume with those of the run, or train into another --out"
+            )
+        return _result(out) if (out / MANIFEST).exists() else None
+    if begun and not (out / MANIFEST).exists():
+        if not overwrite:
+            raise ConfigError(f"{out} holds a choice that was cut off", "--resume goes on with it, --overwrite drops it")
     else:
         refuse_existing(out, "run", overwrite)
-        shutil.rmtree(out, ignore_errors=True)
-    (out / CANDIDATES).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    (out / CANDIDATES).mkdir(parents=True)
+    write_json(out / CANDIDATES / ASKED, asked)
     return None
 
 
-def _estimate(config: Config, dataset: Dataset, out: Path, names: list[str], runtime: Runtime) -> dict[str, RiskEstimates]:
+def _estimate(config: Config, data: Path, out: Path, names: list[str], runtime: Runtime) -> dict[str, RiskEstimates]:
     """The risk of each run on the validation split. Memory: two logits a row of it, over the ranks."""
-    nuisance_run = Run.open(out / CANDIDATES / NUISANCE)
-    floor = build_objective(config.objective, nuisance_run.rates.ctr).floor
-    nuisance = [predictions for _, predictions in _predictions(nuisance_run, dataset, runtime)]
+    opened = on_main(runtime, lambda: {name: Run.open(out / CANDIDATES / name) for name in [*names, JUDGE]})
+    dataset = on_main(runtime, lambda: Dataset.open(data))
+    floor = build_objective(config.objective, opened[JUDGE].rates.ctr).floor
+    judged = [predictions for _, predictions in _predictions(opened[JUDGE], dataset, runtime)]
     found = {}
     for name in names:
         total: Tensor = torch.zeros(7, dtype=torch.float64)
-        for (batch, mine), judge in zip(_predictions(Run.open(out / CANDIDATES / name), dataset, runtime), nuisance, strict=True):
+        for (batch, mine), judge in zip(_predictions(opened[name], dataset, runtime), judged, strict=True):
             rows = batch.num_rows
             q = propensity(judge.ctr_logit, floor)
             total += risk_sums(
@@ -109,10 +142,13 @@ def _choice(by: str, estimates: dict[str, RiskEstimates]) -> dict[str, Any]:
 
 
 def _keep(out: Path) -> dict[str, Any]:
-    """Move the taken run up; the manifest last, so that a run that looks finished is one. Cut off, it goes on when called again."""
+    """Move the taken run up; cut off, it goes on when called again. Neither place has a manifest until all is moved."""
     taken = out / CANDIDATES / str(_read_choice(out)["taken"])
-    for entry in sorted(taken.iterdir(), key=lambda path: path.name == MANIFEST):
+    if (taken / MANIFEST).exists():
+        os.replace(taken / MANIFEST, taken / MOVED_MANIFEST)
+    for entry in [path for path in taken.iterdir() if path.name != MOVED_MANIFEST]:
         os.replace(entry, out / entry.name)
+    os.replace(taken / MOVED_MANIFEST, out / MANIFEST)
     taken.rmdir()
     return _result(out)
 

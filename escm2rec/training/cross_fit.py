@@ -7,6 +7,7 @@ half is every second row group, so rows that stand together, like those of one u
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,12 @@ def _propensities(config: Config, data: Path, folder: Path, runtime: Runtime) ->
     alone = config.model_copy(update={"objective": CTR_ONLY, "choice": ChoiceConfig()})
     for half in (0, 1):
         train_one(alone, data, folder / f"half-{half}", runtime, resume=True, overwrite=False, half=half)
-    dataset = Dataset.open(data)
+    dataset = on_main(runtime, lambda: Dataset.open(data))
     rows = dataset.split_counts("train")["rows"]
     on_main(runtime, lambda: np.lib.format.open_memmap(folder / LOGITS, mode="w+", dtype=np.float32, shape=(rows,)).flush())
     for half in (0, 1):
-        _predict(Run.open(folder / f"half-{half}"), replace(dataset, half=1 - half), folder / LOGITS, runtime)
+        run = on_main(runtime, partial(Run.open, folder / f"half-{half}"))
+        _predict(run, replace(dataset, half=1 - half), folder / LOGITS, runtime)
     on_main(runtime, lambda: write_manifest(folder, "propensity", {"rows": rows, "data": dataset.identity("train")}))
     return folder / LOGITS
 

@@ -18,7 +18,7 @@ from escm2rec.objectives.reduction import local_sums, reduce_terms
 from escm2rec.objectives.weights import Learned
 from escm2rec.reader.batch import Batch
 
-CALIBRATION_PACE = 0.2  # how far each held-out batch moves the calibration towards its own fit: the latest few decide
+CALIBRATION_PACE = 0.2  # how far a held-out batch moves the calibration towards its own fit: the latest few decide
 
 
 class StepOutput(NamedTuple):
@@ -49,6 +49,7 @@ class Loss(nn.Module):
     """
 
     calibration: Tensor
+    fits: Tensor
 
     def __init__(self, objective: Objective, group: dist.ProcessGroup, calibrates: CalibrationKind | None = None) -> None:
         super().__init__()
@@ -58,6 +59,7 @@ class Loss(nn.Module):
         self.calibrates = calibrates
         if calibrates is not None:
             self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
+            self.register_buffer("fits", torch.tensor(0.0))
             self.anchor = nn.Parameter(torch.zeros(()))
         learned = {"cvr": objective.lambda_c, "ctcvr": objective.lambda_g}
         names = [name for name, weight in learned.items() if isinstance(weight, Learned)]
@@ -89,7 +91,8 @@ class Loss(nn.Module):
             sums = calibration_sums(logit, batch.click, batch.weight, fit)
             dist.all_reduce(sums, group=self._group)
             fit = newton_step(fit, sums, self.calibrates)
-        self.calibration.lerp_(fit, CALIBRATION_PACE)
+        self.fits += 1
+        self.calibration.lerp_(fit, torch.clamp(1 / self.fits, min=CALIBRATION_PACE))  # the mean of the first few
 
     @torch.no_grad()
     def _output(self, predictions: Predictions, batch: Batch, losses: dict[str, Tensor], stage: Stage) -> StepOutput:
