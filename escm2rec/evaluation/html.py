@@ -89,6 +89,8 @@ thead tr.spans th {{ border-bottom: 0; padding-bottom: 0; text-align: center; }}
 thead tr.spans th span {{ display: block; border-bottom: 1px solid var(--soft); padding-bottom: 3px; }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
 tbody th {{ font-weight: 500; }}
+tbody th, tbody td {{ vertical-align: top; }}
+th.text, td.text {{ text-align: left; white-space: normal; min-width: 16ch; max-width: 42ch; }}
 .pad {{ visibility: hidden; }}
 .none {{ color: var(--soft); }}
 .good {{ color: var(--good); }} .bad {{ color: var(--bad); }}
@@ -98,6 +100,8 @@ tbody th {{ font-weight: 500; }}
 .facts dt {{ font-size: 12.5px; font-weight: 500; color: var(--soft); }}
 .facts dd {{ margin: 0; overflow-wrap: anywhere; }}
 .plots {{ display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 18px 26px; margin-top: 12px; }}
+.plots.two {{ grid-template-columns: repeat(2, minmax(0, 1fr)); }}
+.plots.two img {{ max-width: 540px; }}
 figure {{ margin: 0; break-inside: avoid; }}
 figure img {{ width: 100%; max-width: 360px; display: block; }}
 figcaption {{ font-size: 13px; margin-bottom: 4px; }}
@@ -105,7 +109,8 @@ figcaption b {{ color: var(--ink); font-weight: 600; }}
 dl.words {{ display: grid; grid-template-columns: 190px 1fr; gap: 8px 20px; margin: 10px 0 0; font-size: 14px; }}
 dl.words dd {{ margin: 0; max-width: 82ch; }}
 .notes {{ font-size: 13px; }}
-@media (max-width: 760px) {{ .plots {{ grid-template-columns: 1fr; }} dl.words {{ grid-template-columns: 1fr; gap: 2px; }}
+summary {{ cursor: pointer; padding: 5px 0; }} summary b {{ font-weight: 600; }}
+@media (max-width: 760px) {{ .plots, .plots.two {{ grid-template-columns: 1fr; }} dl.words {{ grid-template-columns: 1fr; gap: 2px; }}
   dl.words dd {{ margin-bottom: 8px; }} main {{ padding: 24px 16px; }} }}
 @media print {{ @page {{ size: A4 landscape; margin: 14mm; }} main {{ padding: 0; max-width: none; }} body {{ font-size: 11pt; }}
   h2 {{ break-after: avoid; margin-top: 24px; }} tr {{ break-inside: avoid; }} thead {{ display: table-header-group; }}
@@ -125,8 +130,13 @@ def write_html(report: Record, path: Path, title: str) -> None:
     """Write the page of a report of `build_report`; `report["run"]` may hold facts of the run, as names and values."""
     sections = (_header(report, title), _observed(report), _truth(report), _calibration(report), _roc(report), _propensity(report))
     more = (_gauc(report), *(_groups(name, groups, _present(report)) for name, groups in report.get("groups", {}).items()), _words())
+    write_page(path, title, (*sections, *more))
+
+
+def write_page(path: Path, title: str, sections: Sequence[str]) -> None:
+    """Write sections of HTML as one page, whole or absent; `title` is plain text."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(PAGE.format(title=escape(title), body="\n".join((*sections, *more))), encoding="utf-8")
+    partial.write_text(PAGE.format(title=escape(title), body="\n".join(sections)), encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -164,14 +174,23 @@ def _pad(filler: str) -> str:
     return f'<span class="pad" aria-hidden="true">{filler}</span>'
 
 
-def table(head: Sequence[str], first: Sequence[str], columns: Sequence[Sequence[str]], spans: Sequence[tuple[str, int]] = ()) -> str:
+def table(
+    head: Sequence[str],
+    first: Sequence[str],
+    columns: Sequence[Sequence[str]],
+    spans: Sequence[tuple[str, int]] = (),
+    texts: Sequence[int] = (),
+) -> str:
     """A table of HTML cells: row headers `first`, then `columns`; `head` and `spans` (a row of headers above) are plain
-    text, which a newline breaks."""
+    text, which a newline breaks. Columns numbered in `texts` (0 is `first`) hold words, which wrap."""
     above = "".join(f'<th colspan="{width}">{f"<span>{escape(text)}</span>" if text else ""}</th>' for text, width in spans)
     top = f'<tr class="spans">{above}</tr>' if spans else ""
-    heads = "".join(f'<th scope="col">{escape(text).replace(chr(10), "<br>")}</th>' for text in head)
+    kinds = [' class="text"' if index in texts else "" for index in range(len(head))]
+    heads = "".join(f'<th scope="col"{kind}>{escape(text).replace(chr(10), "<br>")}</th>' for kind, text in zip(kinds, head, strict=True))
     rows = "".join(
-        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        f'<tr><th scope="row"{kinds[0]}>{name}</th>'
+        + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds[1:], cells, strict=True))
+        + "</tr>"
         for name, *cells in zip(first, *columns, strict=True)
     )
     return f'<div class="wide"><table><thead>{top}<tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
@@ -197,12 +216,12 @@ def _header(report: Record, title: str) -> str:
     elif clicks:
         parts[1] += f" ({number(100 * clicks / impressions, 3)}%)"
         parts[2] += f" ({number(100 * conversions / clicks, 3)}% of clicks)"
-    return f'<header><h1>{escape(title)}</h1><p class="soft">{" · ".join(parts)}</p>' + _facts(report.get("run", {})) + "</header>"
+    return f'<header><h1>{escape(title)}</h1><p class="soft">{" · ".join(parts)}</p>' + facts(report.get("run", {})) + "</header>"
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
+def facts(known: Mapping[str, Any]) -> str:
     """Names and values in a grid."""
-    cells = "".join(f"<div><dt>{escape(str(name))}</dt><dd>{escape(_fact(value))}</dd></div>" for name, value in facts.items())
+    cells = "".join(f"<div><dt>{escape(str(name))}</dt><dd>{escape(_fact(value))}</dd></div>" for name, value in known.items())
     return f'<dl class="facts">{cells}</dl>' if cells else ""
 
 
@@ -226,8 +245,8 @@ def _observed(report: Record) -> str:
     ]
     head = ("Prediction,\npopulation", "Impressions", "Positives", "Mean\npredicted", "Mean\nobserved", "AUC", "Log loss")
     heads = (*head, "Norm.\nentropy", "Calibration", "95% interval", "ECE", "KS")
-    note = "Impression weights multiply every sum; impressions and positives are counts of rows." if report["weighted"] else ""
-    return f"<h2>Metrics</h2>{table(heads, [NAMES[s] for s in sections], columns)}{_reasons(report, sections)}{_note(note)}"
+    weights = "Impression weights multiply every sum; impressions and positives are counts of rows." if report["weighted"] else ""
+    return f"<h2>Metrics</h2>{table(heads, [NAMES[s] for s in sections], columns)}{_reasons(report, sections)}{note(weights)}"
 
 
 def _interval(interval: Sequence[float | None] | None) -> str:
@@ -248,10 +267,10 @@ def _reasons(report: Record, sections: Sequence[str]) -> str:
         for section in sections
         if (reasons := report.get(section, {}).get("undefined"))
     ]
-    return _note("<br>".join(lines))
+    return note("<br>".join(lines))
 
 
-def _note(text: str) -> str:
+def note(text: str) -> str:
     return f'<p class="soft notes">{text}</p>' if text else ""
 
 
@@ -274,7 +293,7 @@ def _calibration(report: Record) -> str:
         observed = "mean_observed" if section in OBSERVED else "mean_truth"
         if any(curve.get(observed, ())):
             source = calibration_plot(curve, observed)
-            figures.append(_figure(NAMES[section], f"{len(curve['mean_predicted'])} bins of equal size", source))
+            figures.append(figure(NAMES[section], f"{len(curve['mean_predicted'])} bins of equal size", source))
     said = "Predicted against observed rate. On the diagonal predictions are right; below it they are too high. "
     said += "Bars are 95% intervals; a hollow mark is a bin without a positive."
     return f'<h2>Calibration</h2><p>{said}</p><div class="plots">{"".join(figures)}</div>' if figures else ""
@@ -285,12 +304,12 @@ def _roc(report: Record) -> str:
     for section in OBSERVED:
         roc = report.get("curves", {}).get(section, {}).get("roc", {})
         if roc.get("false_positive_rate"):
-            figures.append(_figure(NAMES[section], f"AUC {number(report[section]['auc'])}", roc_plot(roc)))
+            figures.append(figure(NAMES[section], f"AUC {number(report[section]['auc'])}", roc_plot(roc)))
     said = "Share of positives found against share of negatives taken along, as the threshold falls. The diagonal is guessing."
     return f'<h2>Ranking</h2><p>{said}</p><div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
-def _figure(name: str, detail: str, source: str) -> str:
+def figure(name: str, detail: str, source: str) -> str:
     return f'<figure><figcaption><b>{name}</b><br>{detail}</figcaption><img src="{source}" alt="{name}: {detail}"></figure>'
 
 
@@ -300,7 +319,7 @@ def _propensity(report: Record) -> str:
     deciles = propensity.get("deciles") or {}
     if not scalars and not deciles.get("impressions"):
         return ""
-    facts = _facts({_words_of(name): number(value) if isinstance(value, float) else value for name, value in scalars.items()})
+    known = facts({_words_of(name): number(value) if isinstance(value, float) else value for name, value in scalars.items()})
     parts = ["<h2>Propensity</h2>", f"<p>{METRICS['Propensity']} Impressions by tenth of the predicted click probability:</p>"]
     if deciles.get("impressions"):
         names = ["impressions", "mean_predicted", "mean_clicked"] + (["mean_truth"] if "mean_truth" in deciles else [])
@@ -311,7 +330,7 @@ def _propensity(report: Record) -> str:
         intervals = [_interval([p / high if high else None, p / low if low else None]) for p, high, low in bounds]
         first = [str(index + 1) for index in range(len(ratios))]
         parts.append(table([*head, "Predicted /\nclicked", "95% interval"], first, [*columns, aligned(ratios), intervals]))
-    return "".join(parts) + facts
+    return "".join(parts) + known
 
 
 def _words_of(name: str) -> str:
@@ -367,12 +386,12 @@ def _groups(name: str, groups: Record, sections: Sequence[str]) -> str:
     if groups["groups_left_out"]:
         notes.append(f"{groups['groups_left_out']:,} smaller groups with {groups['impressions_left_out']:,} impressions are not reported.")
     first = ['<span class="none">missing</span>' if row["value"] is None else escape(str(row["value"])) for row in shown]
-    return f"<h2>By {escape(name)}</h2>{table(head, first, columns, spans)}{_note(' '.join(notes))}"
+    return f"<h2>By {escape(name)}</h2>{table(head, first, columns, spans)}{note(' '.join(notes))}"
 
 
 def _words() -> str:
     def entries(words: Mapping[str, str]) -> str:
         return "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in words.items())
 
-    note = "CVR is never measured on all impressions with unclicked ones counted as failures: that would measure CTCVR."
-    return f"<h2>What the words mean</h2>{_note(note)}<dl class='words'>{entries(POPULATIONS)}{entries(METRICS)}</dl>"
+    caution = "CVR is never measured on all impressions with unclicked ones counted as failures: that would measure CTCVR."
+    return f"<h2>What the words mean</h2>{note(caution)}<dl class='words'>{entries(POPULATIONS)}{entries(METRICS)}</dl>"

@@ -56,7 +56,7 @@ def calibration_plot(curve: dict[str, Any], observed: str = "mean_observed") -> 
         if scale == "log":
             _label_logarithmic(axes, top / bottom)
 
-    return _image(draw)
+    return image(draw)
 
 
 def roc_plot(roc: dict[str, Any]) -> str:
@@ -67,7 +67,7 @@ def roc_plot(roc: dict[str, Any]) -> str:
         axes.plot(roc["false_positive_rate"], roc["true_positive_rate"], color=BLUE, linewidth=1.6)
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
 
-    return _image(draw)
+    return image(draw)
 
 
 def _scale(values: Sequence[float]) -> str:
@@ -95,13 +95,13 @@ def _label_logarithmic(axes: Axes, ratio: float) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def _image(draw: Any) -> str:
-    """An SVG `data:` URI of what `draw` draws on new axes."""
+def image(draw: Any, size: tuple[float, float] = SIZE_INCHES) -> str:
+    """An SVG `data:` URI of what `draw` draws on new axes; `size` in inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)

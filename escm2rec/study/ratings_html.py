@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from escm2rec.evaluation.html import PAGE, number, table
+from escm2rec.evaluation import html
+from escm2rec.evaluation.html import number, table
 
 TITLE = "Estimating the risk of a CVR model"
 
@@ -34,10 +34,8 @@ PREDICTIONS = {
 
 def write_page(tree: Mapping[str, Any], path: Path) -> None:
     """Write the page of what `ratings_study` found."""
-    body = "\n".join((_header(tree), _relative_errors(tree["results"]), _biases(tree["results"]), _protocol(tree), _words()))
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(PAGE.format(title=TITLE, body=body), encoding="utf-8")
-    os.replace(partial, path)
+    sections = (_header(tree), _relative_errors(tree["results"]), _biases(tree["results"]), _protocol(tree), _words())
+    html.write_page(path, TITLE, sections)
 
 
 def _header(tree: Mapping[str, Any]) -> str:

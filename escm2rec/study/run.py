@@ -61,15 +61,18 @@ def read_cells(folder: Path, world: World, seeds: int, candidate: str) -> list[V
 
 
 def run_task(task: Task) -> None:
-    """Draw one seed's world and train, measure and write each candidate."""
+    """Draw one seed's world and train, measure and write each candidate; RunError names the one that failed."""
     draw = draw_world(task.world, task.seed)
     judge = train(replace(task.world, towers="flexible", slope=1.0), NUISANCE, draw.training, task.seed)
     nuisance = judge.predict(draw.held_out)
     for name in task.candidates:
-        trained = train(task.world, CANDIDATES[name], draw.training, task.seed)
+        try:
+            values = measure(train(task.world, CANDIDATES[name], draw.training, task.seed), draw, nuisance)
+        except Exception as error:
+            raise RunError(f"{name}: {error}") from error
         path = _path(task.folder, task.world, name, task.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, measure(trained, draw, nuisance))
+        write_json(path, values)
 
 
 def _start_worker() -> None:

@@ -15,6 +15,7 @@ from escm2rec.errors import ConfigError
 from escm2rec.folder import MANIFEST, refuse_existing, write_json, write_manifest
 from escm2rec.study import cell
 from escm2rec.study.candidates import CANDIDATES
+from escm2rec.study.html import write_study_page
 from escm2rec.study.presets import PRESETS, Preset
 from escm2rec.study.run import default_workers, read_cells, run_cells
 from escm2rec.study.summary import summarise
@@ -56,6 +57,7 @@ def study(
     cells = {world.name: {name: read_cells(out, world, count, name) for name in names} for world, count, names in plan}
     result = {"settings": _settings(plan), "seeds": {world.name: count for world, count, _ in plan}, **summarise(cells)}
     write_json(out / "study.json", result)
+    write_study_page(result, out / "study.html")
     total = sum(count * len(names) for _, count, names in plan)
     content = {"preset": preset, "cells": total, "seconds": round(time.monotonic() - began, 1)}
     write_manifest(out, "study", content)
@@ -88,21 +90,29 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Make the folder, or check that what is there is a part of the same study."""
-    begun, finished = (out / SETTINGS).is_file(), (out / MANIFEST).exists()
-    if begun and not finished and not overwrite:
-        settings = _merged(out, settings)
-    else:
-        if not (begun and overwrite):
-            refuse_existing(out, "study", overwrite)
+    held = None if (out / MANIFEST).exists() else _held(out)
+    if held is None:
+        refuse_existing(out, "study", overwrite)
+    elif not overwrite:
+        settings = _merged(out, held, settings)
+    if held is None or overwrite:
         if out.exists():
             shutil.rmtree(out)
         out.mkdir(parents=True)
     write_json(out / SETTINGS, settings)
 
 
-def _merged(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _held(out: Path) -> dict[str, Any] | None:
+    """The settings that a study in `out` was begun with; None where there is none, or a file of that name that no study wrote."""
+    try:
+        held = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return held if isinstance(held, dict) and {"constants", "worlds", "candidates"} <= held.keys() else None
+
+
+def _merged(out: Path, held: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a study that goes on, with those it was begun with; ConfigError where they differ."""
-    held = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
     now: dict[str, Any] = json.loads(json.dumps(settings))
     for part in ("constants", "worlds", "candidates"):
         for name in held[part].keys() & now[part].keys():

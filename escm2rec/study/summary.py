@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,13 @@ from escm2rec.study.run import Values
 BASELINES = ("esmm", "naive", "naive+ctcvr")
 LEAST_JUDGING_SEEDS = 10
 WITHIN = 1.05
+ALTERNATION = (
+    ("escm2-dr joint", "escm2-dr"),
+    ("escm2-dr 3:1", "escm2-dr"),
+    ("escm2-dr label joint", "escm2-dr label"),
+    ("escm2-dr label", "escm2-dr"),
+)
+"""Ways to train the imputation, each beside another."""
 CHOOSERS = {"heldout_snips": 1, "heldout_dr": 1, "heldout_auc_clicked": -1}
 """What a chooser goes by, and its sign: the least risk, the greatest AUC."""
 
@@ -24,19 +31,44 @@ Cells = Mapping[str, Mapping[str, Sequence[Values]]]
 
 
 def summarise(cells: Cells) -> dict[str, Any]:
-    """`means` by world, candidate and metric; `against`, each candidate's KL beside the baselines'; `chosen`, what ten seeds choose and
-    fresh ones say of it; `choosers`, how near the best a choice without the truth ends."""
+    """`means` by world, candidate and metric; `against`, each candidate's KL beside the baselines'; `level`, beside the best's;
+    `alternation`, ways to train the imputation; `chosen`, what ten seeds choose and fresh ones say of it; `choosers`, how near the
+    best a choice without the truth ends.
+
+    A candidate whose KL does not exist in some seed has means, but is compared with none."""
+    found = {world: {name: seeds for name, seeds in of_world.items() if _exists(seeds)} for world, of_world in cells.items()}
     return {
-        "means": {world: {name: _means(seeds) for name, seeds in of_world.items()} for world, of_world in cells.items()},
-        "against": {world: _against(of_world) for world, of_world in cells.items()},
-        "chosen": _chosen(cells),
-        "choosers": _choosers(cells),
+        "means": {world: _means_of_world(of_world) for world, of_world in cells.items()},
+        "against": {world: _against(of_world) for world, of_world in found.items()},
+        "level": {world: _level(of_world) for world, of_world in found.items()},
+        "alternation": _alternation(found),
+        "chosen": _chosen(found),
+        "choosers": _choosers(found),
     }
+
+
+def trainable(of_world: Iterable[str]) -> list[str]:
+    """The candidates that a log can train."""
+    return [name for name in of_world if CANDIDATES[name].reference is None]
 
 
 def contenders(of_world: Mapping[str, Sequence[Values]]) -> list[str]:
     """The candidates that a log can train and that correct for selection."""
-    return [name for name in of_world if CANDIDATES[name].reference is None and name not in BASELINES]
+    return [name for name in trainable(of_world) if name not in BASELINES]
+
+
+def _exists(seeds: Sequence[Values]) -> bool:
+    return all(values["kl"] is not None for values in seeds)
+
+
+def _means_of_world(of_world: Mapping[str, Sequence[Values]]) -> dict[str, dict[str, Any]]:
+    """`_means` of each candidate, with `kl_excess`, its KL less the oracle's of the same seed."""
+    oracle = of_world.get("oracle", ())
+    found = {}
+    for name, seeds in of_world.items():
+        excess = [a["kl"] - b["kl"] for a, b in zip(seeds, oracle, strict=False) if a["kl"] is not None and b["kl"] is not None]
+        found[name] = _means(seeds) | ({"kl_excess": made._asdict()} if (made := interval(excess)) is not None else {})
+    return found
 
 
 def _means(seeds: Sequence[Values]) -> dict[str, dict[str, Any]]:
@@ -66,6 +98,38 @@ def _against(of_world: Mapping[str, Sequence[Values]]) -> dict[str, dict[str, An
     return found
 
 
+def _level(of_world: Mapping[str, Sequence[Values]]) -> dict[str, Any]:
+    """The trainable candidate of least mean log KL, and the others' KL over its own, p adjusted over them: not small, they are level.
+
+    The best is found and tested on the same seeds, so that the others look a little worse than they are."""
+    names = trainable(of_world)
+    if not names:
+        return {}
+    kls = {name: _column(of_world[name], "kl") for name in names}
+    best = min(names, key=lambda name: float(np.log(kls[name]).mean()))
+    others = [name for name in names if name != best and len(kls[name]) >= 2]
+    return {"best": best, "against": _adjusted({name: paired(kls[name], kls[best]) for name in others})}
+
+
+def _alternation(cells: Cells) -> list[dict[str, Any]]:
+    """Of each pair of ALTERNATION, the ratio of KLs by world, p adjusted over the worlds."""
+    found = []
+    for name, beside in ALTERNATION:
+        tests = {
+            world: paired(_column(of_world[name], "kl"), _column(of_world[beside], "kl"))
+            for world, of_world in cells.items()
+            if {name, beside} <= of_world.keys() and len(of_world[name]) >= 2
+        }
+        if tests:
+            found.append({"candidate": name, "beside": beside, "worlds": _adjusted(tests)})
+    return found
+
+
+def _adjusted(tests: Mapping[str, Paired]) -> dict[str, dict[str, Any]]:
+    adjusted = holm([test.p for test in tests.values()])
+    return {name: {**test._asdict(), "p_holm": p} for (name, test), p in zip(tests.items(), adjusted, strict=True)}
+
+
 def _chosen(cells: Cells) -> list[dict[str, Any]]:
     """In each world with seeds enough: the contender of least mean log KL on the choosing seeds, judged on the others."""
     found: list[dict[str, Any]] = []
@@ -93,7 +157,8 @@ def _choosers(cells: Cells) -> dict[str, Any]:
     for chooser, sign in CHOOSERS.items():
         worlds: dict[str, dict[str, Any]] = {}
         for world, of_world in cells.items():
-            pool = [name for name in of_world if CANDIDATES[name].reference is None]
+            if not (pool := trainable(of_world)):
+                continue
             scores = sign * np.array([_column(of_world[name], chooser) for name in pool])
             taken = np.where(np.isnan(scores), np.inf, scores).argmin(axis=0)
             ratios: dict[str, float] = {}

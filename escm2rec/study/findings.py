@@ -1,0 +1,350 @@
+"""What a study found, as sentences and tables of plain text: the page and the document say the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from escm2rec.evaluation.html import number
+from escm2rec.study.claims import convergence, esmm_bias, unbiased
+from escm2rec.study.finding import (
+    DR,
+    IPS,
+    LEVEL_P,
+    LINES,
+    Finding,
+    Table,
+    Tree,
+    counted,
+    joined,
+    level_in,
+    mean_of,
+    p_value,
+    ratio_of,
+    spread,
+)
+from escm2rec.study.summary import BASELINES, CHOOSERS, WITHIN, trainable
+
+REFERENCES = ("escm2-ips true q", "escm2-dr true q", "oracle")
+PRICED = ("capacity right", "selection 0", "clicks at random", "hidden", "ids flexible", "ids small")
+"""Worlds where there is no selection, a model that is right without weights, or a propensity that cannot show the selection."""
+TAKE = {"a correction": "is better where", "no difference shown": "shows no difference where", "none": "is worse where"}
+CHOOSER_WORDS = {"heldout_snips": "SNIPS risk", "heldout_dr": "DR risk", "heldout_auc_clicked": "AUC, clicked"}
+
+
+def findings(tree: Tree) -> list[Finding]:
+    """All findings, the short ones first; a part that the study cannot tell of says so."""
+    parts = (_situations, _worlds, esmm_bias, unbiased, convergence, _chosen, _price, _choosers, _alternation, _candidates)
+    made = [part if part.table and part.table.rows else part._replace(table=None) for part in (each(tree) for each in parts)]
+    return [_in_short(tree, made), *made]
+
+
+def situation(world: Mapping[str, Any]) -> str:
+    """What sort of world it is, in words."""
+    if world["users"]:
+        return "sparse ids"
+    if world["hidden"]:
+        return "hidden confounder"
+    if world["selection"] == 0:
+        return "no selection"
+    if world["towers"] == "flexible" or not world["interactions"]:
+        return "CVR tower can learn the truth"
+    return f"clicked convert {'better' if world['selection'] > 0 else 'worse'}, CVR tower too small"
+
+
+def _in_short(tree: Tree, made: Sequence[Finding]) -> Finding:
+    """What was run, and the first sentence of every part, after its lead and a colon."""
+    names = {name for of_world in tree["means"].values() for name in of_world}
+    seeds = sorted(set(tree["seeds"].values()))
+    often = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    run = (
+        f"{counted(len(names), 'candidate')} were trained in {counted(len(tree['means']), 'simulated world')}, with {often} seeds each. "
+        "In them the CVR of every impression is known, so a prediction can be judged where nobody clicked. The judge is KL: the mean "
+        f"divergence of predicted from true CVR over {tree['settings']['constants']['FRESH_ROWS']:,} fresh impressions, clicked or not; "
+        "0 is perfect."
+    )
+    return Finding("In short", "", "", [f"What was run: {run}", *(f"{part.lead}: {part.found[0]}" for part in made if part.found)])
+
+
+def _situations(tree: Tree) -> Finding:
+    """What to take: by what IPS does beside ESMM and naive, world by world."""
+    worlds = tree["settings"]["worlds"]
+    groups: dict[str, list[str]] = {}
+    for name in tree["means"]:
+        groups.setdefault(situation(worlds[name]), []).append(name)
+    rows = []
+    said: dict[str, list[str]] = {}
+    for words, members in groups.items():
+        cells = [_ratios(tree, members, name, baseline) for name in (IPS, DR) for baseline in ("naive", "esmm")]
+        take, count, of_worlds = _take(tree, members)
+        if take:
+            said.setdefault(take, []).append(f"{words} ({count} of {of_worlds})")
+        levels = [level_in(tree, world) for world in members]
+        often = {name: sum(name in level for level in levels) for name in trainable(tree["means"][members[0]])}
+        most = max(often.values(), default=0)
+        best = _some([name for name, count in often.items() if count == most])
+        rows.append(
+            [words, str(len(members)), f"{take} ({count} of {of_worlds})" if take else "–", *cells, f"{best} ({most} of {len(members)})"]
+        )
+    found = []
+    if said:
+        parts = [f"{TAKE[take]}: {joined(said[take])}" for take in TAKE if take in said]
+        found.append(f"Beside naive and ESMM, ESCM²-IPS {'; '.join(parts)}. In brackets: the worlds that show it, of those of the kind.")
+    head = ("Situation", "Worlds", "Take", "IPS /\nnaive", "IPS /\nESMM", "DR /\nnaive", "DR /\nESMM", "Most often best or level")
+    how = (
+        "Take a correction: ESCM²-IPS has a smaller KL than naive (clicks only) and than ESMM, each by Holm's p below 0.05; take none: "
+        "a greater one than either; else no difference is shown. Ratios of KL are geometric means over worlds, with the least and the "
+        "greatest: below 1 the first is better."
+    )
+    return Finding("Which objective when", "Which objective when", how, found, Table(head, rows, (0, 2, 7)))
+
+
+def _take(tree: Tree, members: Sequence[str]) -> tuple[str, int, int]:
+    """What most worlds advise, how many do, and how many there are to ask; on a tie the cautious."""
+    votes = []
+    for world in members:
+        tests = [test for baseline in ("naive", "esmm") if (test := tree["against"][world].get(IPS, {}).get(baseline))]
+        shown = [test["kl"]["ratio"] if test["kl_p_holm"] < LEVEL_P else 1.0 for test in tests]
+        if shown:
+            votes.append("none" if max(shown) > 1 else "a correction" if max(shown) < 1 else "no difference shown")
+    words = max(("none", "no difference shown", "a correction"), key=votes.count)
+    return (words if votes else "", votes.count(words), len(votes))
+
+
+def _ratios(tree: Tree, members: Sequence[str], name: str, baseline: str) -> str:
+    ratios = [each["ratio"] for world in members if (each := ratio_of(tree, world, name, baseline))]
+    if not ratios:
+        return "–"
+    middle = math.exp(float(np.mean(np.log(ratios))))
+    return f"{middle:.2f}" + (f"\n({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else "")
+
+
+def _worlds(tree: Tree) -> Finding:
+    rows = []
+    for world in tree["means"]:
+        best, *level = level_in(tree, world) or ["–"]
+        against = tree["level"][world].get("against", {})
+        cells = []
+        for name in BASELINES:
+            test = against.get(name)
+            cells.append("best" if name == best else "–" if test is None else f"{spread(test)}\n{p_value(test['p_holm'])}")
+        kls = [_kl(mean_of(tree, world, name, "kl")) for name in (best, *REFERENCES)]
+        title = tree["settings"]["worlds"][world]["title"]
+        rows.append([f"{world}\n{title}", f"{best}\n{kls[0]}", _some(level), *cells, " / ".join(kls[1:])])
+    counts = _level_counts(tree)
+    most = sorted((name for name in counts if name not in BASELINES), key=lambda name: -counts[name])[:3]
+    best_of = [f"{name} in {counts[name]}" for name in most]
+    others = [f"{name} in {counts[name]}" for name in BASELINES if name in counts]
+    found = [
+        f"Most often best or level with the best, of {counted(len(rows), 'world')}: "
+        f"{'; '.join(joined(each) for each in (best_of, others) if each)}."
+    ]
+    head = (
+        "World",
+        "Best,\nits KL",
+        "Level with it",
+        "ESMM\n/ best",
+        "naive\n/ best",
+        "naive+ctcvr\n/ best",
+        "KL of references:\nIPS / DR, true q / oracle",
+    )
+    how = (
+        "The candidate of least KL in each world, those level with it (paired t-test of log KL over seeds, Holm's p at least 0.05), "
+        "and the KL of the baselines over its own, with 95% interval. References know what no log holds: the true propensity, or "
+        "(oracle) the conversion of every impression; an oracle far from 0 is a tower too small."
+    )
+    return Finding("World by world", "The best", how, found, Table(head, rows, (0, 1, 2)))
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return "none" if not names else ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _kl(record: Mapping[str, Any] | None) -> str:
+    return number(record["mean"], 3) if record else "–"
+
+
+def _level_counts(tree: Tree) -> dict[str, int]:
+    levels = [level_in(tree, world) for world in tree["means"]]
+    names = dict.fromkeys(name for of_world in tree["means"].values() for name in trainable(of_world))
+    return {name: sum(name in level for level in levels) for name in names}
+
+
+def _chosen(tree: Tree) -> Finding:
+    title, how = (
+        "A contender chosen on some seeds, judged on others",
+        (
+            "In worlds with 30 seeds: of all trainable candidates but the baselines the one of least KL on seeds 0 to 9, judged on the "
+            "other seeds. KL over the baseline's with 95% interval, p by Holm over all rows, effect size as Cohen's d of pairs."
+        ),
+    )
+    rows, better, worse, level = [], 0, 0, 0
+    for entry in tree["chosen"]:
+        for baseline, test in entry["against"].items():
+            rows.append(
+                [
+                    entry["world"],
+                    entry["candidate"],
+                    baseline,
+                    spread(test),
+                    p_value(test["p_holm"]),
+                    f"{test['effect']:+.1f}".replace("-", "−"),
+                    f"{test['wins']} of {test['seeds']}",
+                ]
+            )
+            shown = test["p_holm"] < LEVEL_P
+            better, worse, level = better + (shown and test["ratio"] < 1), worse + (shown and test["ratio"] > 1), level + (not shown)
+    if not rows:
+        return Finding(title, "Chosen and judged", how, ["No world has seeds enough to choose on some and judge on others."])
+    found = [
+        f"Of {counted(len(rows), 'test')} on seeds that chose nothing, the chosen contender is better than the baseline in {better}, "
+        f"level in {level}, worse in {worse}."
+    ]
+    return Finding(
+        title,
+        "Chosen and judged",
+        how,
+        found,
+        Table(("World", "Chosen", "Beside", "KL ratio", "p (Holm)", "Effect", "Seeds won"), rows, (0, 1, 2)),
+    )
+
+
+def _price(tree: Tree) -> Finding:
+    title, how = (
+        "The price of the correction",
+        (
+            "Where nothing selects, the model is right without weights, or features show too little for the propensity to be right, a "
+            "correction promises little and weights add noise. KL and risk (log loss on all impressions) over those of naive, with 95% "
+            "intervals. Within 5%: the whole interval lies at or below 1.05; no: above it; else open."
+        ),
+    )
+    rows: list[list[str]] = []
+    verdicts: dict[str, list[str]] = {"kl": [], "risk": []}
+    for world in (name for name in PRICED if name in tree["means"]):
+        for name in (IPS, DR):
+            kl, risk = (ratio_of(tree, world, name, "naive", metric) for metric in verdicts)
+            if kl and risk:
+                rows.append([world, LINES[name], spread(kl), _within(kl), spread(risk, 3), _within(risk)])
+                verdicts["kl"].append(_within(kl))
+                verdicts["risk"].append(_within(risk))
+    if not rows:
+        return Finding(
+            title, "The price", how, ["The study holds no world without selection in which IPS or DR could be set beside naive."]
+        )
+    kls, risks = ([found.count(word) for word in ("yes", "no", "open")] for found in verdicts.values())
+    found = [
+        f"Of {counted(len(rows), 'pair')} of objective and world where a correction promises little, {kls[0]} stay within 5% of naive in "
+        f"KL ({kls[1]} do not, {kls[2]} are open) and {risks[0]} in risk ({risks[1]} do not, {risks[2]} are open)."
+    ]
+    return Finding(
+        title, "The price", how, found, Table(("World", "", "KL / naive", "Within 5%", "Risk / naive", "Within 5%"), rows, (0, 1))
+    )
+
+
+def _within(test: Mapping[str, Any]) -> str:
+    return "yes" if test["high"] <= WITHIN else "no" if test["low"] > WITHIN else "open"
+
+
+def _choosers(tree: Tree) -> Finding:
+    title, how = (
+        "The remedy: choosing by held-out clicks",
+        (
+            "A log holds no truth to choose by. Three choosers take, seed by seed, the candidate of least SNIPS or DR risk, or of "
+            "greatest AUC on clicked impressions, on a held-out log. Mean KL and risk of what they took over the least of any "
+            "candidate in the world; ✓ is within 5%."
+        ),
+    )
+    found = [
+        "Within 5% of the world's best: "
+        + "; ".join(
+            f"by {CHOOSER_WORDS[name]} in {each['kl_within_5_percent']} of {each['of_worlds']} worlds in KL, "
+            f"{each['risk_within_5_percent']} in risk"
+            for name, each in tree["choosers"].items()
+        )
+        + "."
+    ]
+    rows = []
+    for world in tree["means"]:
+        cells = []
+        for name in CHOOSERS:
+            of_world = tree["choosers"][name]["worlds"].get(world)
+            for metric, digits in (("kl", 2), ("true_risk", 3)):
+                cells.append(f"{of_world[metric]:.{digits}f}{' ✓' if of_world[metric] <= WITHIN else ''}" if of_world else "–")
+        rows.append([world, *cells])
+    head = ("World", *(f"{CHOOSER_WORDS[name]}\n{metric}" for name in CHOOSERS for metric in ("KL", "risk")))
+    return Finding(title, "The remedy", how, found, Table(head, rows))
+
+
+def _alternation(tree: Tree) -> Finding:
+    title, how = (
+        "How the imputation of DR is trained",
+        (
+            "KL of one way over that of another, with 95% interval: joint (both towers in each step) or three CVR steps for one of the "
+            "imputation, beside alternating one to one; imputed labels beside imputed errors. Below 1 the first is better; ≈ is level "
+            "(Holm's p over worlds at least 0.05)."
+        ),
+    )
+    pairs = tree["alternation"]
+    if not pairs:
+        return Finding(title, "Imputation", how, ["Fewer than two ways to train the imputation are in this study."])
+    said = []
+    for pair in pairs:
+        tests = pair["worlds"].values()
+        shown = [test for test in tests if test["p_holm"] < LEVEL_P]
+        better = sum(test["ratio"] < 1 for test in shown)
+        said.append(
+            f"{pair['candidate']} beside {pair['beside']}: better in {better}, level in {len(tests) - len(shown)}, worse in "
+            f"{len(shown) - better} worlds"
+        )
+    rows = []
+    for world in tree["means"]:
+        tests = [pair["worlds"].get(world) for pair in pairs]
+        rows.append([world, *(spread(test) + (" ≈" if test and test["p_holm"] >= LEVEL_P else "") for test in tests)])
+    return Finding(
+        title,
+        "Imputation",
+        how,
+        [f"{'; '.join(said)}."],
+        Table(("World", *(f"{pair['candidate']} /\n{pair['beside']}" for pair in pairs)), rows),
+    )
+
+
+def _candidates(tree: Tree) -> Finding:
+    """Every candidate, the losers too."""
+    counts, rows = _level_counts(tree), []
+    failing = []
+    for name in sorted(counts, key=lambda name: -counts[name]):
+        cells = []
+        for baseline in BASELINES:
+            tests = [each[name][baseline] for each in tree["against"].values() if baseline in each.get(name, {})]
+            shown = [test for test in tests if test["kl_p_holm"] < LEVEL_P]
+            better = sum(test["kl"]["ratio"] < 1 for test in shown)
+            cells.append(f"{better} / {len(tests) - len(shown)} / {len(shown) - better}" if tests else "–")
+            if baseline == "naive" and name not in BASELINES and len(shown) - better > better:
+                failing.append(f"{name} ({len(shown) - better} worse, {better} better)")
+        ratios = {world: each["ratio"] for world in tree["means"] if (each := ratio_of(tree, world, name, "naive"))}
+        worst = max(ratios, key=lambda world: ratios[world]) if ratios else None
+        shares = [each["mean"] for world in tree["means"] if (each := mean_of(tree, world, name, "effective_share"))]
+        share = f"{np.mean(shares):.2f}" if shares else "–"
+        rows.append([name, f"{counts[name]} of {len(tree['means'])}", *cells, f"{ratios[worst]:.2f} in {worst}" if worst else "–", share])
+    found = [f"Worse than naive in more worlds than better: {', '.join(failing) or 'no candidate'}."] if "naive" in counts else []
+    never = [name for name, count in counts.items() if count == 0]
+    found += [f"Never level with the best: {', '.join(never)}."] if never else []
+    head = (
+        "Candidate",
+        "Best or\nlevel in",
+        "Beside\nESMM",
+        "Beside\nnaive",
+        "Beside\nnaive+ctcvr",
+        "Worst KL / naive",
+        "Effective\nshare",
+    )
+    how = (
+        "Each candidate that a log can train, over all worlds. Beside a baseline: worlds in which its KL is better / level / worse "
+        "(Holm's p within a world below 0.05). Effective share: effective sample size of the weights over the number of clicks, mean "
+        "over worlds."
+    )
+    return Finding("What does not work: every candidate at a glance", "What does not work", how, found, Table(head, rows, (0, 5)))
