@@ -89,6 +89,7 @@ class Rows:
         if "weight" in predictions.columns:
             positive = (pl.col("weight") > 0) & pl.col("weight").is_finite()
             weight = _checked(predictions, "weight", positive, "a finite number above 0")
+            weight = None if (weight == 1).all() else weight  # a whole split beside a down-sampled one: nothing is weighted
         return cls(click, np.where(click > 0, conversion, 0.0), ctr_logit, cvr_logit, weight, propensity, cvr, at_random)
 
     def take(self, rows: slice | np.ndarray[Any, Any]) -> Rows:
@@ -135,8 +136,9 @@ def build_report(predictions: pl.DataFrame, by: Sequence[str] = (), user: str | 
     `predictions` has columns click, conversion (0 or 1), ctr_logit, cvr_logit, and optionally weight, true_propensity, true_cvr and
     kept.<column>. `by` names columns to report by group, `user` the column to rank within; a kept column may be named without its prefix.
     `at_random` is of rows that were drawn at random from all impressions and all seen: their one section is `cvr`.
-    Weights multiply every sum; `impressions` and `positives` stay counts of rows. Undefined metrics are None, with a reason under
-    `undefined`; an unbounded end of an interval is None. Raises DataError on values that cannot be right, ConfigError on unknown columns.
+    Weights multiply every sum (weights of 1 throughout are none); `impressions` and `positives` stay counts of rows. Undefined metrics are
+    None, with a reason under `undefined`; an unbounded end of an interval is None. Raises DataError on values that cannot be right,
+    ConfigError on unknown columns.
     """
     columns = [resolve_column(predictions, name) for name in by]
     user_column = resolve_column(predictions, user) if user is not None else None

@@ -229,10 +229,6 @@ class Calendar(NamedTuple):
 def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool) -> Dataset:
     dataset = Dataset.open(data)
     dataset.split_counts("train")
-    if dataset.manifest.get("negative_keep_rate", 1.0) != 1.0:
-        raise DataError(
-            f"the negatives of {data} were down-sampled, which training does not correct yet", "preprocess without down-sampling"
-        )
     _check_features(config, dataset)
     build_objective(config.objective, 0.5)
     if config.objective.propensity.calibration != "none" and not dataset.manifest["splits"].get("validation", {}).get("rows"):
