@@ -138,7 +138,7 @@ class Trainer:
     def records(self) -> Iterator[dict[str, Any]]:
         """Train step by step from where it stands; yield a record of metrics when one is due, before the checkpoint of that step."""
         training = self.config.training
-        metrics = TrainingMetrics(self.runtime)
+        metrics = TrainingMetrics(self.runtime, self.objective.estimator.weighs)
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
         batches = self._batches()
         while self.step < self.total_steps:
