@@ -62,6 +62,7 @@ def test_evaluation_weighs_too(folder: Path) -> None:
     assert report["weighted"] is True
     assert report["ctr"]["mean_observed"] == pytest.approx(ctr, rel=0.15)
     assert report["ctr"]["calibration"] == pytest.approx(1, abs=0.15)
+    assert report["propensity"]["weights"]["mean_weight"] == pytest.approx(1, abs=0.15)
 
 
 @pytest.fixture(scope="module")

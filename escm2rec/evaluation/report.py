@@ -167,7 +167,8 @@ def build_report(predictions: pl.DataFrame, by: Sequence[str] = (), user: str | 
 def flat_metrics(report: Record) -> dict[str, float]:
     """Defined metrics as one flat record with their population in the name: `ctr_auc`, `ctcvr_auc`, `cvr_auc_clicked`, `cvr_kl_entire`.
 
-    `cvr_auc` is that of impressions at random.
+    `cvr_auc` is that of impressions at random. `propensity_*` are of the weights 1 / q, under the names that training logs them by, and
+    `balance_*` of the features' balance before and after weighting, where the report has them.
     """
     flat = {}
     for section in (*OBSERVED, "cvr_entire", "cvr_unclicked"):
@@ -179,6 +180,10 @@ def flat_metrics(report: Record) -> dict[str, float]:
         for name, value in {**report.get(section, {}), "gauc": gauc, **ranked}.items():
             if isinstance(value, int | float):
                 flat[f"{task}_{name}{ending}"] = float(value)
+    for prefix, part in (("propensity", "weights"), ("balance", "balance")):
+        for name, value in report["propensity"].get(part, {}).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                flat[f"{prefix}_{name}"] = float(value)
     return flat
 
 
