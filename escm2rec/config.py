@@ -207,6 +207,13 @@ class DataConfig(Section):
     bad_rows: Literal["refuse", "count"] = Field(
         "refuse", description="A row that cannot be read: refuse the input, or leave it out and count it with its reason."
     )
+    negative_keep_rate: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the unclicked training impressions that are kept, each with 1 / share times its weight. Validation and "
+        "test stay whole.",
+    )
     rows_per_file: int = Field(1_000_000, ge=1, description="Rows of one Parquet part.")
     rows_per_group: int = Field(32_768, ge=1, description="Rows of one Parquet row group: what the reader decodes and shuffles at a time.")
 

@@ -8,7 +8,7 @@ Encoded Parquet columns of one impression:
                        numeric: float32, standardised, 0 when missing
     <feature>.weight   weighted_list: list<float32>, as long as its values
     click, conversion  uint8, 0 or 1
-    weight             float32, only when the source names one
+    weight             float32, only when the source names one or unclicked training impressions were left out (then in every split)
     true_propensity, true_cvr   float32, only for simulated logs
     kept.<column>      raw columns carried along, with their own types
 

@@ -53,6 +53,7 @@ def planted(
             "ctr_kl": None,
         }
         found |= {"cvr_over_truth_unclicked": 1 + 12 * kl, "heldout_snips": 0.3 + kl, "heldout_dr": 0.3 - kl, "heldout_auc_clicked": 0.8}
+        found |= {"heldout_snips_flexible": 0.3 + kl, "heldout_dr_flexible": 0.3 + kl}
         if name not in ("esmm", "dcmt"):
             found["risk_error"] = 0.02 * float(random.standard_normal())
         return found if name in ("esmm", "naive") else found | {"effective_share": 0.5}

@@ -44,6 +44,11 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"objective": {"lambda_g": "adaptive"}},
         "objective.lambda_g: Input should be 'learned' (got ",
     ),
+    "no negative kept": ({"data": {"negative_keep_rate": 0}}, "data.negative_keep_rate: Input should be greater than 0 (got 0)"),
+    "more negatives than there are": (
+        {"data": {"negative_keep_rate": 10}},
+        "data.negative_keep_rate: Input should be less than or equal to 1 (got 10)",
+    ),
     "missing": ({"data": {"features": [{"name": "user"}]}}, "data.features.0.kind: required, missing"),
     "reserved name": ({"data": {"features": [{"name": "click", "kind": "numeric"}]}}, "data.features.0: 'click' is a reserved column"),
     "twice the same name": (

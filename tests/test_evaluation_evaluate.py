@@ -50,6 +50,42 @@ def test_the_model_has_learned(results: dict[int, Any]) -> None:
     assert metrics["cvr_rmse_entire"] < 0.2
 
 
+def test_weights_and_balance_are_of_the_split(folder: Path, results: dict[int, Any]) -> None:
+    """Under the names that training logs them by, every click counted, with the floor of the run."""
+    metrics = results[1]["metrics"]
+    report = json.loads((folder / "run" / "report.json").read_text())["propensity"]
+    manifest = json.loads((folder / "run" / "manifest.json").read_text())
+    logged = {name for name in manifest["last_metrics"] if name.startswith("propensity_")}
+    assert len(logged) == 6
+    assert logged <= metrics.keys()
+    assert report["weights"]["floor"] == pytest.approx(0.1 * manifest["base_ctr"])
+    assert (report["weights"]["weighs"], report["weights"]["own_tower"]) == (True, False)
+    assert report["weights"]["num_clicked"] == metrics["ctr_positives"]
+    assert metrics["propensity_mean_weight"] == pytest.approx(1, abs=0.15)
+    assert 0.3 < metrics["propensity_effective_share"] < 1
+    assert {row["feature"] for row in report["balance"]["features"]} == {"user", "tags", "history", "scene", "price", "age"}
+    assert metrics["balance_largest_before"] > 0.3, "price draws clicks"
+    assert metrics["balance_largest_after"] < metrics["balance_largest_before"] / 2
+    assert "Balance of clicked and all impressions" in (folder / "run" / "report.html").read_text()
+
+
+def test_q_is_of_its_own_tower_and_calibrated(folder: Path) -> None:
+    """As in training: a run whose q has a tower, and a slope and shift, is not measured by its CTR tower."""
+    data = write_dataset(folder / "calibrated", {"train": 4_000, "validation": 600, "test": TEST_ROWS})
+    overrides = ["objective={kind: multi-ipw, propensity: {balance: 0.1, calibration: platt, calibration_every_steps: 3}}"]
+    names = {"data": str(data), "out": str(folder / "run-calibrated")}
+    evaluates = ("tests.training_calls:evaluate_run", {"run": names["out"], "data": names["data"]})
+    _, two = run_ranks(2, [("tests.training_calls:train_run", {**names, "overrides": overrides}), evaluates], folder / "two")
+    by_hand = ("tests.training_calls:propensities", {**evaluates[1], "split": "test"})
+    one, direct = run_ranks(1, [evaluates, by_hand], folder / "one")
+    assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-4, abs=1e-5)
+    last = json.loads((folder / "run-calibrated" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert one["metrics"]["propensity_slope"] == pytest.approx(last["propensity_slope"]) != 1
+    assert one["metrics"]["propensity_shift"] == pytest.approx(last["propensity_shift"]) != 0
+    assert one["metrics"]["propensity_mean_weight"] == pytest.approx(direct["mean_weight"], rel=1e-5)
+    assert direct["mean_weight"] != pytest.approx(direct["of_ctr_tower"], rel=1e-3)
+
+
 def test_the_report_is_written_by_group(folder: Path, results: dict[int, Any]) -> None:
     report = json.loads((folder / "run" / "report.json").read_text())
     assert sorted(row["value"] for row in report["groups"]["group"]["rows"]) == ["cheap", "dear"]

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,49 @@ def test_many_groups_are_cut_and_said_to_be(tmp_path: Path) -> None:
     assert "The 100 largest of 200 reported groups; the others are in report.json." in text
     assert "7 smaller groups with 1,234 impressions are not reported." in text
     assert text.split("<h2>By user")[1].count("<tr>") == 101
+
+
+def diagnosed(features: int, **weights: Any) -> dict[str, Any]:
+    """A report with what `evaluate` adds on weights and balance; feature 0 is the worst after weighting."""
+    made = build_report(simulated(500))
+    rows = [{"feature": f"feature <{index}>", "before": 0.04, "after": 0.2 - index / 1000} for index in range(features)]
+    said: dict[str, Any] = {
+        "floor": 0.01,
+        "num_clicked": 150,
+        "effective_sample_size": 100.0,
+        "effective_share": 2 / 3,
+        "floor_share": 0.25,
+    }
+    said |= {"mean_weight": 1.02, "largest_share": None, "floor_binds_for_most": False, "weighs": True, "own_tower": False, **weights}
+    made["propensity"] |= {"weights": said, "balance": {"features": rows}}
+    return made
+
+
+def test_weights_and_balance_are_told_worst_first_and_cut(tmp_path: Path) -> None:
+    page, text = page_of(diagnosed(101), tmp_path)
+    assert "h3" in page.tags
+    balance = text.split("Balance of clicked and all impressions")[1].split("<h2>")[0]
+    assert balance.count("<tr>") == 31
+    assert re.findall(r"feature &lt;(\d+)&gt;", balance) == [str(index) for index in range(30)]
+    assert "The 30 of 101 features that differ most after weighting; the others are in report.json." in balance
+    assert '<span class="good">0.040 ✓</span>' in balance
+    assert '<span class="bad">0.200 ✗</span>' in balance
+    assert "Chance alone leaves about 0.10 after weighting" in balance
+    weights = text.split("<h3>Weights")[1].split("<h3>")[0]
+    for name, value in {"effective sample size": "100.0", "share of clicks at the floor": "0.2500", "largest weight's share": "–"}.items():
+        assert f"<dt>{escape(name)}</dt><dd>{value}</dd>" in weights
+    assert "binds for most" not in weights
+    assert "weighs nothing" not in weights
+    assert "tower" not in weights
+
+
+def test_a_floor_that_binds_and_weights_without_use_are_said(tmp_path: Path) -> None:
+    _, text = page_of(diagnosed(3, floor_binds_for_most=True, weighs=False, own_tower=True), tmp_path)
+    assert "The floor binds for most clicked impressions" in text
+    assert "Lower objective.propensity.floor, or make it relative" in text
+    assert "The objective of this run weighs nothing by them." in text
+    assert "q is of a propensity tower of its own, the tenths above are of the CTR tower." in text
+    assert "features that differ most" not in text
 
 
 def test_numbers_have_four_significant_digits_and_aligned_points() -> None:

@@ -100,6 +100,11 @@ def test_a_weight_of_two_is_the_row_twice() -> None:
         assert weighted["gauc_per_user"][section]["auc"] == pytest.approx(repeated["gauc_per_user"][section]["auc"])
 
 
+def test_weights_of_1_throughout_are_none() -> None:
+    predictions = simulated(500)
+    assert build_report(predictions.with_columns(weight=pl.lit(1.0)), user="user") == build_report(predictions, user="user")
+
+
 def test_groups_have_the_metrics_of_their_own_rows() -> None:
     predictions = simulated().with_columns(
         pl.when(pl.int_range(pl.len()) < 30).then(None).otherwise(pl.col("kept.scene")).alias("kept.scene")

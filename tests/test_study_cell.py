@@ -13,9 +13,10 @@ from escm2rec.evaluation import metrics
 from escm2rec.objectives.propensity import LEAST_PROPENSITY
 from escm2rec.study import cell
 from escm2rec.study.candidates import CANDIDATES
-from escm2rec.study.cell import Rows, StudyModel, TruePropensity, draw_world, train
+from escm2rec.study.cell import Rows, StudyModel, draw_world, train
 from escm2rec.study.presets import BASE, IDS
 from escm2rec.study.worlds import World, wrong_shift
+from escm2rec.training.build import build_objective
 from tests.study_cells import one_thread  # noqa: F401
 
 SMALL = replace(BASE, impressions=4_000)
@@ -51,11 +52,12 @@ def test_a_draw_keeps_negatives_in_fresh_impressions_only() -> None:
 def test_the_reference_weighs_by_the_true_propensity() -> None:
     drawn = draw_world(SMALL, 0)
     trained = train(SMALL, CANDIDATES["escm2-ips true q"], drawn.training, 0)
-    assert isinstance(trained.objective, TruePropensity)
+    assert trained.objective.given
+    assert trained.objective.floor == 0
     q = trained.objective.propensity(trained.predict(drawn.fresh), trained.stage).numpy()
     assert q == pytest.approx(drawn.fresh.propensity.clip(max(trained.objective.floor, LEAST_PROPENSITY)), rel=1e-5)
     learned = train(SMALL, CANDIDATES["escm2-ips"], drawn.training, 0)
-    assert not isinstance(learned.objective, TruePropensity)
+    assert not learned.objective.given
     assert not torch.equal(trained.predict(drawn.fresh).cvr_logit, learned.predict(drawn.fresh).cvr_logit)
 
 
@@ -95,3 +97,16 @@ def test_towers_are_as_the_world_says(towers: Literal["small", "linear", "flexib
     for task, is_linear in zip(("cvr_logit", "ctr_logit"), linear, strict=True):
         first, second, both, neither = (getattr(predictions, task) for predictions in at)
         assert torch.allclose(first + second, both + neither, atol=1e-4) == is_linear
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("escm2-ips", 20), ("escm2-dr joint", 20), ("escm2-dr", 39), ("escm2-dr 3:1", 26), ("stable-dr", 58)]
+)
+def test_ctr_and_cvr_learn_in_as_many_steps_under_every_objective(name: str, steps: int) -> None:
+    """Of 1:1 alternation the 20th CVR step is the 39th, of stable-dr's cycle of three the 58th; what comes after it trains neither."""
+    objective = build_objective(CANDIDATES[name].objective, 0.1)
+    assert cell._steps(objective, 20) == steps
+    batches = cell._batches(10 * cell.BATCH_ROWS, 2, objective, seed=0)
+    assert len(batches) == steps
+    assert sum(objective.phase(step) in ("cvr", "joint") for step in range(steps)) == 20
+    assert sorted(torch.cat(batches[:10]).tolist()) == list(range(10 * cell.BATCH_ROWS))

@@ -68,6 +68,8 @@ def test_a_full_study_is_one_page_without_scripts_or_hosts(full: tuple[Page, str
         "risk_error",
         "heldout_snips",
         "heldout_dr",
+        "heldout_snips_flexible",
+        "heldout_dr_flexible",
         "heldout_auc_clicked",
     ]
 

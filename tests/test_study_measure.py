@@ -13,7 +13,7 @@ import pytest
 from escm2rec.study import cell
 from escm2rec.study.candidates import CANDIDATES
 from escm2rec.study.cell import Draw, draw_world, train
-from escm2rec.study.measure import NUISANCE_FLOOR, measure, priority_slope
+from escm2rec.study.measure import JUDGE_FLOOR, measure, priority_slope
 from escm2rec.study.presets import BASE
 from tests.study_cells import one_thread  # noqa: F401
 
@@ -29,7 +29,7 @@ def measured() -> dict[str, Any]:
         drawn = draw_world(WORLD, 0)
         trained = train(WORLD, CANDIDATES["escm2-ips"], drawn.training, 0)
         judge = train(replace(WORLD, towers="flexible"), CANDIDATES["naive"], drawn.training, 0).predict(drawn.held_out)
-    return {"draw": drawn, "trained": trained, "judge": judge, "values": measure(trained, drawn, judge)}
+    return {"draw": drawn, "trained": trained, "judge": judge, "values": measure(trained, drawn, {"": judge})}
 
 
 def sigmoid(logit: float) -> float:
@@ -94,7 +94,7 @@ def test_what_a_held_out_log_says(measured: dict[str, Any]) -> None:
     z = measured["trained"].predict(log).cvr_logit.double().tolist()
     w, o, r = log.weight.tolist(), log.click.tolist(), log.conversion.tolist()
     base = sum(a * b for a, b in zip(w, o, strict=True)) / sum(w)
-    q = [max(sigmoid(a), NUISANCE_FLOOR * base) for a in judge.ctr_logit.double().tolist()]
+    q = [max(sigmoid(a), JUDGE_FLOOR * base) for a in judge.ctr_logit.double().tolist()]
     delta = [loss(label, sigmoid(each)) for label, each in zip(r, z, strict=True)]
     imputed = [loss(sigmoid(m), sigmoid(each)) for m, each in zip(judge.cvr_logit.double().tolist(), z, strict=True)]
     rows = list(zip(w, o, q, delta, imputed, strict=True))
@@ -117,7 +117,7 @@ def test_priority_slope_is_that_of_the_click_beside_the_truth() -> None:
 def test_what_does_not_exist_is_none(measured: dict[str, Any]) -> None:
     drawn = measured["draw"]
     none = replace(drawn.held_out, conversion=np.zeros_like(drawn.held_out.conversion))
-    values = measure(measured["trained"], Draw(drawn.training, none, drawn.fresh), measured["judge"])
+    values = measure(measured["trained"], Draw(drawn.training, none, drawn.fresh), {"": measured["judge"]})
     assert values["heldout_auc_clicked"] is None
     assert values["heldout_snips"] is not None
     assert "NaN" not in json.dumps(values, allow_nan=False)
@@ -129,7 +129,7 @@ def test_some_candidates_have_no_risk_or_weights(
 ) -> None:
     monkeypatch.setattr(cell, "EPOCHS", 1)
     drawn = measured["draw"]
-    values = measure(train(WORLD, CANDIDATES[name], drawn.training, 0), drawn, measured["judge"])
+    values = measure(train(WORLD, CANDIDATES[name], drawn.training, 0), drawn, {"": measured["judge"]})
     assert measured["values"].keys() - values.keys() == absent
 
 
@@ -137,7 +137,7 @@ def test_two_space_risk_is_of_one_space(measured: dict[str, Any], monkeypatch: p
     monkeypatch.setattr(cell, "EPOCHS", 1)
     drawn = measured["draw"]
     trained = train(WORLD, CANDIDATES["two-space"], drawn.training, 0)
-    values, predictions = measure(trained, drawn, measured["judge"]), trained.predict(drawn.fresh)
+    values, predictions = measure(trained, drawn, {"": measured["judge"]}), trained.predict(drawn.fresh)
     assert predictions.imputation_logit is not None
     logits = zip(
         *(logit.double().tolist() for logit in (predictions.cvr_logit, predictions.ctr_logit, predictions.imputation_logit)), strict=True

@@ -217,7 +217,10 @@ def test_a_damaged_checkpoint_and_another_config_are_refused(data: Path, tmp_pat
     assert [result["error"] for result in results] == ["ConfigError", "ConfigError", "ConfigError", "DataError"]
     assert "feature 'age': the config says no such feature, the data set at" in results[0]["message"]
     assert f"the output folder {out} exists" in results[1]["message"]
-    assert "was trained with another config: model.embedding_dim, objective.kind differ(s)" in results[2]["message"]
+    assert (
+        "was trained with another config: model.embedding_dim, objective.kind, training.learning_rate_decay differ(s)"
+        in results[2]["message"]
+    )
     assert f"cannot load checkpoint {out / 'checkpoints' / 'step-20'}: rank 0: " in results[3]["message"]
 
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from escm2rec.config import load_config
 from escm2rec.evaluation.evaluate import evaluate
+from escm2rec.reader.dataset import Dataset
+from escm2rec.reader.reader import Reader
 from escm2rec.scoring.score import score
+from escm2rec.sharding.runtime import distributed_runtime
+from escm2rec.training.run import Run
 from escm2rec.training.train import train
+from escm2rec.training.trained import TrainedModel
 from tests.encoded import config
 
 
@@ -30,3 +37,19 @@ def evaluate_run(run: str, data: str, split: str = "test", by: list[str] | None 
 def score_run(run: str, inputs: list[str], out: str, keep: list[str] | None = None) -> dict[str, Any]:
     """Score raw files with a run."""
     return score(Path(run), [Path(path) for path in inputs], Path(out), keep)
+
+
+def propensities(run: str, data: str, split: str) -> dict[str, float]:
+    """sum o / q over the rows of a split, by the formula of q with the last slope and shift that training logged; and by the CTR tower."""
+    opened, dataset = Run.open(Path(run)), Dataset.open(Path(data))
+    logged = opened.manifest["last_metrics"]
+    with distributed_runtime() as runtime:
+        model = TrainedModel(opened, runtime)
+        found = {"mean_weight": 0.0, "of_ctr_tower": 0.0}
+        for batch in Reader(dataset, split, 256, shuffle=False).epoch(0):  # type: ignore[arg-type]
+            logits, click = model(batch), batch.click[: batch.num_rows]
+            assert logits.propensity_logit is not None
+            for name, logit in zip(found, (logits.propensity_logit, logits.ctr_logit), strict=True):
+                q = torch.sigmoid(logged["propensity_slope"] * logit + logged["propensity_shift"])
+                found[name] += float((click / q.clamp(min=0.1 * opened.manifest["base_ctr"])).sum())
+    return {name: total / dataset.split_counts(split)["rows"] for name, total in found.items()}  # type: ignore[arg-type]

@@ -16,7 +16,8 @@ from escm2rec.config import KEPT_PREFIX, MatrixSource, Split
 from escm2rec.doctor import require_matching_packages
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.evaluation.html import write_html
-from escm2rec.evaluation.report import build_report, flat_metrics
+from escm2rec.evaluation.propensity import PropensityDiagnostics
+from escm2rec.evaluation.report import Record, build_report, flat_metrics
 from escm2rec.folder import write_json
 from escm2rec.progress import Progress
 from escm2rec.reader.dataset import Dataset
@@ -42,11 +43,15 @@ def evaluate(
         at_random = split == "test" and isinstance(dataset.schema.source, MatrixSource)
         user = "user" if at_random and user is None else user
         columns = on_main(runtime, lambda: _extra_columns(dataset, [*by, *([user] if user is not None else [])]))
-        predictions = _predict(opened, dataset, split, columns, runtime)
+        model = TrainedModel(opened, runtime)
+        diagnostics = None if at_random else PropensityDiagnostics(dataset.schema, model.objective.floor)
+        predictions = _predict(model, diagnostics, opened, dataset, split, columns, runtime)
 
         def report() -> dict[str, Any]:
             assert predictions is not None
             tree = build_report(predictions, by, user, at_random)
+            if diagnostics is not None:
+                tree["propensity"] |= _propensity(model, diagnostics)
             tree["run"] = _facts(opened, dataset, split, time.perf_counter() - started)
             write_json(run / "report.json", tree)
             write_html(tree, run / "report.html", f"{opened.config.objective.kind} on {split}")
@@ -74,9 +79,16 @@ def _extra_columns(dataset: Dataset, kept: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([KEPT_PREFIX + name for name in kept] + (["true_propensity", "true_cvr"] if schema.has_truth else [])))
 
 
-def _predict(run: Run, dataset: Dataset, split: Split, columns: tuple[str, ...], runtime: Runtime) -> pl.DataFrame | None:
-    """Labels, logits and extra columns of every row of the split, on rank 0 (None elsewhere)."""
-    model = TrainedModel(run, runtime)
+def _predict(
+    model: TrainedModel,
+    diagnostics: PropensityDiagnostics | None,
+    run: Run,
+    dataset: Dataset,
+    split: Split,
+    columns: tuple[str, ...],
+    runtime: Runtime,
+) -> pl.DataFrame | None:
+    """Labels, logits and extra columns of every row of the split, on rank 0 (None elsewhere); the diagnostics of all ranks' rows."""
     reader = Reader(
         dataset,
         split,
@@ -93,12 +105,16 @@ def _predict(run: Run, dataset: Dataset, split: Split, columns: tuple[str, ...],
             logits, rows = model(batch), batch.num_rows
             if not rows:  # a small split leaves none for some ranks, and then no extra columns
                 continue
+            if diagnostics is not None:
+                diagnostics.add(batch, model.propensity(logits))
             found = {"ctr_logit": logits.ctr_logit.numpy(), "cvr_logit": logits.cvr_logit.numpy()}
             found |= {name: getattr(batch, name)[:rows].numpy().astype(np.uint8) for name in ("click", "conversion")}
             if dataset.schema.has_weight:
                 found["weight"] = batch.weight[:rows].numpy()
             parts.append(pa.table({**found, **dict(zip(extra.column_names, extra.columns, strict=True))}))
             progress.add(rows * runtime.world_size)
+    if diagnostics is not None:
+        diagnostics.reduce(runtime)
     gathered: list[Any] | None = [None] * runtime.world_size if runtime.is_main else None
     dist.gather_object(parts, gathered, dst=0, group=runtime.group)
     if gathered is None:
@@ -106,6 +122,15 @@ def _predict(run: Run, dataset: Dataset, split: Split, columns: tuple[str, ...],
     frame = pl.from_arrow(pa.concat_tables([part for each in gathered for part in each]))
     assert isinstance(frame, pl.DataFrame)
     return frame
+
+
+def _propensity(model: TrainedModel, diagnostics: PropensityDiagnostics) -> Record:
+    """The diagnostics, with what the run made of its propensity."""
+    found = diagnostics.report()
+    found["weights"] |= {"weighs": model.objective.estimator.weighs, "own_tower": "propensity" in model.objective.towers}
+    if model.calibration is not None:
+        found["weights"] |= dict(zip(("slope", "shift"), model.calibration.tolist(), strict=True))
+    return found
 
 
 def _facts(run: Run, dataset: Dataset, split: Split, seconds: float) -> dict[str, Any]:

@@ -10,12 +10,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from escm2rec.evaluation.balance import BALANCED
 from escm2rec.evaluation.plots import calibration_plot, roc_plot
 from escm2rec.evaluation.report import OBSERVED, Record
 from escm2rec.evaluation.user_ranking import RANKING_METRICS
 
 MAX_GROUPS_SHOWN = 100
 """Groups of one column on the page; report.json holds more."""
+MAX_FEATURES_SHOWN = 30
+"""Features whose balance is on the page; report.json holds all."""
 KNOWN = ("cvr_entire", "cvr_unclicked")
 
 ABBREVIATIONS = ("auc", "ctr", "ctcvr", "cvr", "dcg", "ece", "kl", "ks", "ndcg", "rmse")
@@ -37,6 +40,17 @@ POPULATIONS = {
     "prediction can be judged where nobody clicked: what ESCM² is for. Real logs cannot show this.",
     "CVR, random impressions": "Will it convert? Of rating sets whose test items were drawn at random and all rated, so that clicks have "
     "selected nothing: what holds here holds for all impressions.",
+}
+WEIGHTS = {
+    "num_clicked": "clicked impressions",
+    "effective_sample_size": "effective sample size",
+    "effective_share": "effective share",
+    "mean_weight": "mean weight",
+    "largest_share": "largest weight's share",
+    "floor": "floor",
+    "floor_share": "share of clicks at the floor",
+    "slope": "calibration, slope of the logit",
+    "shift": "calibration, shift of the logit",
 }
 METRICS = {
     "AUC": "The chance that a random positive is ranked above a random negative. 0.5 is guessing, 1 is perfect. Says nothing about the "
@@ -62,6 +76,12 @@ METRICS = {
     "positives that are there, DCG@k adds 1 / log2(position + 1) for each, NDCG@k divides that by the best possible. Means over users "
     "with a positive; equal predictions share their positions.",
     "Propensity": "The predicted click probability, as the weight that ESCM² corrects selection by. Where it is wrong, the correction is.",
+    "Weights": "A clicked impression weighs 1 / q, q the propensity, at least the floor: it stands for all impressions like it. The mean "
+    "weight, over all impressions, is 1 if q is right. The effective sample size is the number of equally weighted clicks that would "
+    "say as much; the effective share is that over the number of clicks. Clicks at the floor all weigh the same.",
+    "Balance": "How far clicked impressions differ from all impressions: the difference of means over the standard deviation, of a number "
+    "or of the share of impressions with a value (the largest of the five most frequent values). Weights of a right propensity bring it "
+    "near 0; what stays is selection that is not corrected. Below 0.1 usually counts as balance.",
 }
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -76,6 +96,7 @@ body {{ margin: 0; background: #fff; color: var(--ink); font: 15px/1.5 system-ui
   Arial, "DejaVu Sans", sans-serif; }}
 main {{ max-width: 1160px; margin: 0 auto; padding: 40px 24px 64px; }}
 h1 {{ font-size: 27px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }}
+h3 {{ font-size: 15px; margin: 26px 0 4px; }}
 h2 {{ font-size: 18px; margin: 44px 0 6px; padding-top: 18px; border-top: 1px solid var(--line); }}
 p {{ margin: 4px 0 14px; max-width: 78ch; }}
 .soft, figcaption, caption {{ color: var(--soft); }}
@@ -113,7 +134,7 @@ summary {{ cursor: pointer; padding: 5px 0; }} summary b {{ font-weight: 600; }}
 @media (max-width: 760px) {{ .plots, .plots.two {{ grid-template-columns: 1fr; }} dl.words {{ grid-template-columns: 1fr; gap: 2px; }}
   dl.words dd {{ margin-bottom: 8px; }} main {{ padding: 24px 16px; }} }}
 @media print {{ @page {{ size: A4 landscape; margin: 14mm; }} main {{ padding: 0; max-width: none; }} body {{ font-size: 11pt; }}
-  h2 {{ break-after: avoid; margin-top: 24px; }} tr {{ break-inside: avoid; }} thead {{ display: table-header-group; }}
+  h2, h3 {{ break-after: avoid; }} h2 {{ margin-top: 24px; }} tr {{ break-inside: avoid; }} thead {{ display: table-header-group; }}
   .wide {{ overflow: visible; }} table {{ font-size: 9pt; }} th, td {{ padding-left: 11px; }} }}
 </style>
 </head>
@@ -316,6 +337,7 @@ def figure(name: str, detail: str, source: str) -> str:
 def _propensity(report: Record) -> str:
     propensity = report.get("propensity") or {}
     scalars = {name: value for name, value in propensity.items() if not isinstance(value, Mapping | list)}
+    weights, balance = propensity.get("weights", {}), propensity.get("balance", {})
     deciles = propensity.get("deciles") or {}
     if not scalars and not deciles.get("impressions"):
         return ""
@@ -330,7 +352,48 @@ def _propensity(report: Record) -> str:
         intervals = [_interval([p / high if high else None, p / low if low else None]) for p, high, low in bounds]
         first = [str(index + 1) for index in range(len(ratios))]
         parts.append(table([*head, "Predicted /\nclicked", "95% interval"], first, [*columns, aligned(ratios), intervals]))
-    return "".join(parts) + known
+    return "".join(parts) + known + _weights(weights) + _balance(balance, weights)
+
+
+def _weights(weights: Record) -> str:
+    """What the weights of the split come to, and what to do where they say little."""
+    if not weights:
+        return ""
+    known = facts({words: number(weights[name]) for name, words in WEIGHTS.items() if name in weights})
+    notes = []
+    if weights["floor_binds_for_most"]:
+        notes.append(
+            '<span class="bad">The floor binds for most clicked impressions: they all weigh the same, and selection stays uncorrected '
+            "among them.</span> Lower objective.propensity.floor, or make it relative (floor_kind)."
+        )
+    if weights["own_tower"]:
+        notes.append("q is of a propensity tower of its own, the tenths above are of the CTR tower.")
+    if not weights["weighs"]:
+        notes.append("The objective of this run weighs nothing by them.")
+    return f"<h3>Weights</h3><p>{METRICS['Weights']}</p>{known}{note(' '.join(notes))}"
+
+
+def _balance(balance: Record, weights: Record) -> str:
+    if not balance:
+        return ""
+    rows = balance["features"]
+    shown = rows[:MAX_FEATURES_SHOWN]
+    columns = [_differences([row[name] for row in shown]) for name in ("before", "after")]
+    notes = [f"✓ marks differences below {BALANCED}."]
+    if effective := weights["effective_sample_size"]:
+        notes.append(f"Chance alone leaves about {number(effective**-0.5, 2)} after weighting (1 / √ effective sample size).")
+    if len(rows) > len(shown):
+        notes.append(f"The {len(shown)} of {len(rows):,} features that differ most after weighting; the others are in report.json.")
+    head = ("Feature", "Difference\nbefore weighting", "Difference\nafter weighting")
+    body = table(head, [escape(row["feature"]) for row in shown], columns)
+    return f"<h3>Balance of clicked and all impressions</h3><p>{METRICS['Balance']}</p>{body}{note(' '.join(notes))}"
+
+
+def _differences(values: Sequence[float]) -> list[str]:
+    """Standardised differences; green with a check mark below BALANCED, else red."""
+    return [
+        f'<span class="{"good" if value < BALANCED else "bad"}">{value:.3f} {"✓" if value < BALANCED else "✗"}</span>' for value in values
+    ]
 
 
 def _words_of(name: str) -> str:

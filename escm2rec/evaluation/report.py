@@ -89,6 +89,7 @@ class Rows:
         if "weight" in predictions.columns:
             positive = (pl.col("weight") > 0) & pl.col("weight").is_finite()
             weight = _checked(predictions, "weight", positive, "a finite number above 0")
+            weight = None if (weight == 1).all() else weight  # a whole split beside a down-sampled one: nothing is weighted
         return cls(click, np.where(click > 0, conversion, 0.0), ctr_logit, cvr_logit, weight, propensity, cvr, at_random)
 
     def take(self, rows: slice | np.ndarray[Any, Any]) -> Rows:
@@ -135,8 +136,9 @@ def build_report(predictions: pl.DataFrame, by: Sequence[str] = (), user: str | 
     `predictions` has columns click, conversion (0 or 1), ctr_logit, cvr_logit, and optionally weight, true_propensity, true_cvr and
     kept.<column>. `by` names columns to report by group, `user` the column to rank within; a kept column may be named without its prefix.
     `at_random` is of rows that were drawn at random from all impressions and all seen: their one section is `cvr`.
-    Weights multiply every sum; `impressions` and `positives` stay counts of rows. Undefined metrics are None, with a reason under
-    `undefined`; an unbounded end of an interval is None. Raises DataError on values that cannot be right, ConfigError on unknown columns.
+    Weights multiply every sum (weights of 1 throughout are none); `impressions` and `positives` stay counts of rows. Undefined metrics are
+    None, with a reason under `undefined`; an unbounded end of an interval is None. Raises DataError on values that cannot be right,
+    ConfigError on unknown columns.
     """
     columns = [resolve_column(predictions, name) for name in by]
     user_column = resolve_column(predictions, user) if user is not None else None
@@ -165,7 +167,8 @@ def build_report(predictions: pl.DataFrame, by: Sequence[str] = (), user: str | 
 def flat_metrics(report: Record) -> dict[str, float]:
     """Defined metrics as one flat record with their population in the name: `ctr_auc`, `ctcvr_auc`, `cvr_auc_clicked`, `cvr_kl_entire`.
 
-    `cvr_auc` is that of impressions at random.
+    `cvr_auc` is that of impressions at random. `propensity_*` are of the weights 1 / q, under the names that training logs them by, and
+    `balance_*` of the features' balance before and after weighting, where the report has them.
     """
     flat = {}
     for section in (*OBSERVED, "cvr_entire", "cvr_unclicked"):
@@ -177,6 +180,10 @@ def flat_metrics(report: Record) -> dict[str, float]:
         for name, value in {**report.get(section, {}), "gauc": gauc, **ranked}.items():
             if isinstance(value, int | float):
                 flat[f"{task}_{name}{ending}"] = float(value)
+    for prefix, part in (("propensity", "weights"), ("balance", "balance")):
+        for name, value in report["propensity"].get(part, {}).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                flat[f"{prefix}_{name}"] = float(value)
     return flat
 
 

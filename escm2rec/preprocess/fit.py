@@ -17,6 +17,7 @@ from escm2rec.preprocess.block import RawBlock, RawColumn
 from escm2rec.preprocess.common import CommonRecords
 from escm2rec.preprocess.encoder import CHUNK_ROWS, slice_rows
 from escm2rec.preprocess.labels import apply_click_rule
+from escm2rec.preprocess.negatives import keep_negatives
 from escm2rec.preprocess.parallel import ordered_map
 from escm2rec.preprocess.ragged import Int64s, Ragged
 from escm2rec.preprocess.rejections import Rejected, Rejection
@@ -74,7 +75,11 @@ class _Counts:
 
 
 class Fitter:
-    """Counts training impressions of any number of files."""
+    """Counts training impressions of any number of files.
+
+    Of unclicked ones that `negative_keep_rate` leaves out nothing is counted, and no weight is: a vocabulary has the values that training
+    meets, `min_count` is of rows that train, and moments are of the numbers that the model reads.
+    """
 
     def __init__(self, config: DataConfig, progress: Progress) -> None:
         self._config, self._progress = config, progress
@@ -105,6 +110,8 @@ class Fitter:
         block, _, refusals = apply_click_rule(block, self._config.conversion_without_click)
         rejections = block.rejections
         block = block.take(np.flatnonzero(split_numbers(self._config.split, block) == TRAIN))
+        if self._config.negative_keep_rate < 1:
+            block = keep_negatives(block, self._config.negative_keep_rate)
         features = {name: self._count_column(name, column, None) for name, column in block.features.items()}
         return _Counts(features, len(block), block.common, rejections, refusals)
 
@@ -156,6 +163,7 @@ class Fitter:
             has_weight, has_truth = source.weight is not None, None not in (source.true_propensity, source.true_cvr)
         else:
             has_weight, has_truth = False, isinstance(source, AliccpSource) and source.truth is not None
+        has_weight = has_weight or config.negative_keep_rate < 1
         return Schema(source=source, features=features, keep=tuple(config.keep), has_weight=has_weight, has_truth=has_truth)
 
     def _fitted(self, feature: FeatureConfig, vocabulary: Path) -> Feature:

@@ -20,13 +20,14 @@ from escm2rec.preprocess.encoder import EncodedCommon, Encoder
 from escm2rec.preprocess.files import RawFile, raw_files
 from escm2rec.preprocess.fit import draft, fit
 from escm2rec.preprocess.labels import apply_click_rule
+from escm2rec.preprocess.negatives import keep_negatives
 from escm2rec.preprocess.parallel import default_workers, ordered_map
 from escm2rec.preprocess.parts import SplitWriter
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.preprocess.rejections import NO_SPLIT, Rejected, Rejection
 from escm2rec.preprocess.shares import Shares
 from escm2rec.preprocess.sources import Opener, OpenFile, common_of
-from escm2rec.preprocess.splits import file_may_train, split_column, split_numbers
+from escm2rec.preprocess.splits import TRAIN, file_may_train, split_column, split_numbers
 from escm2rec.progress import Progress
 
 WORKSPACE = "work"  # inside the unfinished folder, removed before it is complete
@@ -39,7 +40,10 @@ def preprocess(config: DataConfig, input: Path, out: Path, overwrite: bool = Fal
     `validation/` and `test/`; it is complete or absent. Everything that is fitted is fitted on the training split. Memory is bounded by
     distinct values and common records, not by rows. The same input and config give the same bytes.
 
-    Returns out, schema_hash, rows, clicks and conversions by split, rejected rows by reason, and seconds.
+    With `negative_keep_rate` below 1 every split has weights: those of `keep_negatives` in training; validation and test stay whole, so
+    that what is measured there is of impressions as they come, without the variance of weights, and can be ranked.
+
+    Returns out, schema_hash, rows, clicks and conversions by split, rejected rows by reason, negatives left out, and seconds.
     Raises DataError for bad input, ConfigError when `out` exists and may not be overwritten.
     """
     began = time.monotonic()
@@ -58,6 +62,7 @@ def preprocess(config: DataConfig, input: Path, out: Path, overwrite: bool = Fal
         },
         "rejected": {reason: entry["rows"] for reason, entry in manifest["rejected"].items()},
         "conversion_without_click": manifest["conversion_without_click"]["rows"],
+        "negatives_left_out": manifest["negatives_left_out"],
         "seconds": manifest["seconds"],
     }
 
@@ -78,6 +83,7 @@ class _EncodedBlock:
     refusals: list[Rejection]
     without_click: Rejection | None
     no_split: Rejection | None
+    negatives_left_out: int
 
 
 class _Job:
@@ -87,7 +93,7 @@ class _Job:
         self._config, self._files, self._folder = config, files, folder
         self._workers = default_workers()
         self._rejected = Rejected(config.bad_rows == "refuse")
-        self._without_click = 0
+        self._without_click = self._negatives_left_out = 0
         self._workspace = folder / WORKSPACE
         column = split_column(config.split)
         extras = dict.fromkeys([*config.keep, *([column] if column is not None else [])])
@@ -131,6 +137,7 @@ class _Job:
                     self._rejected.count(block.without_click)
             if block.no_split is not None:
                 self._rejected.count(block.no_split)
+            self._negatives_left_out += block.negatives_left_out
             for piece in block.pieces:
                 writers[piece.split].add(piece.table)
                 shares.add(piece.split, len(piece.table), piece.held)
@@ -146,11 +153,16 @@ class _Job:
         rejections = block.rejections
         block, without_click, refusals = apply_click_rule(block, self._config.conversion_without_click)
         numbers = split_numbers(self._config.split, block)
-        pieces = []
+        rate = self._config.negative_keep_rate
+        pieces, left_out = [], 0
         for number, split in enumerate(SPLITS):
             mine = block.take(np.flatnonzero(numbers == number))
+            if rate < 1:
+                before, mine = len(mine), keep_negatives(mine, rate if number == TRAIN else 1.0)
+                left_out += before - len(mine)
             pieces += [_Piece(split, table, held) for table, held in encoder.tables(mine, common, self._config.rows_per_group)]
-        return _EncodedBlock(pieces, rejections, refusals, without_click, self._no_split(block, np.flatnonzero(numbers < 0)))
+        no_split = self._no_split(block, np.flatnonzero(numbers < 0))
+        return _EncodedBlock(pieces, rejections, refusals, without_click, no_split, left_out)
 
     def _no_split(self, block: RawBlock, rows: Int64s) -> Rejection | None:
         if not len(rows):
@@ -169,7 +181,8 @@ class _Job:
         return {
             "schema_hash": schema_hash,
             "splits": splits,
-            "negative_keep_rate": 1.0,
+            "negative_keep_rate": self._config.negative_keep_rate,
+            "negatives_left_out": self._negatives_left_out,
             "input": [{"path": str(path), "bytes": path.stat().st_size} for path in inputs],
             "rejected": self._rejected.reasons,
             "conversion_without_click": {"rule": self._config.conversion_without_click, "rows": self._without_click},

@@ -47,6 +47,11 @@ class Dataset:
             raise DataError(
                 f"the data set at {path} mixes two runs: manifest and schema.json differ in their schema hash", "preprocess again"
             )
+        if (rate := manifest.get("negative_keep_rate", 1.0)) < 1 and not schema.has_weight:
+            raise DataError(
+                f"the data set at {path} kept its unclicked training impressions at rate {rate:g} and has no weights to correct that",
+                "preprocess again: data.negative_keep_rate gives each kept one a weight, the one correction there is",
+            )
         for feature in schema.tables:
             vocabulary = path / "vocabulary" / f"{feature.name}.parquet"
             if feature.encoding == "vocabulary" and not vocabulary.is_file():

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from escm2rec.config import ObjectiveConfig
+
 Reference = Literal["true propensity", "all conversions"]
 
 
 class Candidate(NamedTuple):
     """One row of the study.
 
-    settings   a section `objective` of the config
+    settings   a section `objective` of the config; lambda_c is 1 where it is not said
     reference  what it is given that a log does not hold: the true propensity as q, or the conversion of every impression
     """
 
     settings: dict[str, Any]
     reference: Reference | None = None
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """The section, with every default filled in."""
+        return ObjectiveConfig.model_validate({"lambda_c": 1.0, **self.settings})
 
 
 LABEL = {"predicts": "label", "loss": "bce"}
@@ -42,11 +49,13 @@ CANDIDATES: dict[str, Candidate] = {
     "dcmt": Candidate({"kind": "dcmt"}),
     "two-space": Candidate({"kind": "two-space", "imputation": LABEL}),
     "escm2-ips balanced": Candidate({"kind": "escm2-ips", "propensity": {"balance": 1.0}}),
+    "esmm lambda_g 5": Candidate({"kind": "esmm", "lambda_g": 5.0}),
+    "esmm detached": Candidate({"kind": "esmm", "ctcvr_detach_ctr": True}),
+    "naive+ctcvr lambda_c 5": Candidate({"kind": "naive+ctcvr", "lambda_c": 5.0}),
+    "naive+ctcvr detached": Candidate({"kind": "naive+ctcvr", "ctcvr_detach_ctr": True}),
     "escm2-ips lambda_c 5": Candidate({"kind": "escm2-ips", "lambda_c": 5.0}),
-    "escm2-ips lambda_c 0.2": Candidate({"kind": "escm2-ips", "lambda_c": 0.2}),
     "escm2-ips floor 0.5": Candidate({"kind": "escm2-ips", "propensity": {"floor": 0.5}}),
-    "escm2-ips floor 0.02": Candidate({"kind": "escm2-ips", "propensity": {"floor": 0.02}}),
-    "escm2-ips true q": Candidate({"kind": "escm2-ips"}, "true propensity"),
-    "escm2-dr true q": Candidate({"kind": "escm2-dr", "imputation": LABEL}, "true propensity"),
+    "escm2-ips true q": Candidate({"kind": "escm2-ips", "propensity": {"floor": 0.0}}, "true propensity"),
+    "escm2-dr true q": Candidate({"kind": "escm2-dr", "imputation": LABEL, "propensity": {"floor": 0.0}}, "true propensity"),
     "oracle": Candidate({"kind": "naive"}, "all conversions"),
 }

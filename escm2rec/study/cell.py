@@ -7,20 +7,20 @@ world's log fits into memory.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from escm2rec.config import ObjectiveConfig
 from escm2rec.models.backbone import SharedBottom
 from escm2rec.models.head import Escm2Head, Task
 from escm2rec.models.predictions import Predictions
 from escm2rec.models.tower import Tower
 from escm2rec.objectives.objective import Objective, Stage
 from escm2rec.objectives.reduction import LossTerm, local_sums, reduce_terms
-from escm2rec.study.candidates import Candidate
+from escm2rec.study.candidates import Candidate, Reference
 from escm2rec.study.worlds import NUM_NUMBERS, Sample, World, draw, drop_negatives, wrong_shift
 from escm2rec.training.build import BaseRates, build_objective
 
@@ -106,6 +106,7 @@ class Trained(NamedTuple):
     model: StudyModel
     objective: Objective
     calibration: Tensor | None
+    reference: Reference | None
 
     @torch.no_grad()
     def predict(self, sample: Sample) -> Predictions:
@@ -129,7 +130,7 @@ def train(world: World, candidate: Candidate, sample: Sample, seed: int) -> Trai
     model = _model(world, objective, rates, seed)
     optimizer = _optimizer(world, model)
     first_rates = [group["lr"] for group in optimizer.param_groups]
-    batches = _batches(len(sample), EPOCHS_OF_IDS if world.users else EPOCHS, seed)
+    batches = _batches(len(sample), EPOCHS_OF_IDS if world.users else EPOCHS, objective, seed)
     for step, index in enumerate(batches):
         progress = step / len(batches)
         for group, first in zip(optimizer.param_groups, first_rates, strict=True):
@@ -140,7 +141,7 @@ def train(world: World, candidate: Candidate, sample: Sample, seed: int) -> Trai
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return Trained(model, objective, calibration)
+    return Trained(model, objective, calibration, candidate.reference)
 
 
 def _model(world: World, objective: Objective, rates: BaseRates, seed: int) -> StudyModel:
@@ -159,11 +160,20 @@ def _optimizer(world: World, model: StudyModel) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
 
 
-def _batches(rows: int, epochs: int, seed: int) -> list[Tensor]:
-    """Places of the rows of each step: every row once an epoch, in an order of its own."""
+def _batches(rows: int, epochs: int, objective: Objective, seed: int) -> list[Tensor]:
+    """Places of the rows of each step, every row once an epoch: so many that CTR and CVR learn in the same number of steps under all
+    objectives, whatever steps an objective takes beside them."""
     order = torch.Generator().manual_seed(seed)
-    steps = max(1, round(rows / BATCH_ROWS))
-    return [index for _ in range(epochs) for index in torch.randperm(rows, generator=order).chunk(steps)]
+    by_epoch = max(1, round(rows / BATCH_ROWS))
+    steps = _steps(objective, epochs * by_epoch)
+    passes = -(-steps // by_epoch)
+    return [index for _ in range(passes) for index in torch.randperm(rows, generator=order).chunk(by_epoch)][:steps]
+
+
+def _steps(objective: Objective, cvr_steps: int) -> int:
+    """How many steps hold so many that train CTR and CVR."""
+    trains = (step for step in count() if objective.phase(step) in ("cvr", "joint"))
+    return next(islice(trains, cvr_steps - 1, None)) + 1
 
 
 def _terms(objective: Objective, candidate: Candidate, model: StudyModel, batch: Rows, stage: Stage) -> dict[str, LossTerm]:
@@ -176,7 +186,7 @@ def _terms(objective: Objective, candidate: Candidate, model: StudyModel, batch:
 
 
 def _objective(candidate: Candidate, rates: BaseRates) -> Objective:
-    objective = build_objective(ObjectiveConfig.model_validate({"lambda_c": 1.0, **candidate.settings}), rates.ctr)
+    objective = build_objective(candidate.objective, rates.ctr)
     return replace(objective, given=candidate.reference == "true propensity")
 
 

@@ -32,7 +32,13 @@ REFERENCES = ("escm2-ips true q", "escm2-dr true q", "oracle")
 PRICED = ("capacity right", "selection 0", "clicks at random", "hidden", "ids flexible", "ids small")
 """Worlds where there is no selection, a model that is right without weights, or a propensity that cannot show the selection."""
 TAKE = {"a correction": "is better where", "no difference shown": "shows no difference where", "none": "is worse where"}
-CHOOSER_WORDS = {"heldout_snips": "SNIPS risk", "heldout_dr": "DR risk", "heldout_auc_clicked": "AUC, clicked"}
+CHOOSER_WORDS = {
+    "heldout_snips": "SNIPS risk",
+    "heldout_dr": "DR risk",
+    "heldout_snips_flexible": "SNIPS risk, flexible judge",
+    "heldout_dr_flexible": "DR risk, flexible judge",
+    "heldout_auc_clicked": "AUC, clicked",
+}
 
 
 def findings(tree: Tree) -> list[Finding]:

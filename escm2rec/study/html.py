@@ -35,6 +35,8 @@ METRICS = {
     "mean_weight": "Mean\nweight",
     "heldout_snips": "SNIPS risk,\nheld out",
     "heldout_dr": "DR risk,\nheld out",
+    "heldout_snips_flexible": "SNIPS risk,\nflexible judge",
+    "heldout_dr_flexible": "DR risk,\nflexible judge",
     "heldout_auc_clicked": "AUC clicked,\nheld out",
 }
 WORDS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,11 @@ from escm2rec.study.cell import Draw, Rows, Trained
 from escm2rec.study.worlds import Sample
 
 Floats = NDArray[np.float64]
-NUISANCE_FLOOR = 0.1  # of the base CTR, as training has it
+JUDGE_FLOOR = 0.1  # of the base CTR, as training has it
 LEAST_RATE = 1e-12
 
 
-def measure(trained: Trained, draw: Draw, nuisance: Predictions) -> dict[str, float | None]:
+def measure(trained: Trained, draw: Draw, judges: Mapping[str, Predictions]) -> dict[str, float | None]:
     """One number by name; None where it does not exist.
 
     On fresh impressions, with the truth: `kl` and `kl_unclicked` (mean KL of eta_hat from eta in nats; over the unclicked each impression
@@ -29,13 +30,18 @@ def measure(trained: Trained, draw: Draw, nuisance: Predictions) -> dict[str, fl
     calibration of `ctr`, `cvr_clicked` and `ctcvr`, `ctr_kl`, `priority` (see `priority_slope`), `true_risk`, and `risk_error`, by
     which share the objective's own CVR loss misses it.
 
-    From a log alone: `effective_share` and `mean_weight` of its weights, and on the held-out log `heldout_snips`, `heldout_dr` and
-    `heldout_auc_clicked`: entire-space risks by a propensity and imputed labels (`nuisance`) that never saw that log and do not belong
-    to the candidate, and the AUC of clicked impressions.
+    From a log alone: `effective_share` and `mean_weight` of its weights, and on the held-out log `heldout_auc_clicked`, the AUC of clicked
+    impressions, and by each judge `heldout_snips` and `heldout_dr`, its name appended: risks on all impressions by the propensity and
+    imputed labels of a model that never saw that log and is no candidate.
     """
     predictions = trained.predict(draw.fresh)
     values = _against_truth(predictions, draw.fresh) | _own_risk(trained, predictions, draw.fresh)
-    values |= _held_out(trained.predict(draw.held_out), draw.held_out, nuisance)
+    held_out = trained.predict(draw.held_out)
+    for name, judge in judges.items():
+        values |= {f"{key}{name}": value for key, value in _held_out(held_out, draw.held_out, judge).items()}
+    clicked = draw.held_out.click > 0
+    labels, weights = draw.held_out.conversion[clicked], draw.held_out.weight[clicked]
+    values["heldout_auc_clicked"] = metrics.auc(_array(held_out.cvr_logit)[clicked], labels, weights)
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
@@ -75,7 +81,8 @@ def _own_risk(trained: Trained, predictions: Predictions, fresh: Sample) -> dict
     rows, objective = Rows.of(fresh), trained.objective
     found: dict[str, float] = {}
     terms = objective.terms(predictions, rows.click, rows.conversion, rows.weight, trained.stage)
-    if "cvr" in terms and objective.kind != "dcmt":  # whose loss is of two towers
+    # DCMT's loss is of two towers, and the oracle's of conversions that no log holds.
+    if "cvr" in terms and objective.kind != "dcmt" and trained.reference != "all conversions":
         only = {"cvr": terms["cvr"]}
         estimate = float(reduce_terms(only, local_sums(only), world_size=1)[1]["cvr"])
         if objective.kind == "two-space":
@@ -89,19 +96,16 @@ def _own_risk(trained: Trained, predictions: Predictions, fresh: Sample) -> dict
     return found
 
 
-def _held_out(predictions: Predictions, log: Sample, nuisance: Predictions) -> dict[str, float]:
+def _held_out(predictions: Predictions, log: Sample, judge: Predictions) -> dict[str, float]:
     rows = Rows.of(log)
     z, w = predictions.cvr_logit, rows.weight
     base_ctr = float((w * rows.click).sum() / w.sum())
-    q = propensity(nuisance.ctr_logit, NUISANCE_FLOOR * base_ctr)
-    risks = risk_estimates(risk_sums(z, rows.click, rows.conversion, w, q, nuisance.cvr_logit))
-    clicked = log.click > 0
-    auc = metrics.auc(_array(z)[clicked], log.conversion[clicked], log.weight[clicked])
+    q = propensity(judge.ctr_logit, JUDGE_FLOOR * base_ctr)
+    risks = risk_estimates(risk_sums(z, rows.click, rows.conversion, w, q, judge.cvr_logit))
     missing = math.nan
     return {
         "heldout_snips": missing if risks.snips is None else risks.snips,
         "heldout_dr": missing if risks.dr is None else risks.dr,
-        "heldout_auc_clicked": auc,
     }
 
 

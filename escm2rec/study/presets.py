@@ -34,7 +34,7 @@ WORLDS = [
     replace(IDS, name="ids flexible", title="sparse ids, flexible towers", towers="flexible"),
     replace(IDS, name="ids small", title="sparse ids, CVR tower too small"),
 ]
-JUDGED = ("selection +0.8", "selection -0.8", "selection 0", "clicks at random")
+JUDGED = ("selection +0.8", "selection -0.8")
 """Worlds in which what was chosen is judged on fresh seeds."""
 
 

@@ -16,14 +16,17 @@ import torch
 
 from escm2rec.errors import RunError
 from escm2rec.folder import write_json
+from escm2rec.models.predictions import Predictions
 from escm2rec.progress import Progress
 from escm2rec.study.candidates import CANDIDATES, Candidate
-from escm2rec.study.cell import draw_world, train
+from escm2rec.study.cell import Draw, draw_world, train
 from escm2rec.study.measure import measure
 from escm2rec.study.worlds import World
 
 CELLS = "cells"
-NUISANCE = Candidate({"kind": "naive"})
+JUDGE = Candidate({"kind": "naive"})
+JUDGE_SEED = 1_000_000  # of another start than the naive candidate, which would else judge itself
+FLEXIBLE_JUDGE = "_flexible"
 Values = dict[str, float | None]
 
 
@@ -37,7 +40,10 @@ class Task(NamedTuple):
 
 
 def run_cells(folder: Path, plan: Sequence[tuple[World, int, tuple[str, ...]]], workers: int) -> None:
-    """Compute every cell of the plan (world, seeds, candidates) that is not in `folder` yet; RunError names the cell that failed."""
+    """Compute every cell of the plan (world, seeds, candidates) that is not in `folder` yet.
+
+    RunError, when all others are done, names one that failed.
+    """
     tasks = [task for world, seeds, names in plan for seed in range(seeds) if (task := _missing(folder, world, seed, names)).candidates]
     total = sum(len(task.candidates) for task in tasks)
     context = multiprocessing.get_context("spawn")
@@ -45,14 +51,17 @@ def run_cells(folder: Path, plan: Sequence[tuple[World, int, tuple[str, ...]]], 
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         try:
             running = {pool.submit(run_task, task): task for task in tasks}
+            failed: list[str] = []
             for done in as_completed(running):
                 task = running[done]
                 if (error := done.exception()) is not None:
-                    where = f"world {task.world.name!r}, seed {task.seed}"
-                    raise RunError(f"{where}: {error}", "the same command goes on with the other cells") from error
+                    failed.append(f"world {task.world.name!r}, seed {task.seed}: {error}")
                 progress.add(len(task.candidates), f"{task.world.name}, seed {task.seed}")
         finally:
             pool.shutdown(cancel_futures=True)
+    if failed:
+        message = f"{len(failed)} of {len(tasks)} tasks failed, the first in {failed[0]}"
+        raise RunError(message, "all other cells are kept: the same command tries these again")
 
 
 def read_cells(folder: Path, world: World, seeds: int, candidate: str) -> list[Values]:
@@ -63,16 +72,22 @@ def read_cells(folder: Path, world: World, seeds: int, candidate: str) -> list[V
 def run_task(task: Task) -> None:
     """Draw one seed's world and train, measure and write each candidate; RunError names the one that failed."""
     draw = draw_world(task.world, task.seed)
-    judge = train(replace(task.world, towers="flexible", slope=1.0), NUISANCE, draw.training, task.seed)
-    nuisance = judge.predict(draw.held_out)
+    judges = _judges(task, draw)
     for name in task.candidates:
         try:
-            values = measure(train(task.world, CANDIDATES[name], draw.training, task.seed), draw, nuisance)
+            values = measure(train(task.world, CANDIDATES[name], draw.training, task.seed), draw, judges)
         except Exception as error:
             raise RunError(f"{name}: {error}") from error
         path = _path(task.folder, task.world, name, task.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, values)
+
+
+def _judges(task: Task, draw: Draw) -> dict[str, Predictions]:
+    """What two models say of the held-out log: one of the world's own towers, as `train` has it by default, and one of flexible towers."""
+    towers: dict[str, World] = {"": task.world, FLEXIBLE_JUDGE: replace(task.world, towers="flexible")}
+    seed = task.seed + JUDGE_SEED
+    return {name: train(replace(world, slope=1.0), JUDGE, draw.training, seed).predict(draw.held_out) for name, world in towers.items()}
 
 
 def _start_worker() -> None:

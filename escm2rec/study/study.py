@@ -14,7 +14,7 @@ from escm2rec import __version__
 from escm2rec.errors import ConfigError
 from escm2rec.folder import MANIFEST, refuse_existing, write_json, write_manifest
 from escm2rec.study import cell
-from escm2rec.study.candidates import CANDIDATES
+from escm2rec.study.candidates import CANDIDATES, Candidate
 from escm2rec.study.html import write_study_page
 from escm2rec.study.presets import PRESETS, Preset
 from escm2rec.study.run import default_workers, read_cells, run_cells
@@ -84,8 +84,12 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "version": __version__,
         "constants": {name: getattr(cell, name) for name in CONSTANTS},
         "worlds": {world.name: asdict(world) for world, _, _ in plan},
-        "candidates": {name: CANDIDATES[name]._asdict() for _, _, names in plan for name in names},
+        "candidates": {name: _told(CANDIDATES[name]) for _, _, names in plan for name in names},
     }
+
+
+def _told(candidate: Candidate) -> dict[str, Any]:
+    return {"reference": candidate.reference, **candidate.objective.model_dump(mode="json")}
 
 
 def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
@@ -114,6 +118,10 @@ def _held(out: Path) -> dict[str, Any] | None:
 def _merged(out: Path, held: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a study that goes on, with those it was begun with; ConfigError where they differ."""
     now: dict[str, Any] = json.loads(json.dumps(settings))
+    if held.get("version") != now["version"]:
+        raise ConfigError(
+            f"{out} was begun by escm2rec {held.get('version')}, this is {now['version']}", "finish it with that version, or begin anew"
+        )
     for part in ("constants", "worlds", "candidates"):
         for name in held[part].keys() & now[part].keys():
             if held[part][name] != now[part][name]:

@@ -23,7 +23,7 @@ ALTERNATION = (
     ("escm2-dr label", "escm2-dr"),
 )
 """Ways to train the imputation, each beside another."""
-CHOOSERS = {"heldout_snips": 1, "heldout_dr": 1, "heldout_auc_clicked": -1}
+CHOOSERS = {"heldout_snips": 1, "heldout_dr": 1, "heldout_snips_flexible": 1, "heldout_dr_flexible": 1, "heldout_auc_clicked": -1}
 """What a chooser goes by, and its sign: the least risk, the greatest AUC."""
 
 Cells = Mapping[str, Mapping[str, Sequence[Values]]]
@@ -54,7 +54,7 @@ def trainable(of_world: Iterable[str]) -> list[str]:
 
 def contenders(of_world: Mapping[str, Sequence[Values]]) -> list[str]:
     """The candidates that a log can train and that correct for selection."""
-    return [name for name in trainable(of_world) if name not in BASELINES]
+    return [name for name in trainable(of_world) if CANDIDATES[name].settings["kind"] not in BASELINES]
 
 
 def _exists(seeds: Sequence[Values]) -> bool:
@@ -131,24 +131,37 @@ def _adjusted(tests: Mapping[str, Paired]) -> dict[str, dict[str, Any]]:
 
 
 def _chosen(cells: Cells) -> list[dict[str, Any]]:
-    """In each world with seeds enough: the contender of least mean log KL on the choosing seeds, judged on the others."""
+    """In each world with seeds enough: the contender of least mean log KL on the choosing seeds, judged on the others.
+
+    It is held against each baseline in that of its settings which the same seeds choose."""
     found: list[dict[str, Any]] = []
     tests: list[Paired] = []
     for world, of_world in cells.items():
         names = contenders(of_world)
         if not names or any(len(seeds) < CHOOSING_SEEDS + LEAST_JUDGING_SEEDS for seeds in of_world.values()):
             continue
-        logs = {name: np.log(_column(of_world[name], "kl")) for name in of_world}
-        best = min(names, key=lambda name: float(logs[name][:CHOOSING_SEEDS].mean()))
+        best = _best_of(of_world, names)
+        settings = {baseline: _settings_of(of_world, baseline) for baseline in BASELINES}
+        beside = {baseline: _best_of(of_world, of_it) for baseline, of_it in settings.items() if of_it}
         kls = {name: _column(seeds, "kl")[CHOOSING_SEEDS:] for name, seeds in of_world.items()}
-        against = {baseline: paired(kls[best], kls[baseline]) for baseline in BASELINES if baseline in of_world}
+        against = {baseline: paired(kls[best], kls[name]) for baseline, name in beside.items()}
         tests += against.values()
-        found.append({"world": world, "candidate": best, "against": {name: test._asdict() for name, test in against.items()}})
+        told = {baseline: {**test._asdict(), "candidate": beside[baseline]} for baseline, test in against.items()}
+        found.append({"world": world, "candidate": best, "of": len(names), "against": told})
     adjusted = iter(holm([test.p for test in tests]))
     for entry in found:
         for test in entry["against"].values():
             test["p_holm"] = next(adjusted)
     return found
+
+
+def _settings_of(of_world: Mapping[str, Sequence[Values]], baseline: str) -> list[str]:
+    return [name for name in trainable(of_world) if CANDIDATES[name].settings["kind"] == baseline]
+
+
+def _best_of(of_world: Mapping[str, Sequence[Values]], names: Sequence[str]) -> str:
+    """Of least mean log KL on the choosing seeds."""
+    return min(names, key=lambda name: float(np.log(_column(of_world[name], "kl")[:CHOOSING_SEEDS]).mean()))
 
 
 def _choosers(cells: Cells) -> dict[str, Any]:

@@ -31,6 +31,7 @@ Ints = NDArray[np.int64]
 NUM_NUMBERS, NUM_FACTORS = 8, 4
 CALIBRATION_ROWS = 100_000  # the intercepts are right to half a percent of a rate
 HIDDEN_NODES = 16
+OF_WORLD = 2**31  # first word of the seeds of what belongs to a world: no study has such a seed
 LONGEST_LOGIT = 30.0
 
 
@@ -137,7 +138,7 @@ def wrong_shift(world: World) -> float:
     """The shift that keeps sigmoid(slope logit p + shift) at the world's CTR on average."""
     if world.slope == 1:
         return 0.0
-    features = _features(world, CALIBRATION_ROWS, np.random.default_rng([0, 2]))
+    features = _features(world, CALIBRATION_ROWS, np.random.default_rng([OF_WORLD, 2]))
     click_logit, _ = _logits(world, features, _intercepts(world))
     return _solve(lambda shift: float(_sigmoid(world.slope * click_logit + shift).mean()), world.ctr)
 
@@ -152,7 +153,7 @@ def _features(world: World, rows: int, random: np.random.Generator) -> _Features
 
 def _id_features(world: World, rows: int, random: np.random.Generator) -> _Features:
     """Users and items with factors, drawn alike often; their effects are those of the world, whatever the seed."""
-    of_world = np.random.default_rng([world.users, 3])
+    of_world = np.random.default_rng([OF_WORLD, 3, world.users])
     sizes = (world.users, world.users // 4)
     user, item = (random.integers(size, size=rows) for size in sizes)
     effects = [of_world.standard_normal((size, NUM_FACTORS + 2)) for size in sizes]
@@ -175,7 +176,7 @@ _solved: dict[World, tuple[float, float]] = {}
 
 def _intercepts(world: World) -> tuple[float, float]:
     if world not in _solved:
-        features = _features(world, CALIBRATION_ROWS, np.random.default_rng([0, 1]))
+        features = _features(world, CALIBRATION_ROWS, np.random.default_rng([OF_WORLD, 1]))
         click, convert = _logits(world, features, (0.0, 0.0))
         _solved[world] = (
             _solve(lambda a: float(_mean_over_hidden(world, click + a).mean()), world.ctr),

@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
@@ -67,16 +69,27 @@ def load_checkpoint(folder: Path, module: DistributedModelParallel, optimizer: C
     state: dict[str, Any] = {"model": module.state_dict()}
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
-    try:
-        dcp.load(state, checkpoint_id=folder)
-    except (OSError, RuntimeError, ValueError, KeyError, json.JSONDecodeError, CheckpointException) as error:
-        hint = "it is damaged, or of another model, schema or split of columns; once it is removed, --resume goes on from the one before"
-        raise DataError(f"cannot load checkpoint {folder}: {_cause(error)}", hint) from error
+    _load(state, folder)
     module.load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     progress: dict[str, Any] = manifest["progress"]
     return progress
+
+
+def load_calibration(folder: Path) -> Tensor:
+    """Slope and shift of the propensity's logit, [2], from the checkpoint of a run that calibrates; DataError as in `load_checkpoint`."""
+    calibration = torch.tensor([1.0, 0.0])
+    _load({"model": {"loss.calibration": calibration}}, folder)  # a buffer of `step.Loss`; read in place
+    return calibration
+
+
+def _load(state: dict[str, Any], folder: Path) -> None:
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except (OSError, RuntimeError, ValueError, KeyError, json.JSONDecodeError, CheckpointException) as error:
+        hint = "it is damaged, or of another model, schema or split of columns; once it is removed, --resume goes on from the one before"
+        raise DataError(f"cannot load checkpoint {folder}: {_cause(error)}", hint) from error
 
 
 def _cause(error: BaseException) -> str:

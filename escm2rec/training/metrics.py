@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections import deque
@@ -19,18 +20,24 @@ from torch import Tensor
 from escm2rec.errors import RunError
 from escm2rec.evaluation import metrics
 from escm2rec.objectives.imputation import share_outside
-from escm2rec.objectives.propensity import PropensitySums, propensity_report
+from escm2rec.objectives.propensity import PropensityReport, PropensitySums, propensity_report
 from escm2rec.sharding.runtime import Runtime
 from escm2rec.training.step import StepOutput
+
+logger = logging.getLogger(__name__)
 
 WINDOW_ROWS = 131_072  # AUC and calibration are of at most so many of the latest impressions: sorting them takes 20 ms
 
 
 class TrainingMetrics:
-    """Collects steps and turns them into records over the steps since the last one; all ranks call it alike."""
+    """Collects steps and turns them into records over the steps since the last one; all ranks call it alike.
 
-    def __init__(self, runtime: Runtime) -> None:
+    `weighs` says whether the objective weighs impressions by the propensity. If so, a floor that binds for most is told once, by rank 0.
+    """
+
+    def __init__(self, runtime: Runtime, weighs: bool) -> None:
         self._runtime = runtime
+        self._may_warn = weighs and runtime.is_main
         self._rows_by_rank = WINDOW_ROWS // runtime.world_size
         self._losses: dict[str, list[Tensor]]
         self._rows: deque[Tensor]  # [5, rows of a step]: CTR and CVR logit, click, conversion, weight
@@ -60,7 +67,9 @@ class TrainingMetrics:
         # Terms are of the global batch: all ranks have the same, so all refuse the same divergence.
         losses = {f"loss_{name}": float(torch.stack(values).double().mean()) for name, values in self._losses.items()}
         self._refuse_divergence(losses, step)
-        propensity, pseudo_labels, num_rows = self._reduced()
+        report, pseudo_labels, num_rows = self._reduced()
+        self._warn_of_floor(report, step)
+        propensity = {f"propensity_{name}": float(value) for name, value in report._asdict().items() if value is not None}
         rows = self._gathered_rows()
         seconds = time.perf_counter() - self._since
         record: dict[str, Any] = {"step": step, "epoch": epoch, "rows": num_rows, "rows_per_s": round(num_rows / seconds, 1)}
@@ -83,6 +92,16 @@ class TrainingMetrics:
                 error.told_by_rank_0 = not self._runtime.is_main
                 raise error
 
+    def _warn_of_floor(self, report: PropensityReport, step: int) -> None:
+        if self._may_warn and report.floor_binds_for_most:
+            self._may_warn = False
+            logger.warning(
+                "up to step %d the floor of the propensity bound for %.0f%% of the clicked impressions: they all weigh the same, and "
+                "selection stays uncorrected among them; lower objective.propensity.floor, or make it relative (floor_kind)",
+                step,
+                100 * (report.floor_share or 0.0),
+            )
+
     def _restart(self) -> None:
         self._losses = {}
         self._rows = deque()
@@ -93,7 +112,7 @@ class TrainingMetrics:
         self._term_weights = {}
         self._since = time.perf_counter()
 
-    def _reduced(self) -> tuple[dict[str, float], float | None, int]:
+    def _reduced(self) -> tuple[PropensityReport, float | None, int]:
         assert self._propensity is not None
         added, largest = self._propensity.added.clone(), self._propensity.largest.clone()
         counts = torch.zeros(3, dtype=torch.float64, device=self._runtime.device)
@@ -104,8 +123,7 @@ class TrainingMetrics:
         dist.all_reduce(counts, group=self._runtime.group)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._runtime.group)
         report = propensity_report(PropensitySums(added, largest))
-        named = {f"propensity_{name}": float(value) for name, value in report._asdict().items() if value is not None}
-        return named, share_outside(counts[1:]) if self._pseudo_labels is not None else None, int(counts[0])
+        return report, share_outside(counts[1:]) if self._pseudo_labels is not None else None, int(counts[0])
 
     def _gathered_rows(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         mine = torch.cat(list(self._rows), dim=1).cpu().numpy()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from escm2rec.models.predictions import Predictions
+from escm2rec.objectives.objective import Stage
 from escm2rec.reader.batch import Batch
 from escm2rec.sharding.runtime import Runtime
-from escm2rec.training.build import build_model, shard
-from escm2rec.training.checkpoint import load_checkpoint
+from escm2rec.training.build import build_model, build_objective, shard
+from escm2rec.training.checkpoint import load_calibration, load_checkpoint
 from escm2rec.training.run import Run
 from escm2rec.training.step import ModelOnly
 
@@ -23,9 +25,24 @@ class TrainedModel:
         self._module: DistributedModelParallel = shard(ModelOnly(model), run.schema, run.config, False, runtime).module
         load_checkpoint(run.checkpoint, self._module)
         self._module.eval()
+        self.objective = build_objective(run.config.objective, run.rates.ctr)
+        calibrates = run.config.objective.propensity.calibration != "none"
+        self.calibration = load_calibration(run.checkpoint) if calibrates else None
 
     @torch.no_grad()  # inference_mode has no kernel for fused training tables
     def __call__(self, batch: Batch) -> Predictions:
-        """Logits of the real rows of a batch, on the CPU; its padding is cut off."""
+        """Logits of the real rows of a batch, on the CPU; its padding is cut off.
+
+        Those of CTR and CVR, and of the propensity where it has a tower of its own.
+        """
         predictions: Predictions = self._module(batch.to(self._runtime.device))
-        return Predictions(predictions.ctr_logit[: batch.num_rows].cpu(), predictions.cvr_logit[: batch.num_rows].cpu())
+        own, rows = predictions.propensity_logit, batch.num_rows
+        return Predictions(
+            predictions.ctr_logit[:rows].cpu(),
+            predictions.cvr_logit[:rows].cpu(),
+            propensity_logit=None if own is None else own[:rows].cpu(),
+        )
+
+    def propensity(self, predictions: Predictions) -> Tensor:
+        """q, [B], as the run's last steps weighed by it: of its own tower, calibrated and floored as the run's config says."""
+        return self.objective.propensity(predictions, Stage("cvr", calibration=self.calibration))

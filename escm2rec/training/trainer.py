@@ -145,7 +145,7 @@ class Trainer:
     def records(self) -> Iterator[dict[str, Any]]:
         """Train step by step from where it stands; yield a record of metrics when one is due, before the checkpoint of that step."""
         training = self.config.training
-        metrics = TrainingMetrics(self.runtime)
+        metrics = TrainingMetrics(self.runtime, self.objective.estimator.weighs)
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
         batches = self._batches()
         while self.step < self.total_steps:
@@ -236,10 +236,6 @@ class Calendar(NamedTuple):
 def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool) -> Dataset:
     dataset = Dataset.open(data)
     dataset.split_counts("train")
-    if dataset.manifest.get("negative_keep_rate", 1.0) != 1.0:
-        raise DataError(
-            f"the negatives of {data} were down-sampled, which training does not correct yet", "preprocess without down-sampling"
-        )
     _check_features(config, dataset)
     build_objective(config.objective, 0.5)
     if config.objective.propensity.calibration != "none" and not dataset.manifest["splits"].get("validation", {}).get("rows"):

@@ -1,0 +1,157 @@
+"""Weights and balance of a split against plain numpy, row by row and value by value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from escm2rec.evaluation import propensity
+from escm2rec.evaluation.balance import held_values, standardised_differences, value_differences
+from escm2rec.evaluation.propensity import PropensityDiagnostics
+from escm2rec.reader.columns import Slice, assemble, decode
+from escm2rec.reader.dataset import Dataset
+from tests.encoded import schema, write_dataset
+
+FLOOR = 0.3
+
+
+def difference(x: Any, click: Any, weight: Any, q: Any) -> tuple[float, float]:
+    """d before and after weighting, by the formula."""
+    clicked = click > 0
+    mean, variance = np.average(x, weights=weight), np.average((x - np.average(x, weights=weight)) ** 2, weights=weight)
+    of_clicked = np.average(x[clicked], weights=weight[clicked])
+    of_weighted = np.average(x[clicked], weights=(weight / q)[clicked])
+    clicked_variance = np.average((x[clicked] - of_clicked) ** 2, weights=weight[clicked])
+    spread = ((variance + clicked_variance) / 2) ** 0.5
+    return (abs(of_clicked - mean) / spread, abs(of_weighted - mean) / spread) if spread else (0.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Encoded impressions with weights and the propensities that drew their clicks, floored."""
+    made = write_dataset(tmp_path_factory.mktemp("balance") / "set", {"train": 3_000}, rows_per_file=3_000)
+    table = pq.read_table(made / Dataset.open(made).row_groups("train")[0].path)
+    rng = np.random.default_rng(0)
+    q = np.maximum(table["true_propensity"].to_numpy(), FLOOR).astype(np.float32)
+    return {"table": table, "weight": rng.choice([1.0, 2.0, 5.0], len(table)).astype(np.float32), "q": q}
+
+
+def diagnosed(rows: dict[str, Any], size: int, weight: Any = None, q: Any = None) -> PropensityDiagnostics:
+    """The diagnostics of all rows, in padded batches of `size`."""
+    made = PropensityDiagnostics(schema(), FLOOR)
+    columns = decode(rows["table"], schema(), labels=True, where="here")
+    columns.labels["weight"] = rows["weight"] if weight is None else weight
+    q = torch.from_numpy(rows["q"] if q is None else q)
+    for start in range(0, columns.num_rows, size):
+        stop = min(start + size, columns.num_rows)
+        made.add(assemble([Slice(columns, start, stop)], schema(), padded_rows=size), q[start:stop])
+    return made
+
+
+def covariates(table: Any, name: str, folded: int = 10**9) -> list[Any]:
+    """A number, or an indicator a value of the five most frequent ones, no value among them."""
+    values = table[name].to_pylist()
+    if name in ("price", "age"):
+        return [np.array(values, np.float64)]
+    sets = [
+        {row % folded for row in (value if isinstance(value, list) else [value] if value is not None else [])} or {-1} for value in values
+    ]
+    return [np.array([value in held for held in sets], np.float64) for value in {value for held in sets for value in held}]
+
+
+def test_balance_is_that_of_the_formula(rows: dict[str, Any]) -> None:
+    click, weight = rows["table"]["click"].to_numpy(), rows["weight"].astype(np.float64)
+    found = diagnosed(rows, 256).report()["balance"]
+    assert len(found["features"]) == 6
+    for row in found["features"]:
+        columns = sorted(covariates(rows["table"], row["feature"]), key=lambda x: -float(weight @ x))[:5]
+        expected = np.max([difference(x, click, weight, rows["q"].astype(np.float64)) for x in columns], axis=0)
+        assert (row["before"], row["after"]) == pytest.approx(tuple(expected), rel=1e-6, abs=1e-9), row["feature"]
+    after = [row["after"] for row in found["features"]]
+    assert after == sorted(after, reverse=True)
+    assert found["largest_after"] == after[0]
+    assert found["unbalanced_before"] == sum(row["before"] >= 0.1 for row in found["features"]) > 0
+
+
+def test_weights_are_those_of_the_formula(rows: dict[str, Any]) -> None:
+    clicked = rows["table"]["click"].to_numpy() > 0
+    w, q = rows["weight"].astype(np.float64), rows["q"].astype(np.float64)
+    weights = (w / q)[clicked]
+    assert diagnosed(rows, 256).report()["weights"] == pytest.approx(
+        {
+            "floor": FLOOR,
+            "num_clicked": clicked.sum(),
+            "effective_sample_size": weights.sum() ** 2 / (weights**2).sum(),
+            "effective_share": weights.sum() ** 2 / (weights**2).sum() / clicked.sum(),
+            "floor_share": (rows["q"][clicked] == np.float32(FLOOR)).mean(),
+            "mean_weight": weights.sum() / w.sum(),
+            "largest_share": weights.max() / weights.sum(),
+            "floor_binds_for_most": False,
+        }
+    )
+
+
+def test_sums_do_not_depend_on_the_batches(rows: dict[str, Any]) -> None:
+    one, other = diagnosed(rows, 3_000), diagnosed(rows, 77)
+    np.testing.assert_allclose(one.sums, other.sums, rtol=1e-10)
+    assert one.report()["weights"] == pytest.approx(other.report()["weights"])
+
+
+def test_true_propensities_balance_what_selection_has_not(rows: dict[str, Any]) -> None:
+    """Clicks depend on price and user; weighted by the true propensity, what is left of it is chance."""
+    ones = np.ones(len(rows["table"]), np.float32)
+    found = diagnosed(rows, 500, ones, rows["table"]["true_propensity"].to_numpy()).report()
+    price = next(row for row in found["balance"]["features"] if row["feature"] == "price")
+    assert price["before"] > 0.3
+    assert price["after"] < 3 / found["weights"]["effective_sample_size"] ** 0.5
+    assert found["weights"]["mean_weight"] == pytest.approx(1, abs=0.1)
+    flat = diagnosed(rows, 500, ones, np.full_like(ones, 0.5)).report()
+    assert all(row["after"] == pytest.approx(row["before"]) for row in flat["balance"]["features"]), "equal weights change nothing"
+
+
+def test_a_weight_of_two_is_the_row_twice(rows: dict[str, Any]) -> None:
+    table = rows["table"]
+    twice = np.arange(len(table)) % 3 == 0
+    order = np.concatenate([np.arange(len(table)), np.flatnonzero(twice)])
+    again = {"table": table.take(order), "weight": np.ones(len(order), np.float32), "q": rows["q"][order]}
+    weighted = diagnosed(rows, 300, np.where(twice, 2, 1).astype(np.float32))
+    np.testing.assert_allclose(weighted.sums, diagnosed(again, 300).sums, rtol=1e-9)
+
+
+def test_large_tables_are_folded(rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(propensity, "FOLDED_ROWS", 7)
+    click, weight, q = rows["table"]["click"].to_numpy(), rows["weight"].astype(np.float64), rows["q"].astype(np.float64)
+    made = diagnosed(rows, 256)
+    assert made.sums.shape == (3, 1 + 2 * 2 + 3 * (7 + 1) + (5 + 1))
+    found = {row["feature"]: row["before"] for row in made.report()["balance"]["features"]}
+    for name in ("user", "tags", "history"):
+        columns = sorted(covariates(rows["table"], name, 7), key=lambda x: -float(weight @ x))[:5]
+        assert found[name] == pytest.approx(max(difference(x, click, weight, q)[0] for x in columns))
+
+
+def test_without_a_click_there_is_no_balance(rows: dict[str, Any]) -> None:
+    none = {**rows, "table": rows["table"].set_column(rows["table"].column_names.index("click"), "click", [np.zeros(3_000, np.uint8)])}
+    found = diagnosed(none, 500).report()
+    assert found.keys() == {"weights"}
+    assert (found["weights"]["num_clicked"], found["weights"]["effective_share"], found["weights"]["mean_weight"]) == (0, None, 0)
+
+
+def test_an_impression_holds_a_value_once() -> None:
+    lengths, ids = np.array([3, 0, 1, 2]), np.array([4, 4, 9, 1, 0, 5])
+    impressions, values = held_values(ids, lengths, 5)
+    assert Counter(zip(impressions.tolist(), values.tolist(), strict=True)) == Counter([(0, 4), (2, 1), (3, 0), (1, 5)])
+    empty = np.zeros(0, np.int64)
+    assert [part.tolist() for part in held_values(empty, empty, 5)] == [[], []]
+    assert [part.tolist() for part in held_values(empty, np.array([0, 0]), 5)] == [[0, 1], [5, 5]]
+
+
+def test_what_is_the_same_everywhere_differs_by_nothing() -> None:
+    totals = np.array([10.0, 4.0, 7.0])
+    constant = 3 * totals[:, None]
+    assert standardised_differences(constant, 3 * constant, totals).tolist() == [[0], [0]]
+    assert value_differences(totals[:, None], totals).tolist() == [0, 0]
