@@ -2,6 +2,7 @@
 # test      ruff, mypy and pytest, as .ci/run does
 # demo      simulate, preprocess, train, evaluate and score in .demo
 # bench     the speed benchmarks; each prints JSON
+# prove     the long proofs: the full study, one to two hours on 2 cores (goes on where it was cut off); writes docs/study.md
 # wheel     build dist/*.whl
 # clean     remove what these made, but not .venv
 
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/.installed-$(BUILD)
 INSTALLED_DEV := $(VENV)/.installed-dev
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: install test demo bench wheel clean
+.PHONY: install test demo bench prove wheel clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -57,9 +58,15 @@ bench: install
 	$(BIN)/python -m benchmarks.preprocess
 	$(BIN)/python -m benchmarks.train
 
+prove: install
+	$(BIN)/escm2rec study --preset full --out .study > docs/results/study.json.partial
+	$(BIN)/python -m escm2rec.study.document .study > docs/study.md.partial
+	mv docs/results/study.json.partial docs/results/study.json
+	mv docs/study.md.partial docs/study.md
+
 wheel: install
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .demo .study build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -183,6 +183,9 @@ def study(
     objectives: Annotated[
         list[str], typer.Option("--objectives", help="What to compare; repeat it, or give a comma list. [default: the preset's]")
     ] = [],  # noqa: B006
+    worlds: Annotated[
+        list[str], typer.Option("--worlds", help="Where; repeat it, or give a comma list. [default: all of the preset]")
+    ] = [],  # noqa: B006
     seeds: Annotated[int | None, typer.Option("--seeds", min=2, help="Seeds a world.", show_default="the preset's")] = None,
     ratings: Annotated[
         Path | None,
@@ -196,8 +199,8 @@ def study(
     In simulated worlds, or on a completed matrix of ratings.
     """
     if ratings is not None:
-        if objectives or seeds is not None or preset != "quick":
-            raise ConfigError("--ratings goes with --draws alone", "leave --preset, --objectives and --seeds out")
+        if objectives or worlds or seeds is not None or preset != "quick":
+            raise ConfigError("--ratings goes with --draws alone", "leave --preset, --objectives, --worlds and --seeds out")
         from escm2rec.study.ratings import ratings_study
 
         return ratings_study(ratings, out, 20 if draws is None else draws, overwrite=overwrite)
@@ -205,7 +208,7 @@ def study(
         raise ConfigError("--draws is of labels drawn on --ratings", "leave it out; --seeds says how often a world is drawn")
     from escm2rec.study.study import study
 
-    return study(out, preset, _names(objectives), seeds, overwrite)
+    return study(out, preset, _names(objectives), _names(worlds), seeds, overwrite)
 
 
 @app.command()

@@ -43,6 +43,9 @@ def test_the_command_is_that_of_the_study(tmp_path: Path) -> None:
     tree = tree_of(planted(["selection +0.8", "capacity right"], ["naive", "escm2-ips true q"], 3))
     said = "`escm2rec study --preset quick --objectives 'naive,escm2-ips true q' --seeds 3 --out STUDY`"
     assert said in document(folder_of(tree, tmp_path, "quick"), "d", "c")
+    tree = tree_of(planted(["capacity right"], QUICK, 5))
+    said = "`escm2rec study --preset quick --worlds 'capacity right' --out STUDY`"
+    assert said in document(folder_of(tree, tmp_path, "quick"), "d", "c")
 
 
 def test_the_program_prints_it_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

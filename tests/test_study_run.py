@@ -61,7 +61,7 @@ def test_a_failing_candidate_names_world_and_seed(tmp_path: Path, monkeypatch: p
         return cell.train(world, candidate, sample, seed)
 
     monkeypatch.setattr(run, "train", fail)
-    said = "world 'tiny right', seed 1: escm2-ips: the loss is not finite\nhint: the same command goes on with the other cells"
+    said = "1 of 2 tasks failed, the first in world 'tiny right', seed 1: escm2-ips: the loss is not finite\nhint: all other cells are kept"
     with pytest.raises(RunError, match=said):
         run_cells(tmp_path, PLAN[1:], 1)
     assert sorted(written(tmp_path)) == [f"cells/tiny_right/{name}" for name in ("escm2-ips/0.json", "naive/0.json", "naive/1.json")]

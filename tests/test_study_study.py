@@ -44,8 +44,10 @@ def test_from_end_to_end(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"the output folder .* exists\nhint: choose another --out, or pass --overwrite to replace it"):
         study(out)
-    study(out, seeds=3, objectives=["naive"], overwrite=True)
-    assert len(list((out / "cells").rglob("*.json"))) == 6
+    study(out, seeds=3, objectives=["naive"], worlds=["tiny right"], overwrite=True)
+    assert len(list((out / "cells").rglob("*.json"))) == 3
+    with pytest.raises(ConfigError, match=r"the preset has no world named 'mars'\nhint: its worlds are: selection \+0\.8, tiny right"):
+        study(tmp_path / "other", worlds=["mars"])
 
 
 def test_a_study_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,7 @@ def study(
     out: str,
     preset: str = "quick",
     objectives: Optional[List[str]] = None,
+    worlds: Optional[List[str]] = None,
     seeds: Optional[int] = None,
     ratings: Optional[str] = None,
     draws: Optional[int] = None,
@@ -121,6 +122,7 @@ def study(
         out: folder for the study
         preset: quick (2 worlds) or full (20)
         objectives: what to compare; by default what the preset has
+        worlds: where; by default all of the preset
         seeds: seeds a world; by default the preset's
         ratings: run the semi-synthetic protocol on this file of user, item, rating instead
         draws: draws of labels, with ratings
@@ -134,7 +136,9 @@ def study(
         max_retries: how often the scheduler may start it again
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
-    arguments = _options(out=out, preset=preset, objectives=objectives, seeds=seeds, ratings=ratings, draws=draws, overwrite=overwrite)
+    arguments = _options(
+        out=out, preset=preset, objectives=objectives, worlds=worlds, seeds=seeds, ratings=ratings, draws=draws, overwrite=overwrite
+    )
     resource = specs.resource(cpu=cpu, memMB=memory_mb, h=h)
     return _single_process("study", arguments, image, name, resource, env, max_retries, mounts)
 

@@ -56,7 +56,9 @@ def _command(tree: Tree, manifest: dict[str, Any]) -> str:
     names = tuple(next(iter(tree["means"].values())))
     if names != preset.candidates:
         words += ["--objectives", ",".join(names)]
-    if any(tree["seeds"].get(world.name) != preset.seeds_of(world) for world in preset.worlds):
+    if list(tree["seeds"]) != [world.name for world in preset.worlds]:
+        words += ["--worlds", ",".join(tree["seeds"])]
+    if any(tree["seeds"].get(world.name, preset.seeds_of(world)) != preset.seeds_of(world) for world in preset.worlds):
         words += ["--seeds", str(max(tree["seeds"].values()))]
     return shlex.join([*words, "--out", "STUDY"])
 

@@ -39,19 +39,24 @@ Plan = list[tuple[Any, int, tuple[str, ...]]]
 
 
 def study(
-    out: Path, preset: str = "quick", objectives: Sequence[str] = (), seeds: int | None = None, overwrite: bool = False
+    out: Path,
+    preset: str = "quick",
+    objectives: Sequence[str] = (),
+    worlds: Sequence[str] = (),
+    seeds: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train candidates in worlds whose truth is known, and compare them.
 
-    `objectives` names candidates, by default those of the preset; `seeds` is the number of seeds a world, by default the preset's. The
-    folder holds `cells/WORLD/CANDIDATE/SEED.json`, `settings.json`, and, when all cells are there, `study.json`, `study.html` and the
-    manifest. The same command goes on with a study that was cut off, and computes only what is missing.
+    `objectives` names candidates, `worlds` worlds and `seeds` how many a world has, each by default as the preset has it. The folder
+    holds `cells/WORLD/CANDIDATE/SEED.json`, `settings.json`, and, when all cells are there, `study.json`, `study.html` and the manifest.
+    The same command goes on with a study that was cut off, and computes only what is missing.
 
     Returns out, worlds, candidates, cells, seconds, what ten seeds chose and what fresh ones say of it, and how near the best choosers end.
     Raises ConfigError for an unknown name, or when `out` holds a finished study, another one, or something else.
     """
     began = time.monotonic()
-    plan = _plan(PRESETS[preset], objectives, seeds)
+    plan = _plan(PRESETS[preset], objectives, worlds, seeds)
     _open(out, _settings(plan), overwrite)
     run_cells(out, plan, default_workers())
     cells = {world.name: {name: read_cells(out, world, count, name) for name in names} for world, count, names in plan}
@@ -71,12 +76,17 @@ def study(
     }
 
 
-def _plan(preset: Preset, objectives: Sequence[str], seeds: int | None) -> Plan:
+def _plan(preset: Preset, objectives: Sequence[str], worlds: Sequence[str], seeds: int | None) -> Plan:
     unknown = [name for name in objectives if name not in CANDIDATES]
     if unknown:
         raise ConfigError(f"no candidate is named {unknown[0]!r}", f"known are: {', '.join(CANDIDATES)}")
+    known = [world.name for world in preset.worlds]
+    for name in worlds:
+        if name not in known:
+            raise ConfigError(f"the preset has no world named {name!r}", f"its worlds are: {', '.join(known)}")
     names = tuple(dict.fromkeys(objectives)) or preset.candidates
-    return [(world, seeds or preset.seeds_of(world), names) for world in preset.worlds]
+    taken = [world for world in preset.worlds if not worlds or world.name in worlds]
+    return [(world, seeds or preset.seeds_of(world), names) for world in taken]
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
