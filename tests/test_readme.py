@@ -55,7 +55,7 @@ def test_no_place_is_left_unfilled() -> None:
 
 def test_figures_are_those_of_the_results() -> None:
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "docs" / "results").glob("*.json")}
-    assert set(results) == {"train", "preprocess", "hillstrom"}
+    assert set(results) == {"train", "preprocess", "hillstrom", "study"}
     ratios = [ranks["median_ratio"] for ranks in results["train"]["by_ranks"]]
     assert f"{ratios[0]:.2f} on 1 rank" in README
     assert f"{ratios[1]:.2f} on 2 ranks" in README
@@ -66,3 +66,8 @@ def test_figures_are_those_of_the_results() -> None:
     means = results["hillstrom"]["mean_calibration"]
     assert f"CTR {means['ctr']:.3f}, CVR {means['cvr_clicked']:.3f}, CTCVR {means['ctcvr']:.3f}" in README
     assert f"{15 - len(results['hillstrom']['outside'])} of 15 intervals" in README
+    chosen = {each["world"]: each["against"] for each in results["study"]["chosen"]}
+    for world in ("selection +0.8", "selection -0.8"):
+        against = chosen[world]
+        assert ", ".join(f"{against[name]['ratio']:.2f}" for name in ("esmm", "naive", "naive+ctcvr")) in README
+        assert max(each["p_holm"] for each in against.values()) < 0.01
