@@ -203,7 +203,7 @@ def test_config_check_prints_the_complete_config(config: Path, capsys: pytest.Ca
 
 def test_config_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("config", "schema") == 0
-    assert set(json.loads(capsys.readouterr().out)["properties"]) == {"data", "model", "objective", "training", "simulation"}
+    assert set(json.loads(capsys.readouterr().out)["properties"]) == {"data", "model", "objective", "choice", "training", "simulation"}
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -44,6 +44,13 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_cross_fitted_run_is_evaluated_by_its_ctr_tower(data: Path, runs: dict[int, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[1], tmp_path / "run")
+    (result,) = run_ranks(1, [("tests.training_calls:evaluate_run", {"run": str(tmp_path / "run"), "data": str(data)})], tmp_path / "ranks")
+    assert "metrics" in result, result
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_halves_are_apart_and_together_the_split(data: Path) -> None:
     dataset = Dataset.open(data)
     halves = [Dataset(data, dataset.schema, dataset.manifest, half).row_groups("train") for half in (0, 1)]
@@ -127,6 +134,7 @@ def test_a_cross_fitting_that_was_cut_off_goes_on(data: Path, runs: dict[int, Pa
         path.unlink()
     shutil.rmtree(out / "checkpoints")
     shutil.rmtree(out / "propensity" / "half-1")
+    assert "--resume goes on with the run" in train(data, out, tmp_path / "refused")["hint"]
     kept = (out / "propensity" / "half-0" / "manifest.json").stat().st_mtime_ns
     result = train(data, out, tmp_path / "ranks", resume=True)
     assert result.get("objective") == "escm2-ips", result

@@ -98,12 +98,14 @@ def _situations(tree: Tree) -> Finding:
     found = []
     if said:
         parts = [f"{TAKE[take]}: {joined(said[take])}" for take in TAKE if take in said]
-        found.append(f"Beside naive and ESMM, ESCM²-IPS {'; '.join(parts)}. In brackets: the worlds that show it, of those of the kind.")
+        shown = {baseline for against in tree["against"].values() for baseline in against.get(IPS, {})}
+        beside = " and ".join(word for baseline, word in (("naive", "naive"), ("esmm", "ESMM")) if baseline in shown)
+        found.append(f"Beside {beside}, ESCM²-IPS {'; '.join(parts)}. In brackets: the worlds that show it, of those of the kind.")
     head = ("Situation", "Worlds", "Take", "IPS /\nnaive", "IPS /\nESMM", "DR /\nnaive", "DR /\nESMM", "Most often best or level")
     how = (
-        "Take a correction: ESCM²-IPS has a smaller KL than naive (clicks only) and than ESMM, each by Holm's p below 0.05; take none: "
-        "a greater one than either; else no difference is shown. Ratios of KL are geometric means over worlds, with the least and the "
-        "greatest: below 1 the first is better."
+        "Take a correction: ESCM²-IPS has a smaller KL than naive (clicks only) and ESMM, as far as they are there, each by Holm's p "
+        "below 0.05; take none: a greater one than either; else no difference is shown. Ratios of KL are geometric means over worlds, "
+        "with the least and the greatest: below 1 the first is better."
     )
     return Finding("Which objective when", "Which objective when", how, found, Table(head, rows, (0, 2, 7)))
 
@@ -258,7 +260,7 @@ def _choosers(tree: Tree) -> Finding:
     title, how = (
         "The remedy: choosing by held-out clicks",
         (
-            "A log holds no truth to choose by. Three choosers take, seed by seed, the candidate of least SNIPS or DR risk, or of "
+            "A log holds no truth to choose by. Choosers take, seed by seed, the candidate of least SNIPS or DR risk, or of "
             "greatest AUC on clicked impressions, on a held-out log. Mean KL and risk of what they took over the least of any "
             "candidate in the world; ✓ is within 5%."
         ),

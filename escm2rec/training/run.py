@@ -92,7 +92,8 @@ def finish_run(out: Path, content: dict[str, Any]) -> None:
 
 
 def _has_only_started(out: Path) -> bool:
-    return (out / RUN_CONFIG).is_file() and not (out / MANIFEST).exists() and latest_checkpoint(out) is None
+    started = (out / RUN_CONFIG).is_file() and not (out / MANIFEST).exists() and latest_checkpoint(out) is None
+    return started and not (out / PROPENSITY).is_dir()
 
 
 def _check_resumable(out: Path, config: Config, dataset: Dataset) -> None:

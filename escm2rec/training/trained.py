@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -25,7 +27,8 @@ class TrainedModel:
         self._module: DistributedModelParallel = shard(ModelOnly(model), run.schema, run.config, False, runtime).module
         load_checkpoint(run.checkpoint, self._module)
         self._module.eval()
-        self.objective = build_objective(run.config.objective, run.rates.ctr)
+        # A cross-fitted q is of the training rows alone: other rows are weighed by the CTR tower's.
+        self.objective = replace(build_objective(run.config.objective, run.rates.ctr), given=False)
         calibrates = run.config.objective.propensity.calibration != "none"
         self.calibration = load_calibration(run.checkpoint) if calibrates else None
 

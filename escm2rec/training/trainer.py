@@ -237,6 +237,12 @@ def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool)
     dataset = Dataset.open(data)
     dataset.split_counts("train")
     _check_features(config, dataset)
+    held = dataset.manifest.get("negative_keep_rate", 1.0)
+    if config.data.negative_keep_rate != held:
+        raise ConfigError(
+            f"data.negative_keep_rate is {config.data.negative_keep_rate:g}, the data set at {data} was made with {held:g}",
+            f"set it to {held:g}, or preprocess again",
+        )
     build_objective(config.objective, 0.5)
     if config.objective.propensity.calibration != "none" and not dataset.manifest["splits"].get("validation", {}).get("rows"):
         raise DataError(
