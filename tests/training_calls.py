@@ -40,7 +40,7 @@ def score_run(run: str, inputs: list[str], out: str, keep: list[str] | None = No
 
 
 def propensities(run: str, data: str, split: str) -> dict[str, float]:
-    """sum o / q over the rows of a split, by the formula of q with the last slope and shift that training logged; and by the CTR tower."""
+    """sum o / q over the rows of a split, of q with the last slope and shift that training logged; and of the CTR tower as it is."""
     opened, dataset = Run.open(Path(run)), Dataset.open(Path(data))
     logged = opened.manifest["last_metrics"]
     with distributed_runtime() as runtime:
@@ -48,8 +48,8 @@ def propensities(run: str, data: str, split: str) -> dict[str, float]:
         found = {"mean_weight": 0.0, "of_ctr_tower": 0.0}
         for batch in Reader(dataset, split, 256, shuffle=False).epoch(0):  # type: ignore[arg-type]
             logits, click = model(batch), batch.click[: batch.num_rows]
-            assert logits.propensity_logit is not None
-            for name, logit in zip(found, (logits.propensity_logit, logits.ctr_logit), strict=True):
-                q = torch.sigmoid(logged["propensity_slope"] * logit + logged["propensity_shift"])
-                found[name] += float((click / q.clamp(min=0.1 * opened.manifest["base_ctr"])).sum())
+            own = logits.ctr_logit if logits.propensity_logit is None else logits.propensity_logit
+            calibrated = logged.get("propensity_slope", 1.0) * own + logged.get("propensity_shift", 0.0)
+            for name, logit in zip(found, (calibrated, logits.ctr_logit), strict=True):
+                found[name] += float((click / torch.sigmoid(logit).clamp(min=0.1 * opened.manifest["base_ctr"])).sum())
     return {name: total / dataset.split_counts(split)["rows"] for name, total in found.items()}  # type: ignore[arg-type]
