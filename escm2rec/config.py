@@ -368,7 +368,7 @@ class ImputationConfig(Section):
         description="Clip m + (o/q)(r - m) to [0, 1] (label only): r where clicked, m elsewhere. Bounded below; right only where m is.",
     )
     alternate: bool = Field(
-        True, description="Update CVR and imputation in turn; false does both in one step with the same stop-gradients."
+        False, description="Update CVR and imputation in turn; by default both in one step, with the same stop-gradients."
     )
     cvr_steps: int = Field(1, ge=1, description="CVR steps before each imputation step, when alternating.")
     trains_embedding: bool = Field(False, description="Let the imputation loss reach the shared part and the embeddings.")

@@ -37,26 +37,47 @@ def test_estimates_follow_their_formulas_however_the_rows_are_cut() -> None:
     robust = imputed + o * (delta - imputed) / TRUE_Q
     dr = (WEIGHT * robust).sum() / WEIGHT.sum()
     error = ((WEIGHT * (robust - dr)) ** 2).sum().sqrt() / WEIGHT.sum()
-    expected = [snips.item(), dr.item(), error.item()]
+    inverse = WEIGHT * o / TRUE_Q
+    snips_error = ((inverse * (delta - snips)) ** 2).sum().sqrt() / inverse.sum()
+    expected = [snips.item(), snips_error.item(), dr.item(), error.item()]
     assert estimate(0) == pytest.approx(expected, rel=1e-9)
     parts = [risk_sums(*part) for part in zip(*(torch.split(x, 700) for x in (Z, click, conversion, WEIGHT, TRUE_Q, M)), strict=True)]
     assert len(parts) == 6
     assert risk_estimates(torch.stack(parts).sum(dim=0)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_estimates_are_right_on_average_and_dr_knows_its_error() -> None:
+def test_a_difference_is_that_of_the_estimates_and_more_certain_than_either() -> None:
+    """Of two models that see the same impressions: the same difference, an error far below that of each risk, and right over 60 draws."""
+    near = Z + 0.1 * NOISE
+    truth = TRUE_RISK - ((WEIGHT * bce_losses(near, TRUE_CVR)).sum() / WEIGHT.sum()).item()
+    found = []
+    for seed in range(60):
+        drawn = (*labels(seed), WEIGHT, TRUE_Q, M)
+        other, over = risk_estimates(risk_sums(near, *drawn)), risk_estimates(risk_sums(Z, *drawn, beside=near))
+        own = estimate(seed)
+        assert (over.snips, over.dr) == pytest.approx((own.snips - other.snips, own.dr - other.dr), abs=1e-9)  # type: ignore[operator]
+        assert over.dr_standard_error < own.dr_standard_error / 4  # type: ignore[operator]
+        assert over.snips_standard_error < own.snips_standard_error / 4  # type: ignore[operator]
+        found.append(over)
+    values = torch.tensor(found, dtype=torch.float64)
+    errors = values[:, ::2] - truth
+    assert (errors.mean(dim=0).abs() < 4 * errors.std(dim=0) / 60**0.5).all()
+    assert (errors.std(dim=0) / values[:, 1::2].mean(dim=0)).tolist() == pytest.approx([1, 1], rel=0.35)
+
+
+def test_estimates_are_right_on_average_and_know_their_errors() -> None:
     """Over 60 draws of the labels: each within 4 standard errors of the truth; a naive mean over clicks is not."""
     found = torch.tensor([estimate(seed) for seed in range(60)], dtype=torch.float64)
-    errors = found[:, :2] - TRUE_RISK
+    errors = found[:, ::2] - TRUE_RISK
     assert (errors.mean(dim=0).abs() < 4 * errors.std(dim=0) / 60**0.5).all()
-    assert errors[:, 1].std().item() == pytest.approx(found[:, 2].mean().item(), rel=0.35)
+    assert (errors.std(dim=0) / found[:, 1::2].mean(dim=0)).tolist() == pytest.approx([1, 1], rel=0.35)
     clicked = torch.stack([bce_losses(Z, conversion)[click > 0].mean() for click, conversion in map(labels, range(60))])
     assert abs(clicked.mean() - TRUE_RISK) > 8 * clicked.std() / 60**0.5
 
 
 def test_dr_is_right_under_a_wrong_propensity_when_it_imputes_right() -> None:
     found = torch.tensor(
-        [estimate(seed, q=torch.full_like(TRUE_Q, 0.3), imputed=torch.logit(TRUE_CVR))[:2] for seed in range(60)], dtype=torch.float64
+        [estimate(seed, q=torch.full_like(TRUE_Q, 0.3), imputed=torch.logit(TRUE_CVR))[::2] for seed in range(60)], dtype=torch.float64
     )
     errors = found - TRUE_RISK
     standard = errors.std(dim=0) / 60**0.5
@@ -66,7 +87,8 @@ def test_dr_is_right_under_a_wrong_propensity_when_it_imputes_right() -> None:
 
 def test_what_does_not_exist_is_none() -> None:
     none = torch.zeros(0)
-    assert risk_estimates(risk_sums(none, none, none, none, none, none)) == (None, None, None)
+    assert risk_estimates(risk_sums(none, none, none, none, none, none)) == (None, None, None, None)
     unclicked = risk_estimates(risk_sums(Z, torch.zeros(ROWS), torch.zeros(ROWS), WEIGHT, TRUE_Q, M))
     assert unclicked.snips is None
+    assert unclicked.snips_standard_error is None
     assert unclicked.dr is not None

@@ -100,7 +100,8 @@ def test_towers_are_as_the_world_says(towers: Literal["small", "linear", "flexib
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("escm2-ips", 20), ("escm2-dr joint", 20), ("escm2-dr", 39), ("escm2-dr 3:1", 26), ("stable-dr", 58)]
+    ("name", "steps"),
+    [("escm2-ips", 20), ("escm2-dr", 20), ("escm2-dr alternating", 39), ("escm2-dr 3:1", 26), ("stable-dr alternating", 58)],
 )
 def test_ctr_and_cvr_learn_in_as_many_steps_under_every_objective(name: str, steps: int) -> None:
     """Of 1:1 alternation the 20th CVR step is the 39th, of stable-dr's cycle of three the 58th; what comes after it trains neither."""

@@ -29,7 +29,9 @@ def measured() -> dict[str, Any]:
         drawn = draw_world(WORLD, 0)
         trained = train(WORLD, CANDIDATES["escm2-ips"], drawn.training, 0)
         judge = train(replace(WORLD, towers="flexible"), CANDIDATES["naive"], drawn.training, 0).predict(drawn.held_out)
-    return {"draw": drawn, "trained": trained, "judge": judge, "values": measure(trained, drawn, {"": judge})}
+        incumbent = train(WORLD, CANDIDATES["naive"], drawn.training, 0).predict(drawn.held_out).cvr_logit
+    given = ({"": judge}, incumbent)
+    return {"draw": drawn, "trained": trained, "judge": judge, "given": given, "values": measure(trained, drawn, *given)}
 
 
 def sigmoid(logit: float) -> float:
@@ -106,6 +108,23 @@ def test_what_a_held_out_log_says(measured: dict[str, Any]) -> None:
     assert {name: values[name] for name in plain} == pytest.approx(plain, rel=1e-4)
 
 
+def test_how_much_a_candidate_is_above_the_incumbent_is_a_difference_of_risks(
+    measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell, "EPOCHS", 2)
+    incumbent = measure(train(WORLD, CANDIDATES["naive"], measured["draw"].training, 0), measured["draw"], *measured["given"])
+    for name in ("heldout_snips", "heldout_dr"):
+        assert incumbent[f"{name}_over"] == incumbent[f"{name}_over_error"] == 0
+        own, other, over, error = (
+            measured["values"][name],
+            incumbent[name],
+            *(measured["values"][f"{name}_over{end}"] for end in ("", "_error")),
+        )
+        assert over == pytest.approx(own - other, abs=1e-9)
+        assert abs(over) > 1e-5
+        assert 0 < error < 0.05
+
+
 def test_priority_slope_is_that_of_the_click_beside_the_truth() -> None:
     random = np.random.default_rng(0)
     truth = random.standard_normal(500)
@@ -117,7 +136,7 @@ def test_priority_slope_is_that_of_the_click_beside_the_truth() -> None:
 def test_what_does_not_exist_is_none(measured: dict[str, Any]) -> None:
     drawn = measured["draw"]
     none = replace(drawn.held_out, conversion=np.zeros_like(drawn.held_out.conversion))
-    values = measure(measured["trained"], Draw(drawn.training, none, drawn.fresh), {"": measured["judge"]})
+    values = measure(measured["trained"], Draw(drawn.training, none, drawn.fresh), *measured["given"])
     assert values["heldout_auc_clicked"] is None
     assert values["heldout_snips"] is not None
     assert "NaN" not in json.dumps(values, allow_nan=False)
@@ -129,7 +148,7 @@ def test_some_candidates_have_no_risk_or_weights(
 ) -> None:
     monkeypatch.setattr(cell, "EPOCHS", 1)
     drawn = measured["draw"]
-    values = measure(train(WORLD, CANDIDATES[name], drawn.training, 0), drawn, {"": measured["judge"]})
+    values = measure(train(WORLD, CANDIDATES[name], drawn.training, 0), drawn, *measured["given"])
     assert measured["values"].keys() - values.keys() == absent
 
 
@@ -137,7 +156,7 @@ def test_two_space_risk_is_of_one_space(measured: dict[str, Any], monkeypatch: p
     monkeypatch.setattr(cell, "EPOCHS", 1)
     drawn = measured["draw"]
     trained = train(WORLD, CANDIDATES["two-space"], drawn.training, 0)
-    values, predictions = measure(trained, drawn, {"": measured["judge"]}), trained.predict(drawn.fresh)
+    values, predictions = measure(trained, drawn, *measured["given"]), trained.predict(drawn.fresh)
     assert predictions.imputation_logit is not None
     logits = zip(
         *(logit.double().tolist() for logit in (predictions.cvr_logit, predictions.ctr_logit, predictions.imputation_logit)), strict=True

@@ -123,13 +123,13 @@ def test_choosers_are_judged_by_the_truth() -> None:
 
 
 def test_ways_to_train_the_imputation_are_set_beside_each_other() -> None:
-    names = ("naive", "escm2-dr", "escm2-dr joint", "escm2-dr label")
-    cells = planted([WORLD, "selection 0"], names, 4, lambda world, name: 0.02 if name.endswith("joint") else 0.04)
+    names = ("naive", "escm2-dr", "escm2-dr alternating", "escm2-dr label")
+    cells = planted([WORLD, "selection 0"], names, 4, lambda world, name: 0.02 if name.endswith("alternating") else 0.04)
     pairs = summarise(cells)["alternation"]
-    assert [(pair["candidate"], pair["beside"]) for pair in pairs] == [("escm2-dr joint", "escm2-dr"), ("escm2-dr label", "escm2-dr")]
-    joint = pairs[0]["worlds"]
-    assert [round(test["ratio"], 1) for test in joint.values()] == [0.5, 0.5]
-    assert [test["p_holm"] for test in joint.values()] == pytest.approx(holm([test["p"] for test in joint.values()]))
+    assert [(pair["candidate"], pair["beside"]) for pair in pairs] == [("escm2-dr alternating", "escm2-dr"), ("escm2-dr label", "escm2-dr")]
+    alternating = pairs[0]["worlds"]
+    assert [round(test["ratio"], 1) for test in alternating.values()] == [0.5, 0.5]
+    assert [test["p_holm"] for test in alternating.values()] == pytest.approx(holm([test["p"] for test in alternating.values()]))
 
 
 def test_a_candidate_without_a_kl_is_compared_with_none() -> None:

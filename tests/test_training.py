@@ -25,13 +25,9 @@ OBJECTIVES: dict[str, list[str]] = {
     "naive": ["objective.kind=naive"],
     "naive+ctcvr": ["objective.kind=naive+ctcvr"],
     "escm2-ips": ["objective.kind=escm2-ips"],
-    "escm2-dr-error": ["objective.kind=escm2-dr"],
+    "escm2-dr-alternating": ["objective.kind=escm2-dr", "objective.imputation.alternate=true"],
     "escm2-dr-label": ["objective.kind=escm2-dr", "objective.imputation.predicts=label"],
-    "escm2-dr-joint": [
-        "objective.kind=escm2-dr",
-        "objective.imputation.alternate=false",
-        "model.backbone={kind: mmoe, experts: 2, hidden: [8]}",
-    ],
+    "escm2-dr-mmoe": ["objective.kind=escm2-dr", "model.backbone={kind: mmoe, experts: 2, hidden: [8]}"],
     "escm2-snips-learned": ["objective.kind=escm2-snips", "objective.lambda_c=learned", "objective.lambda_g=learned"],
     "multi-ipw-balanced": ["objective.kind=multi-ipw", "objective.propensity.balance=0.1"],
     "escm2-dr-calibrated": [
@@ -41,8 +37,9 @@ OBJECTIVES: dict[str, list[str]] = {
         "objective.lambda_c={start: 0, end: 1, until: 0.5}",
     ],
     "direct": ["objective.kind=direct"],
-    "multi-dr-label": ["objective.kind=multi-dr", "objective.imputation.predicts=label", "objective.imputation.cvr_steps=2"],
+    "multi-dr-label-2:1": ["objective.kind=multi-dr", "objective.imputation={predicts: label, alternate: true, cvr_steps: 2}"],
     "stable-dr": ["objective.kind=stable-dr"],
+    "stable-dr-alternating": ["objective.kind=stable-dr", "objective.imputation.alternate=true"],
     "dcmt": ["objective.kind=dcmt"],
     "two-space": ["objective.kind=two-space"],
     "escm2-dr-ple": ["objective.kind=escm2-dr", "model.backbone={kind: ple, hidden: [8]}"],
@@ -113,7 +110,7 @@ def test_mistake_11_every_objective_trains_on_the_training_split_alone(runs: Run
 
 
 def test_alternation_trains_imputation_every_second_step(runs: Runs) -> None:
-    terms = [sorted(name for name in record if name.startswith("loss_")) for record in runs[("escm2-dr-error", "planner", 1)]]
+    terms = [sorted(name for name in record if name.startswith("loss_")) for record in runs[("escm2-dr-alternating", "planner", 1)]]
     assert terms == [["loss_ctcvr", "loss_ctr", "loss_cvr"], ["loss_imputation"]] * (NUM_STEPS // 2)
 
 

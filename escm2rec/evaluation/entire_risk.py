@@ -13,38 +13,54 @@ from escm2rec.objectives.estimators.escm2_ips import ips_losses
 
 
 class RiskEstimates(NamedTuple):
-    """Of a model's risk, in nats; None where there is no row, or for snips no click.
+    """Of a model's risk, or of how much it is above another's, in nats; None where there is no row, or for snips no click.
 
-    snips              sum w (o/q) delta / sum w o/q
-    dr                 (1/N) sum w [delta_hat + o (delta - delta_hat) / q]
-    dr_standard_error  of dr, impressions taken for independent
+    snips   sum w (o/q) delta / sum w o/q
+    dr      (1/N) sum w [delta_hat + o (delta - delta_hat) / q]
+
+    Each with its standard error, impressions taken for independent and q for known.
     """
 
     snips: float | None
+    snips_standard_error: float | None
     dr: float | None
     dr_standard_error: float | None
 
 
-def risk_sums(cvr_logit: Tensor, click: Tensor, conversion: Tensor, weight: Tensor, q: Tensor, imputed_logit: Tensor) -> Tensor:
-    """What `risk_estimates` is made of, [7] in float64, to be added over batches and ranks; all arguments [B].
+def risk_sums(
+    cvr_logit: Tensor, click: Tensor, conversion: Tensor, weight: Tensor, q: Tensor, imputed_logit: Tensor, beside: Tensor | None = None
+) -> Tensor:
+    """What `risk_estimates` is made of, [2, 5] in float64, to be added over batches and ranks; all arguments [B].
 
-    `q` and `imputed_logit` (of the imputed label m, delta_hat = BCE(eta_hat, m)) must not have been fitted on these impressions.
+    `q` and `imputed_logit` (of the imputed label m, delta_hat = BCE(eta_hat, m)) must not have been fitted on these impressions. With
+    `beside`, CVR logits of another model, of the difference: this model's risk less the other's.
     """
     clicked = click > 0
     o, w = clicked.double(), weight.double()
     r = torch.where(clicked, conversion.double(), 0)  # an unclicked row's conversion may be NaN
-    z, weights = cvr_logit.double(), q.double()
-    delta, imputed = bce_losses(z, r), bce_losses(z, torch.sigmoid(imputed_logit.double()))
-    robust = dr_losses(delta, imputed, o, weights)
-    columns = [w, w * o / weights, w * ips_losses(delta, o, weights), w * robust, w**2, w**2 * robust, (w * robust) ** 2]
-    return torch.stack([column.sum() for column in columns])
+    z, weights, m = cvr_logit.double(), q.double(), torch.sigmoid(imputed_logit.double())
+    delta, imputed = bce_losses(z, r), bce_losses(z, m)
+    if beside is not None:  # both estimates are linear in delta and delta_hat
+        other = beside.double()
+        delta, imputed = delta - bce_losses(other, r), imputed - bce_losses(other, m)
+    inverse = w * o / weights
+    return torch.stack([_ratio_sums(w * ips_losses(delta, o, weights), inverse), _ratio_sums(w * dr_losses(delta, imputed, o, weights), w)])
 
 
 def risk_estimates(sums: Tensor) -> RiskEstimates:
     """The estimates of sums that were added over all rows."""
-    rows, weight, snips, robust, squares, product, squared = sums.tolist()
-    if not rows:
-        return RiskEstimates(None, None, None)
-    dr = robust / rows
-    spread = squared - 2 * dr * product + dr * dr * squares
-    return RiskEstimates(snips / weight if weight else None, dr, max(spread, 0.0) ** 0.5 / rows)
+    snips, dr = (_ratio(*each) for each in sums.tolist())
+    return RiskEstimates(*snips, *dr)
+
+
+def _ratio_sums(above: Tensor, below: Tensor) -> Tensor:
+    return torch.stack([above.sum(), below.sum(), (above**2).sum(), (above * below).sum(), (below**2).sum()])
+
+
+def _ratio(above: float, below: float, squared: float, product: float, squares: float) -> tuple[float | None, float | None]:
+    """sum a / sum b and its standard error, sqrt(sum (a - ratio b)^2) / sum b."""
+    if not below:
+        return None, None
+    ratio = above / below
+    spread = squared - 2 * ratio * product + ratio * ratio * squares
+    return ratio, max(spread, 0.0) ** 0.5 / below

@@ -25,6 +25,8 @@ class Candidate(NamedTuple):
         return ObjectiveConfig.model_validate({"lambda_c": 1.0, **self.settings})
 
 
+INCUMBENT = "naive"
+"""What a cautious chooser keeps unless another is shown to be better."""
 LABEL = {"predicts": "label", "loss": "bce"}
 
 CANDIDATES: dict[str, Candidate] = {
@@ -37,15 +39,16 @@ CANDIDATES: dict[str, Candidate] = {
     "escm2-ips": Candidate({"kind": "escm2-ips"}),
     "escm2-snips": Candidate({"kind": "escm2-snips"}),
     "escm2-dr": Candidate({"kind": "escm2-dr"}),
-    "escm2-dr joint": Candidate({"kind": "escm2-dr", "imputation": {"alternate": False}}),
-    "escm2-dr 3:1": Candidate({"kind": "escm2-dr", "imputation": {"cvr_steps": 3}}),
+    "escm2-dr alternating": Candidate({"kind": "escm2-dr", "imputation": {"alternate": True}}),
+    "escm2-dr 3:1": Candidate({"kind": "escm2-dr", "imputation": {"alternate": True, "cvr_steps": 3}}),
     "escm2-dr label": Candidate({"kind": "escm2-dr", "imputation": LABEL}),
-    "escm2-dr label joint": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "alternate": False}}),
+    "escm2-dr label alternating": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "alternate": True}}),
     "escm2-dr label mrdr": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "weighting": "mrdr", "normalise": True}}),
     "escm2-dr label dr-bias": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "weighting": "dr-bias", "normalise": True}}),
     "escm2-dr label dr-mse": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "weighting": "dr-mse", "normalise": True}}),
     "escm2-dr label clipped": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "clip_pseudo_labels": True}}),
     "stable-dr": Candidate({"kind": "stable-dr"}),
+    "stable-dr alternating": Candidate({"kind": "stable-dr", "imputation": {"alternate": True}}),
     "dcmt": Candidate({"kind": "dcmt"}),
     "two-space": Candidate({"kind": "two-space", "imputation": LABEL}),
     "escm2-ips balanced": Candidate({"kind": "escm2-ips", "propensity": {"balance": 1.0}}),

@@ -19,7 +19,6 @@ RISK_CANDIDATES = (
     (IPS, "learned"),
     ("escm2-snips", "learned"),
     (DR, "learned"),
-    ("escm2-dr label", "learned"),
 )
 WRONG = {"q too flat": "too flat", "q too steep": "too steep"}
 
@@ -68,7 +67,7 @@ def unbiased_rows(tree: Tree) -> list[tuple[str, str, Mapping[str, Any]]]:
     found = [(name, q, each) for name, q in RISK_CANDIDATES if (each := mean_of(tree, base, name, "risk_error"))]
     for world, q in WRONG.items():
         if world in tree["means"] and base == BASE.name:
-            found += [(name, q, each) for name in (IPS, DR, "escm2-dr label") if (each := mean_of(tree, world, name, "risk_error"))]
+            found += [(name, q, each) for name in (IPS, DR) if (each := mean_of(tree, world, name, "risk_error"))]
     return found
 
 
@@ -105,7 +104,7 @@ def unbiased(tree: Tree) -> Finding:
     how = (
         "The CVR loss of an objective is an estimate of the model's risk (log loss) on all impressions, made from clicked ones. Its "
         "relative error on fresh impressions, in percent, with 95% intervals over seeds: 0 is unbiased, below 0 the risk is made too "
-        "small. IPS and DR promise 0 if q is right. DR with the true q imputes labels: escm2-dr label is its like."
+        "small. IPS and DR promise 0 if q is right."
     )
     return Finding(
         "Claim 2: with accurate propensities the risk is unbiased", "Claim 2, unbiasedness", how, found, Table(head, rows, (0, 1))

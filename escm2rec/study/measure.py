@@ -22,7 +22,7 @@ JUDGE_FLOOR = 0.1  # of the base CTR, as training has it
 LEAST_RATE = 1e-12
 
 
-def measure(trained: Trained, draw: Draw, judges: Mapping[str, Predictions]) -> dict[str, float | None]:
+def measure(trained: Trained, draw: Draw, judges: Mapping[str, Predictions], incumbent: Tensor) -> dict[str, float | None]:
     """One number by name; None where it does not exist.
 
     On fresh impressions, with the truth: `kl` and `kl_unclicked` (mean KL of eta_hat from eta in nats; over the unclicked each impression
@@ -32,13 +32,14 @@ def measure(trained: Trained, draw: Draw, judges: Mapping[str, Predictions]) -> 
 
     From a log alone: `effective_share` and `mean_weight` of its weights, and on the held-out log `heldout_auc_clicked`, the AUC of clicked
     impressions, and by each judge `heldout_snips` and `heldout_dr`, its name appended: risks on all impressions by the propensity and
-    imputed labels of a model that never saw that log and is no candidate.
+    imputed labels of a model that never saw that log and is no candidate; with `_over` how much they are above those of the incumbent,
+    whose CVR logits of the held-out log are given, and with `_over_error` its standard error.
     """
     predictions = trained.predict(draw.fresh)
     values = _against_truth(predictions, draw.fresh) | _own_risk(trained, predictions, draw.fresh)
     held_out = trained.predict(draw.held_out)
     for name, judge in judges.items():
-        values |= {f"{key}{name}": value for key, value in _held_out(held_out, draw.held_out, judge).items()}
+        values |= {f"{key}{name}": value for key, value in _held_out(held_out, draw.held_out, judge, incumbent).items()}
     clicked = draw.held_out.click > 0
     labels, weights = draw.held_out.conversion[clicked], draw.held_out.weight[clicked]
     values["heldout_auc_clicked"] = metrics.auc(_array(held_out.cvr_logit)[clicked], labels, weights)
@@ -96,17 +97,21 @@ def _own_risk(trained: Trained, predictions: Predictions, fresh: Sample) -> dict
     return found
 
 
-def _held_out(predictions: Predictions, log: Sample, judge: Predictions) -> dict[str, float]:
+def _held_out(predictions: Predictions, log: Sample, judge: Predictions, incumbent: Tensor) -> dict[str, float]:
     rows = Rows.of(log)
-    z, w = predictions.cvr_logit, rows.weight
-    base_ctr = float((w * rows.click).sum() / w.sum())
+    base_ctr = float((rows.weight * rows.click).sum() / rows.weight.sum())
     q = propensity(judge.ctr_logit, JUDGE_FLOOR * base_ctr)
-    risks = risk_estimates(risk_sums(z, rows.click, rows.conversion, w, q, judge.cvr_logit))
-    missing = math.nan
-    return {
-        "heldout_snips": missing if risks.snips is None else risks.snips,
-        "heldout_dr": missing if risks.dr is None else risks.dr,
+    seen = (predictions.cvr_logit, rows.click, rows.conversion, rows.weight, q, judge.cvr_logit)
+    risk, over = risk_estimates(risk_sums(*seen)), risk_estimates(risk_sums(*seen, beside=incumbent))
+    found = {
+        "heldout_snips": risk.snips,
+        "heldout_snips_over": over.snips,
+        "heldout_snips_over_error": over.snips_standard_error,
+        "heldout_dr": risk.dr,
+        "heldout_dr_over": over.dr,
+        "heldout_dr_over_error": over.dr_standard_error,
     }
+    return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def _array(logit: Tensor) -> Floats:

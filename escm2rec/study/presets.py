@@ -52,7 +52,7 @@ class Preset:
         return self.judged_seeds if world.name in JUDGED else self.seeds
 
 
-QUICK = ("esmm", "naive", "naive+ctcvr", "escm2-ips", "escm2-dr")
+QUICK = ("esmm", "naive", "naive+ctcvr", "escm2-ips", "escm2-dr label")
 PRESETS = {
     "quick": Preset(tuple(world for world in WORLDS if world.name in ("selection +0.8", "capacity right")), QUICK, 5, 5),
     "full": Preset(tuple(WORLDS), tuple(CANDIDATES), 10, 30),

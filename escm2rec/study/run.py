@@ -18,7 +18,7 @@ from escm2rec.errors import RunError
 from escm2rec.folder import write_json
 from escm2rec.models.predictions import Predictions
 from escm2rec.progress import Progress
-from escm2rec.study.candidates import CANDIDATES, Candidate
+from escm2rec.study.candidates import CANDIDATES, INCUMBENT, Candidate
 from escm2rec.study.cell import Draw, draw_world, train
 from escm2rec.study.measure import measure
 from escm2rec.study.worlds import World
@@ -73,9 +73,10 @@ def run_task(task: Task) -> None:
     """Draw one seed's world and train, measure and write each candidate; RunError names the one that failed."""
     draw = draw_world(task.world, task.seed)
     judges = _judges(task, draw)
+    incumbent = train(task.world, CANDIDATES[INCUMBENT], draw.training, task.seed).predict(draw.held_out).cvr_logit
     for name in task.candidates:
         try:
-            values = measure(train(task.world, CANDIDATES[name], draw.training, task.seed), draw, judges)
+            values = measure(train(task.world, CANDIDATES[name], draw.training, task.seed), draw, judges, incumbent)
         except Exception as error:
             raise RunError(f"{name}: {error}") from error
         path = _path(task.folder, task.world, name, task.seed)

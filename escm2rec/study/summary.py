@@ -17,9 +17,10 @@ BASELINES = ("esmm", "naive", "naive+ctcvr")
 LEAST_JUDGING_SEEDS = 10
 WITHIN = 1.05
 ALTERNATION = (
-    ("escm2-dr joint", "escm2-dr"),
+    ("escm2-dr alternating", "escm2-dr"),
     ("escm2-dr 3:1", "escm2-dr"),
-    ("escm2-dr label joint", "escm2-dr label"),
+    ("escm2-dr label alternating", "escm2-dr label"),
+    ("stable-dr alternating", "stable-dr"),
     ("escm2-dr label", "escm2-dr"),
 )
 """Ways to train the imputation, each beside another."""
