@@ -66,7 +66,7 @@ def tree_of(cells: Mapping[str, Mapping[str, Sequence[Values]]]) -> dict[str, An
     worlds = {world.name: asdict(world) for world in WORLDS}
     settings = {
         "version": "0.1.0",
-        "constants": {"EPOCHS": 10, "EPOCHS_OF_IDS": 1, "BATCH_ROWS": 2_000, "FRESH_ROWS": 50_000},
+        "constants": {"EPOCHS": 10, "EPOCHS_OF_IDS": 1, "BATCH_ROWS": 4_000, "BATCH_ROWS_OF_IDS": 2_000, "FRESH_ROWS": 50_000},
         "worlds": {name: worlds[name] for name in cells},
         "candidates": {name: CANDIDATES[name]._asdict() for of_world in cells.values() for name in of_world},
     }

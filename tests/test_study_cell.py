@@ -107,7 +107,7 @@ def test_ctr_and_cvr_learn_in_as_many_steps_under_every_objective(name: str, ste
     """Of 1:1 alternation the 20th CVR step is the 39th, of stable-dr's cycle of three the 58th; what comes after it trains neither."""
     objective = build_objective(CANDIDATES[name].objective, 0.1)
     assert cell._steps(objective, 20) == steps
-    batches = cell._batches(10 * cell.BATCH_ROWS, 2, objective, seed=0)
+    batches = cell._batches(30_000, 2, 3_000, objective, seed=0)
     assert len(batches) == steps
     assert sum(objective.phase(step) in ("cvr", "joint") for step in range(steps)) == 20
-    assert sorted(torch.cat(batches[:10]).tolist()) == list(range(10 * cell.BATCH_ROWS))
+    assert sorted(torch.cat(batches[:10]).tolist()) == list(range(30_000))

@@ -62,7 +62,7 @@ def test_a_study_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 
     (out / "manifest.json").unlink()
     monkeypatch.setattr(cell, "BATCH_ROWS", 1_000)
-    said = r"was begun with other constants: BATCH_ROWS was 2000, is 1000\nhint: choose another --out, or pass --overwrite to begin anew"
+    said = r"was begun with other constants: BATCH_ROWS was 4000, is 1000\nhint: choose another --out, or pass --overwrite to begin anew"
     with pytest.raises(ConfigError, match=said):
         study(out)
     assert study(out, overwrite=True)["cells"] == 8

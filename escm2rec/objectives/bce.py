@@ -23,4 +23,4 @@ def bce_losses(logit: Tensor, label: Tensor) -> Tensor:
     Linear in `label`, which need not lie in [0, 1]. Not softplus(logit) - label logit: that cancels to 0 at a logit of 17
     in float32.
     """
-    return label * softplus(-logit) + (1 - label) * softplus(logit)
+    return -(label * functional.logsigmoid(logit) + (1 - label) * functional.logsigmoid(-logit))

@@ -149,8 +149,8 @@ class Objective:
             ctr_logit,
             cvr_logit,
             clicked.to(dtype),
-            # `where`, not a product: an unclicked row's conversion may be NaN.
-            torch.where(clicked, conversion.to(dtype), 0),
+            # A mask, not a product: an unclicked row's conversion may be NaN.
+            conversion.to(dtype).masked_fill(~clicked, 0),
             weight.to(dtype),
             self.propensity(predictions, stage),
             max(self.floor, LEAST_PROPENSITY),

@@ -58,21 +58,22 @@ def reduce_terms(terms: Mapping[str, LossTerm], sums: Tensor, world_size: int) -
     `sums` are `local_sums` added over all ranks. Where a denominator is 0 (no click anywhere) the term is exactly 0, with finite
     gradients.
     """
-    parts = torch.split(sums, [term.columns.shape[1] for term in terms.values()])
-    loss, values = sums.new_zeros(()), dict[str, Tensor]()
-    for (name, term), total in zip(terms.items(), parts, strict=True):
-        with torch.enable_grad():
-            leaf = total.detach().requires_grad_()
-            value = term.value(leaf)
-            (slope,) = torch.autograd.grad(value, leaf)
-        values[name] = value.detach()
-        own = world_size * (slope * term.columns.sum(dim=0)).sum()
-        loss = loss + term.scale * (own - own.detach() + values[name])
-    return loss, values
+    sizes = [term.columns.shape[1] for term in terms.values()]
+    with torch.enable_grad():
+        leaf = sums.detach().requires_grad_()
+        values = {name: term.value(part) for (name, term), part in zip(terms.items(), torch.split(leaf, sizes), strict=True)}
+        (slopes,) = torch.autograd.grad(torch.stack(list(values.values())).sum(), leaf)
+    found = {name: value.detach() for name, value in values.items()}
+    scaled = torch.cat([term.scale * slope for term, slope in zip(terms.values(), torch.split(slopes, sizes), strict=True)])
+    own = world_size * (scaled * torch.cat([term.columns.sum(dim=0) for term in terms.values()])).sum()
+    loss = own - own.detach()
+    for name, term in terms.items():
+        loss = loss + term.scale * found[name]
+    return loss, found
 
 
 def divide(total: Tensor, denominator: Tensor) -> Tensor:
     """total / denominator, and exactly 0 with finite gradients where the denominator is 0."""
-    some = denominator > 0
-    # The unused branch of a `where` is differentiated too, so it must not divide by 0.
-    return torch.where(some, total / torch.where(some, denominator, 1), 0)
+    none = denominator <= 0
+    # What is masked is differentiated too, so it must not divide by 0.
+    return (total / denominator.masked_fill(none, 1)).masked_fill(none, 0)

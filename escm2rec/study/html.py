@@ -82,10 +82,11 @@ def _header(tree: Tree) -> str:
     cells = sum(seeds[world] * len(of_world) for world, of_world in tree["means"].items())
     parts = f"{len(tree['means'])} worlds · {len(names)} candidates · {cells:,} trained models"
     constants = tree["settings"]["constants"]
+    passes, of_ids = (f"{constants[f'EPOCHS{kind}']}, {constants[f'BATCH_ROWS{kind}']:,}" for kind in ("", "_OF_IDS"))
     known = {
         "version": tree["settings"]["version"],
         "seeds a world": ", ".join(str(count) for count in sorted(set(seeds.values()))),
-        "passes, rows a batch": f"{constants['EPOCHS']} ({constants['EPOCHS_OF_IDS']} in worlds of ids), {constants['BATCH_ROWS']:,}",
+        "passes, rows a batch": f"{passes} (in worlds of ids {of_ids})",
         "fresh impressions": f"{constants['FRESH_ROWS']:,}",
     }
     return f'<header><h1>{TITLE}</h1><p class="soft">{parts}</p>{facts(known)}</header>'
