@@ -54,6 +54,7 @@ def planted(
         }
         found |= {"cvr_over_truth_unclicked": 1 + 12 * kl, "heldout_snips": 0.3 + kl, "heldout_dr": 0.3 - kl, "heldout_auc_clicked": 0.8}
         found |= {"heldout_snips_flexible": 0.3 + kl, "heldout_dr_flexible": 0.3 + kl}
+        found |= {f"heldout_{by}_over{end}": 0.0 for by in ("snips", "dr") for end in ("", "_error", "_flexible", "_error_flexible")}
         if name not in ("esmm", "dcmt"):
             found["risk_error"] = 0.02 * float(random.standard_normal())
         return found if name in ("esmm", "naive") else found | {"effective_share": 0.5}

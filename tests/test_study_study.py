@@ -42,12 +42,25 @@ def test_from_end_to_end(tmp_path: Path) -> None:
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     assert {"kind": "study", "preset": "quick", "cells": 8}.items() <= manifest.items()
 
-    with pytest.raises(ConfigError, match=r"the output folder .* exists\nhint: choose another --out, or pass --overwrite to replace it"):
-        study(out)
+    assert result["computed"] == 8
     study(out, seeds=3, objectives=["naive"], worlds=["tiny right"], overwrite=True)
     assert len(list((out / "cells").rglob("*.json"))) == 3
     with pytest.raises(ConfigError, match=r"the preset has no world named 'mars'\nhint: its worlds are: selection \+0\.8, tiny right"):
         study(tmp_path / "other", worlds=["mars"])
+
+
+def test_a_finished_study_is_extended(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    study(out)
+    page, cells = (out / "study.html").read_bytes(), sorted(out.rglob("cells/*/*/*.json"))
+    times = [path.stat().st_mtime_ns for path in cells]
+    again = study(out)
+    assert (again["cells"], again["computed"]) == (8, 0)
+    assert (out / "study.html").read_bytes() == page
+    more = study(out, seeds=3)
+    assert (more["cells"], more["computed"]) == (12, 4)
+    assert [path.stat().st_mtime_ns for path in cells] == times
+    assert json.loads((out / "study.json").read_text(encoding="utf-8"))["seeds"] == {"selection +0.8": 3, "tiny right": 3}
 
 
 def test_a_study_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +75,7 @@ def test_a_study_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 
     (out / "manifest.json").unlink()
     monkeypatch.setattr(cell, "BATCH_ROWS", 1_000)
-    said = r"was begun with other constants: BATCH_ROWS was 4000, is 1000\nhint: choose another --out, or pass --overwrite to begin anew"
+    said = r"was begun with other constants: BATCH_ROWS was 4000, is 1000\nhint: choose another --out; --overwrite begins anew"
     with pytest.raises(ConfigError, match=said):
         study(out)
     assert study(out, overwrite=True)["cells"] == 8

@@ -10,7 +10,7 @@ import pytest
 
 from escm2rec.study.compare import holm, paired
 from escm2rec.study.presets import CHOOSING_SEEDS
-from escm2rec.study.summary import BASELINES, contenders, summarise, trainable
+from escm2rec.study.summary import BASELINES, CHOOSERS, contenders, summarise, trainable
 from tests.study_cells import planted
 
 WORLD = "selection +0.8"
@@ -110,16 +110,33 @@ def test_choosers_are_judged_by_the_truth() -> None:
             ips |= {"kl": 0.02, "true_risk": 0.39, "heldout_snips": 0.4, "heldout_dr": 0.2 if seed else 0.4, "heldout_auc_clicked": None}
             oracle |= {"kl": 1e-6, "true_risk": 0.1, "heldout_snips": 0.0, "heldout_dr": 0.0, "heldout_auc_clicked": 1.0}
     choosers = summarise(cells)["choosers"]
-    assert choosers["heldout_snips"]["worlds"][WORLD]["taken"] == {"escm2-ips": 2}
-    assert choosers["heldout_dr"]["worlds"][WORLD]["taken"] == {"naive": 1, "escm2-ips": 1}
-    assert choosers["heldout_auc_clicked"]["worlds"][WORLD]["taken"] == {"naive": 2}  # never one whose AUC does not exist, nor the oracle
+    assert choosers["SNIPS risk"]["worlds"][WORLD]["taken"] == {"escm2-ips": 2}
+    assert choosers["DR risk"]["worlds"][WORLD]["taken"] == {"naive": 1, "escm2-ips": 1}
+    assert choosers["AUC, clicked"]["worlds"][WORLD]["taken"] == {"naive": 2}  # never one whose AUC does not exist, nor the oracle
     ratios = {name: (each["worlds"][WORLD]["kl"], each["worlds"][WORLD]["true_risk"]) for name, each in choosers.items()}
-    assert ratios["heldout_snips"] == (1, 1)
-    assert ratios["heldout_dr"] == pytest.approx((1.5, 0.395 / 0.39))
-    assert ratios["heldout_auc_clicked"] == pytest.approx((2, 0.40 / 0.39))
+    assert ratios["SNIPS risk"] == (1, 1)
+    assert ratios["DR risk"] == pytest.approx((1.5, 0.395 / 0.39))
+    assert ratios["AUC, clicked"] == pytest.approx((2, 0.40 / 0.39))
     counts = {name: (each["kl_within_5_percent"], each["risk_within_5_percent"], each["of_worlds"]) for name, each in choosers.items()}
-    flexible = {"heldout_snips_flexible": (2, 2, 2), "heldout_dr_flexible": (2, 2, 2)}
-    assert counts == flexible | {"heldout_snips": (2, 2, 2), "heldout_dr": (0, 2, 2), "heldout_auc_clicked": (0, 2, 2)}
+    expected = {"SNIPS risk": (2, 2, 2), "DR risk": (0, 2, 2), "AUC, clicked": (0, 2, 2)}
+    expected |= {f"{by} risk, flexible judge": (2, 2, 2) for by in ("SNIPS", "DR")}
+    cautious = {name for name, chooser in CHOOSERS.items() if chooser.cautious}
+    assert {name: counts[name] for name in counts if name not in cautious} == expected
+
+
+@pytest.mark.parametrize(("over", "taken"), [(-0.011, "escm2-ips"), (-0.009, "naive"), (None, "naive")])
+def test_a_cautious_chooser_keeps_naive_unless_another_errs_clearly_less(over: float | None, taken: str) -> None:
+    """Of a difference with standard error 0.01, below the least risk alone decides."""
+    cells = planted([WORLD], ("naive", "escm2-ips", "direct"), 3)
+    for name, seeds in cells[WORLD].items():
+        for values in seeds:
+            values |= {"heldout_dr": {"naive": 0.3, "escm2-ips": 0.28, "direct": 0.29}[name], "heldout_dr_over_error": 0.01}
+            values["heldout_dr_over"] = over if name == "escm2-ips" else -1.0
+    choosers = summarise(cells)["choosers"]
+    assert choosers["DR risk, cautious"]["worlds"][WORLD]["taken"] == {taken: 3}
+    assert choosers["DR risk"]["worlds"][WORLD]["taken"] == {"escm2-ips": 3}
+    without = summarise({WORLD: {name: cells[WORLD][name] for name in ("escm2-ips", "direct")}})["choosers"]
+    assert without["DR risk, cautious"]["worlds"][WORLD]["taken"] == {"escm2-ips": 3}, "there is no incumbent to keep"
 
 
 def test_ways_to_train_the_imputation_are_set_beside_each_other() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from escm2rec.config import ChoiceConfig
+from escm2rec.evaluation.entire_risk import RiskEstimates
+from escm2rec.training.choice import Estimated, _choice
 from escm2rec.training.run import Run
 from tests.encoded import write_dataset
 from tests.ranks import run_ranks
@@ -45,14 +47,45 @@ def chosen(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
     return {world_size: folder / str(world_size) for world_size in (1, 2)}
 
 
-def test_the_least_estimated_risk_is_kept_as_a_run(chosen: dict[int, Path]) -> None:
+@pytest.mark.parametrize(
+    ("by", "above", "taken", "why"),
+    [
+        ("dr", -0.011, "1-b", "1-b has the least risk, 0.011 below 0-a with a standard error of 0.01: it is taken"),
+        (
+            "dr",
+            -0.009,
+            "0-a",
+            "1-b has the least risk, 0.009 below 0-a with a standard error of 0.01: too little, 0-a is kept",
+        ),
+        ("snips", -0.5, "0-a", "0-a has the least risk"),
+    ],
+)
+def test_the_first_is_kept_unless_another_errs_clearly_less(by: str, above: float, taken: str, why: str) -> None:
+    estimates = {
+        "0-a": Estimated(RiskEstimates(0.2, 0.1, 0.3, 0.1), None),
+        "1-b": Estimated(RiskEstimates(0.25, 0.1, 0.3 + above, 0.1), RiskEstimates(0.05, 0.001, above, 0.01)),
+        "2-c": Estimated(RiskEstimates(0.3, 0.1, 0.31, 0.1), RiskEstimates(-0.9, 0.001, 0.01, 0.01)),
+    }
+    choice = _choice(by, estimates)
+    assert (choice["taken"], choice["by"], choice["why"]) == (taken, by, why)
+    assert choice["above_first"]["1-b"]["dr"] == above
+    assert list(choice["above_first"]) == ["1-b", "2-c"]
+
+
+def test_what_was_taken_is_kept_as_a_run(chosen: dict[int, Path]) -> None:
     out = chosen[1]
     choice = json.loads((out / "choice.json").read_text())
     risks = {name: risk["dr"] for name, risk in choice["estimated_risk"].items()}
     assert list(risks) == NAMES
     assert choice["by"] == "dr"
-    assert choice["taken"] == min(risks, key=lambda name: risks[name])
     assert len(set(risks.values())) == 3
+    for name, above in choice["above_first"].items():
+        assert above["dr"] == pytest.approx(risks[name] - risks[NAMES[0]], abs=1e-9)
+        assert 0 < above["dr_standard_error"] < choice["estimated_risk"][name]["dr_standard_error"]
+    assert list(choice["above_first"]) == NAMES[1:]
+    assert choice["taken"] == (
+        NAMES[0] if choice["why"].endswith((f"{NAMES[0]} is kept", "has the least risk")) else min(risks, key=lambda name: risks[name])
+    )
     run = Run.open(out)
     assert f"{NAMES.index(choice['taken'])}-{run.config.objective.kind}" == choice["taken"]
     assert run.config.choice == ChoiceConfig(), "the kept run is one training, which its config repeats"
@@ -61,6 +94,8 @@ def test_the_least_estimated_risk_is_kept_as_a_run(chosen: dict[int, Path]) -> N
     assert others == {*NAMES, "judge"} - {choice["taken"]}
     for name in others:
         assert Run.open(out / "candidates" / name).manifest["steps"] == run.manifest["steps"]
+    others_took = sum(Run.open(out / "candidates" / name).manifest["seconds"] for name in others)
+    assert choice["seconds"] == pytest.approx(others_took + run.manifest["seconds"])
 
 
 def test_ranks_estimate_the_same_risk(chosen: dict[int, Path]) -> None:
@@ -98,7 +133,7 @@ def test_a_choice_that_was_cut_off_goes_on(data: Path, chosen: dict[int, Path], 
     assert "holds a choice that was cut off" in refused["message"]
     assert "--resume goes on with it" in refused["hint"]
     other = train(data, out, tmp_path / "f", resume=True, overrides=[*SETTINGS, "choice.by=snips"])
-    assert "was begun with another config or data set" in other["message"]
+    assert "was begun with another config or data set: config.choice.by differ(s)" in other["message"]
     again = train(data, out, tmp_path / "e", resume=True)
     for name in NAMES:
         assert again["choice"]["estimated_risk"][name]["dr"] == pytest.approx(expected["estimated_risk"][name]["dr"], rel=1e-6)

@@ -11,6 +11,10 @@ from escm2rec.objectives.bce import bce_losses
 from escm2rec.objectives.estimators.escm2_dr import dr_losses
 from escm2rec.objectives.estimators.escm2_ips import ips_losses
 
+MARGIN = 1.0
+"""A model takes the place of another when its risk is below the other's by so many standard errors of the difference: the rule of one
+standard error (Breiman et al., Classification and Regression Trees, 1984)."""
+
 
 class RiskEstimates(NamedTuple):
     """Of a model's risk, or of how much it is above another's, in nats; None where there is no row, or for snips no click.

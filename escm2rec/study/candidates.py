@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
 
 
 INCUMBENT = "naive"
-"""What a cautious chooser keeps unless another is shown to be better."""
+"""What a cautious chooser keeps unless another errs clearly less."""
 LABEL = {"predicts": "label", "loss": "bce"}
 
 CANDIDATES: dict[str, Candidate] = {

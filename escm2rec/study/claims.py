@@ -88,18 +88,18 @@ def unbiased(tree: Tree) -> Finding:
             if name in ("naive", IPS, DR, "escm2-ips true q", "escm2-dr true q"):
                 said.append(f"{name} {100 * size:.1f}% ({holds} of {len(all_worlds)})")
         rows.append(row)
-    found = (
-        [
+    found = ["No candidate of this study estimates the risk."]
+    if said:
+        found = [
             f"Mean size of the error of the estimated risk over {counted(len(usual), 'world')}, and in how many 0 is in its interval: "
             f"{', '.join(said)}."
         ]
-        if said
-        else []
-    )
     wrong = [f"{name}, q {q}: {spread(each, 1, 100, '+')}%" for name, q, each in unbiased_rows(tree) if q in WRONG.values()]
     found += (
         [f"With a wrong propensity in {base}: {'; '.join(wrong)}."] if wrong else ["Worlds with a wrong propensity are not in this study."]
     )
+    if said and not any(q == "true" for _, q, _ in unbiased_rows(tree)):
+        found.append("No candidate of this study has the true propensity: it shows learned ones, the claim is of accurate ones.")
     head = ("Estimator", "Propensity q", f"Error, %, in\n{base}", "Mean size,\nall worlds, %", "0 inside\nthe interval")
     how = (
         "The CVR loss of an objective is an estimate of the model's risk (log loss) on all impressions, made from clicked ones. Its "

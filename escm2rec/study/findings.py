@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from escm2rec.evaluation.entire_risk import MARGIN
 from escm2rec.evaluation.html import number
+from escm2rec.study.candidates import INCUMBENT
 from escm2rec.study.claims import convergence, esmm_bias, unbiased
 from escm2rec.study.finding import (
     DR,
@@ -26,26 +28,23 @@ from escm2rec.study.finding import (
     ratio_of,
     spread,
 )
-from escm2rec.study.summary import BASELINES, CHOOSERS, WITHIN, trainable
+from escm2rec.study.summary import BASELINES, WITHIN, trainable
 
 REFERENCES = ("escm2-ips true q", "escm2-dr true q", "oracle")
 PRICED = ("capacity right", "selection 0", "clicks at random", "hidden", "ids flexible", "ids small")
 """Worlds where there is no selection, a model that is right without weights, or a propensity that cannot show the selection."""
+FEW_SEEDS = 10
 TAKE = {"a correction": "is better where", "no difference shown": "shows no difference where", "none": "is worse where"}
-CHOOSER_WORDS = {
-    "heldout_snips": "SNIPS risk",
-    "heldout_dr": "DR risk",
-    "heldout_snips_flexible": "SNIPS risk, flexible judge",
-    "heldout_dr_flexible": "DR risk, flexible judge",
-    "heldout_auc_clicked": "AUC, clicked",
-}
 
 
 def findings(tree: Tree) -> list[Finding]:
-    """All findings, the short ones first; a part that the study cannot tell of says so."""
+    """All findings, the short ones first; at the end those that the study cannot tell of, each with its reason."""
     parts = (_situations, _worlds, esmm_bias, unbiased, convergence, _chosen, _price, _choosers, _alternation, _candidates)
-    made = [part if part.table and part.table.rows else part._replace(table=None) for part in (each(tree) for each in parts)]
-    return [_in_short(tree, made), *made]
+    made = [each(tree) for each in parts]
+    told, absent = ([part for part in made if bool(part.table and part.table.rows) == there] for there in (True, False))
+    reasons = [f"{part.lead}: {part.found[0] if part.found else 'No candidate that tells of it.'}" for part in absent]
+    missing = [Finding("Not in this study", "", "", reasons)] if absent else []
+    return [_in_short(tree, told), *told, *missing]
 
 
 def situation(world: Mapping[str, Any]) -> str:
@@ -66,13 +65,21 @@ def _in_short(tree: Tree, made: Sequence[Finding]) -> Finding:
     names = {name for of_world in tree["means"].values() for name in of_world}
     seeds = sorted(set(tree["seeds"].values()))
     often = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    were = "was" if len(names) == 1 else "were"
     run = (
-        f"{counted(len(names), 'candidate')} were trained in {counted(len(tree['means']), 'simulated world')}, with {often} seeds each. "
+        f"{counted(len(names), 'candidate')} {were} trained in {counted(len(tree['means']), 'simulated world')}, with {often} seeds each. "
         "In them the CVR of every impression is known, so a prediction can be judged where nobody clicked. The judge is KL: the mean "
         f"divergence of predicted from true CVR over {tree['settings']['constants']['FRESH_ROWS']:,} fresh impressions, clicked or not; "
         "0 is perfect."
     )
-    return Finding("In short", "", "", [f"What was run: {run}", *(f"{part.lead}: {part.found[0]}" for part in made if part.found)])
+    few = min(tree["seeds"].values())
+    caution = [f"Few seeds: With {few} a difference must be large to be shown: “level” and “no difference” leave open which is better."]
+    return Finding(
+        "In short",
+        "",
+        "",
+        [f"What was run: {run}", *(caution if few < FEW_SEEDS else []), *(f"{part.lead}: {part.found[0]}" for part in made if part.found)],
+    )
 
 
 def _situations(tree: Tree) -> Finding:
@@ -260,29 +267,25 @@ def _choosers(tree: Tree) -> Finding:
     title, how = (
         "The remedy: choosing by held-out clicks",
         (
-            "A log holds no truth to choose by. Choosers take, seed by seed, the candidate of least SNIPS or DR risk, or of "
-            "greatest AUC on clicked impressions, on a held-out log. Mean KL and risk of what they took over the least of any "
+            "A log holds no truth to choose by. Choosers take, seed by seed, the candidate of least SNIPS or DR risk, or of greatest "
+            f"AUC on clicked impressions, on a held-out log; cautious ones keep {INCUMBENT} unless that candidate is below it by more "
+            f"than {MARGIN:g} standard error of the difference, as train does. The risk takes propensity and imputed labels from a judge: "
+            "a model of the world's own towers, or of flexible ones. Mean KL, and mean risk, of what was taken over the least of any "
             "candidate in the world; ✓ is within 5%."
         ),
     )
-    found = [
-        "Within 5% of the world's best: "
-        + "; ".join(
-            f"by {CHOOSER_WORDS[name]} in {each['kl_within_5_percent']} of {each['of_worlds']} worlds in KL, "
-            f"{each['risk_within_5_percent']} in risk"
-            for name, each in tree["choosers"].items()
-        )
-        + "."
-    ]
+    counts = [f"{name} {each['kl_within_5_percent']} and {each['risk_within_5_percent']}" for name, each in tree["choosers"].items()]
+    worlds = counted(max(each["of_worlds"] for each in tree["choosers"].values()), "world")
+    found = [f"Within 5% of the world's best in KL, and in risk, of {worlds}: {'; '.join(counts)}."]
     rows = []
     for world in tree["means"]:
         cells = []
-        for name in CHOOSERS:
-            of_world = tree["choosers"][name]["worlds"].get(world)
-            for metric, digits in (("kl", 2), ("true_risk", 3)):
-                cells.append(f"{of_world[metric]:.{digits}f}{' ✓' if of_world[metric] <= WITHIN else ''}" if of_world else "–")
+        for chooser in tree["choosers"].values():
+            of_world = chooser["worlds"].get(world)
+            parts = [(of_world[metric], digits) for metric, digits in (("kl", 2), ("true_risk", 3))] if of_world else []
+            cells.append("\n".join(f"{ratio:.{digits}f}{' ✓' if ratio <= WITHIN else ''}" for ratio, digits in parts) or "–")
         rows.append([world, *cells])
-    head = ("World", *(f"{CHOOSER_WORDS[name]}\n{metric}" for name in CHOOSERS for metric in ("KL", "risk")))
+    head = ("World", *(name.replace(", ", ",\n") for name in tree["choosers"]))
     return Finding(title, "The remedy", how, found, Table(head, rows))
 
 

@@ -39,8 +39,8 @@ class Task(NamedTuple):
     folder: Path
 
 
-def run_cells(folder: Path, plan: Sequence[tuple[World, int, tuple[str, ...]]], workers: int) -> None:
-    """Compute every cell of the plan (world, seeds, candidates) that is not in `folder` yet.
+def run_cells(folder: Path, plan: Sequence[tuple[World, int, tuple[str, ...]]], workers: int) -> int:
+    """Compute every cell of the plan (world, seeds, candidates) that is not in `folder` yet: how many there were.
 
     RunError, when all others are done, names one that failed.
     """
@@ -62,6 +62,7 @@ def run_cells(folder: Path, plan: Sequence[tuple[World, int, tuple[str, ...]]], 
     if failed:
         message = f"{len(failed)} of {len(tasks)} tasks failed, the first in {failed[0]}"
         raise RunError(message, "all other cells are kept: the same command tries these again")
+    return total
 
 
 def read_cells(folder: Path, world: World, seeds: int, candidate: str) -> list[Values]:

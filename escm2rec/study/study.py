@@ -52,21 +52,23 @@ def study(
 
     `objectives` names candidates, `worlds` worlds and `seeds` how many a world has, each by default as the preset has it. The folder
     holds `cells/WORLD/CANDIDATE/SEED.json`, `settings.json`, and, when all cells are there, `study.json`, `study.html` and the manifest.
-    The same command goes on with a study that was cut off, and computes only what is missing.
+    What is in the folder is not computed again: the same command goes on with a study that was cut off, one that asks for more extends
+    it, and `study.json` is of what was asked last.
 
-    Returns out, worlds, candidates, cells, seconds, what ten seeds chose and what fresh ones say of it, and how near the best choosers end.
-    Raises ConfigError for an unknown name, or when `out` holds a finished study, another one, or something else.
+    Returns out, worlds, candidates, cells, how many of them were computed now and in how many seconds, what ten seeds chose and what
+    fresh ones say of it, and how near the best choosers end. Raises ConfigError for an unknown name, or when `out` holds a study of
+    other settings, or something else.
     """
     began = time.monotonic()
     plan = _plan(PRESETS[preset], objectives, worlds, seeds)
     _open(out, _settings(plan), overwrite)
-    run_cells(out, plan, default_workers())
+    computed = run_cells(out, plan, default_workers())
     cells = {world.name: {name: read_cells(out, world, count, name) for name in names} for world, count, names in plan}
     result = {"settings": _settings(plan), "seeds": {world.name: count for world, count, _ in plan}, **summarise(cells)}
     write_json(out / "study.json", result)
     write_study_page(result, out / "study.html")
     total = sum(count * len(names) for _, count, names in plan)
-    content = {"preset": preset, "cells": total, "seconds": round(time.monotonic() - began, 1)}
+    content = {"preset": preset, "cells": total, "computed": computed, "seconds": round(time.monotonic() - began, 1)}
     write_manifest(out, "study", content)
     return {
         "out": str(out),
@@ -105,8 +107,8 @@ def _told(candidate: Candidate) -> dict[str, Any]:
 
 
 def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder, or check that what is there is a part of the same study."""
-    held = None if (out / MANIFEST).exists() else _held(out)
+    """Make the folder, or check that what is there was made with the same settings."""
+    held = _held(out)
     if held is None:
         refuse_existing(out, "study", overwrite)
     elif not overwrite:
@@ -115,6 +117,7 @@ def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
         if out.exists():
             shutil.rmtree(out)
         out.mkdir(parents=True)
+    (out / MANIFEST).unlink(missing_ok=True)
     write_json(out / SETTINGS, settings)
 
 
@@ -132,14 +135,15 @@ def _merged(out: Path, held: dict[str, Any], settings: dict[str, Any]) -> dict[s
     now: dict[str, Any] = json.loads(json.dumps(settings))
     if held.get("version") != now["version"]:
         raise ConfigError(
-            f"{out} was begun by escm2rec {held.get('version')}, this is {now['version']}", "finish it with that version, or begin anew"
+            f"{out} was begun by escm2rec {held.get('version')}, this is {now['version']}",
+            "go on with that version, or choose another --out",
         )
     for part in ("constants", "worlds", "candidates"):
         for name in held[part].keys() & now[part].keys():
             if held[part][name] != now[part][name]:
                 raise ConfigError(
                     f"{out} was begun with other {part}: {name} was {held[part][name]}, is {now[part][name]}",
-                    "choose another --out, or pass --overwrite to begin anew",
+                    "choose another --out; --overwrite begins anew and drops what is there",
                 )
         now[part] = {**held[part], **now[part]}
     return now

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from escm2rec.study.candidates import CANDIDATES
+from escm2rec.evaluation.entire_risk import MARGIN
+from escm2rec.study.candidates import CANDIDATES, INCUMBENT
 from escm2rec.study.compare import Paired, holm, interval, paired
 from escm2rec.study.presets import CHOOSING_SEEDS
-from escm2rec.study.run import Values
+from escm2rec.study.run import FLEXIBLE_JUDGE, Values
 
 BASELINES = ("esmm", "naive", "naive+ctcvr")
 LEAST_JUDGING_SEEDS = 10
@@ -24,8 +26,34 @@ ALTERNATION = (
     ("escm2-dr label", "escm2-dr"),
 )
 """Ways to train the imputation, each beside another."""
-CHOOSERS = {"heldout_snips": 1, "heldout_dr": 1, "heldout_snips_flexible": 1, "heldout_dr_flexible": 1, "heldout_auc_clicked": -1}
-"""What a chooser goes by, and its sign: the least risk, the greatest AUC."""
+
+
+class Chooser(NamedTuple):
+    """What a chooser goes by.
+
+    metric    of a cell, with the suffix of the judge behind it
+    judge     whose propensity and imputed labels make the risk
+    cautious  keep the incumbent unless the candidate of least risk errs clearly less, as `train` does
+    greatest  take the greatest, not the least
+    """
+
+    metric: str
+    judge: str = ""
+    cautious: bool = False
+    greatest: bool = False
+
+
+CHOOSERS = {
+    "DR risk, cautious": Chooser("heldout_dr", cautious=True),
+    "DR risk, cautious, flexible judge": Chooser("heldout_dr", FLEXIBLE_JUDGE, cautious=True),
+    "SNIPS risk, cautious": Chooser("heldout_snips", cautious=True),
+    "SNIPS risk, cautious, flexible judge": Chooser("heldout_snips", FLEXIBLE_JUDGE, cautious=True),
+    "DR risk": Chooser("heldout_dr"),
+    "DR risk, flexible judge": Chooser("heldout_dr", FLEXIBLE_JUDGE),
+    "SNIPS risk": Chooser("heldout_snips"),
+    "SNIPS risk, flexible judge": Chooser("heldout_snips", FLEXIBLE_JUDGE),
+    "AUC, clicked": Chooser("heldout_auc_clicked", greatest=True),
+}
 
 Cells = Mapping[str, Mapping[str, Sequence[Values]]]
 """By world, by candidate, one set of values a seed."""
@@ -168,24 +196,38 @@ def _best_of(of_world: Mapping[str, Sequence[Values]], names: Sequence[str]) -> 
 def _choosers(cells: Cells) -> dict[str, Any]:
     """By chooser and world: mean KL and risk of what it took seed by seed, over the least of any candidate."""
     found: dict[str, Any] = {}
-    for chooser, sign in CHOOSERS.items():
+    for name, chooser in CHOOSERS.items():
         worlds: dict[str, dict[str, Any]] = {}
         for world, of_world in cells.items():
             if not (pool := trainable(of_world)):
                 continue
-            scores = sign * np.array([_column(of_world[name], chooser) for name in pool])
-            taken = np.where(np.isnan(scores), np.inf, scores).argmin(axis=0)
+            taken = _taken(chooser, {name: of_world[name] for name in pool})
             ratios: dict[str, float] = {}
             for metric in ("kl", "true_risk"):
-                table = np.array([_column(of_world[name], metric) for name in pool])
+                table = np.array([_column(of_world[each], metric) for each in pool])
                 ratios[metric] = float(table[taken, np.arange(table.shape[1])].mean() / table.mean(axis=1).min())
-            names, counts = np.unique(taken, return_counts=True)
-            best = pool[int(np.array([_column(of_world[name], "kl") for name in pool]).mean(axis=1).argmin())]
-            worlds[world] = {**ratios, "best": best, "taken": {pool[int(i)]: int(n) for i, n in zip(names, counts, strict=True)}}
-        found[chooser] = {
+            places, counts = np.unique(taken, return_counts=True)
+            best = pool[int(np.array([_column(of_world[each], "kl") for each in pool]).mean(axis=1).argmin())]
+            worlds[world] = {**ratios, "best": best, "taken": {pool[int(i)]: int(n) for i, n in zip(places, counts, strict=True)}}
+        found[name] = {
             "worlds": worlds,
             "kl_within_5_percent": sum(each["kl"] <= WITHIN for each in worlds.values()),
             "risk_within_5_percent": sum(each["true_risk"] <= WITHIN for each in worlds.values()),
             "of_worlds": len(worlds),
         }
     return found
+
+
+def _taken(chooser: Chooser, pool: Mapping[str, Sequence[Values]]) -> NDArray[np.int64]:
+    """Places in the pool of what a chooser takes, seed by seed; never one whose score does not exist."""
+
+    def table(metric: str, missing: float) -> NDArray[np.float64]:
+        values = np.array([_column(seeds, metric) for seeds in pool.values()])
+        return np.where(np.isnan(values), missing, values)
+
+    scores = table(f"{chooser.metric}{chooser.judge}", -np.inf if chooser.greatest else np.inf)
+    taken: NDArray[np.int64] = scores.argmax(axis=0) if chooser.greatest else scores.argmin(axis=0)
+    if not chooser.cautious or INCUMBENT not in pool:
+        return taken
+    over, error = (table(f"{chooser.metric}{end}{chooser.judge}", 0.0)[taken, np.arange(len(taken))] for end in ("_over", "_over_error"))
+    return np.where(over < -MARGIN * error, taken, list(pool).index(INCUMBENT))

@@ -1,18 +1,22 @@
-"""Several objectives trained, one kept: the one whose CVR errs least on all impressions, as far as a log can say.
+"""Several objectives trained, one kept: the first, unless another errs clearly less on all impressions, as far as a log can say.
 
 No log shows that error. It is estimated on the validation split by a propensity and imputed labels of a judge: a model of its own, trained
 with the naive objective, another seed, and `choice.judge` for a network if one is given. It saw no row of that split (nor did the
 candidates, but for a `calibration` fitted there). What the judge cannot learn biases it: a small one favours models that are wrong alike.
+
+Clearly: by `MARGIN` standard errors of the difference. Where a correction gains little, the least of several estimates is the least by
+chance, and its weights cost more than they bring (docs/decisions/0008).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +24,7 @@ from torch import Tensor
 
 from escm2rec.config import ChoiceConfig, Config, ObjectiveConfig
 from escm2rec.errors import ConfigError, DataError
-from escm2rec.evaluation.entire_risk import RiskEstimates, risk_estimates, risk_sums
+from escm2rec.evaluation.entire_risk import MARGIN, RiskEstimates, risk_estimates, risk_sums
 from escm2rec.folder import MANIFEST, read_manifest, refuse_existing, refuse_overlap, write_json
 from escm2rec.models.predictions import Predictions
 from escm2rec.objectives.propensity import propensity
@@ -30,30 +34,42 @@ from escm2rec.reader.reader import Reader
 from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.build import build_objective
 from escm2rec.training.cross_fit import train_objective
-from escm2rec.training.run import Run
+from escm2rec.training.run import Run, differences
 from escm2rec.training.trained import TrainedModel
 
 CANDIDATES, CHOICE, ASKED = "candidates", "choice.json", "asked.json"
 JUDGE = "judge"
 MOVED_MANIFEST = f".{MANIFEST}.kept"
 
+logger = logging.getLogger(__name__)
+
+
+class Estimated(NamedTuple):
+    """Of one run: its risk, and how much that is above the first's (None of the first)."""
+
+    risk: RiskEstimates
+    above_first: RiskEstimates | None
+
 
 def train_and_choose(config: Config, data: Path, out: Path, runtime: Runtime, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """Train `objective` and each of `choice.objectives`, and leave the run of the best at `out`; called by all ranks alike.
+    """Train `objective` and each of `choice.objectives`, and leave the run of the one taken at `out`; called by all ranks alike.
 
-    `out/candidates/` keeps the other runs, `out/choice.json` the estimated risks. With `resume` a choice that was cut off goes on where it
-    stood. Returns what `train` returns of the kept run, and `choice`.
+    `out/candidates/` keeps the other runs, `out/choice.json` the estimated risks and why it was taken. With `resume` a choice that was cut
+    off goes on where it stood. Returns what `train` returns of the kept run, and `choice`.
     """
     if finished := on_main(runtime, lambda: _open(config, data, out, resume, overwrite)):
         return finished
     runs = {f"{number}-{objective.kind}": objective for number, objective in enumerate(_objectives(config))}
     if not on_main(runtime, lambda: (out / CHOICE).exists()):
-        for name, objective in runs.items():
+        for number, (name, objective) in enumerate(runs.items(), 1):
+            _tell(runtime, f"choice: objective {number} of {len(runs)}, {objective.kind}")
             alone = config.model_copy(update={"objective": objective, "choice": ChoiceConfig()})
             train_objective(alone, data, out / CANDIDATES / name, runtime, resume=True, overwrite=False)
+        _tell(runtime, "choice: the judge")
         train_objective(_judge(config), data, out / CANDIDATES / JUDGE, runtime, resume=True, overwrite=False)
+        _tell(runtime, f"choice: the risk of {len(runs)} objectives on the validation split")
         estimates = _estimate(config, data, out, list(runs), runtime)
-        on_main(runtime, lambda: write_json(out / CHOICE, _choice(config.choice.by, estimates)))
+        on_main(runtime, lambda: write_json(out / CHOICE, _choice(config.choice.by, estimates) | {"seconds": _seconds(out, list(runs))}))
     return on_main(runtime, lambda: _keep(out))
 
 
@@ -91,9 +107,10 @@ def _open(config: Config, data: Path, out: Path, resume: bool, overwrite: bool) 
     asked = {"config": config.model_dump(mode="json"), "data": [dataset.identity("train"), dataset.identity("validation")]}
     begun = (out / CANDIDATES / ASKED).is_file()
     if begun and resume:
-        if json.loads((out / CANDIDATES / ASKED).read_text(encoding="utf-8")) != asked:
+        if different := differences(json.loads((out / CANDIDATES / ASKED).read_text(encoding="utf-8")), asked):
             raise ConfigError(
-                f"{out} was begun with another config or data set", "resume with those of the run, or train into another --out"
+                f"{out} was begun with another config or data set: {', '.join(different[:5])} differ(s)",
+                "resume with those of the run, or train into another --out",
             )
         return _result(out) if (out / MANIFEST).exists() else None
     if begun and not (out / MANIFEST).exists():
@@ -107,24 +124,34 @@ def _open(config: Config, data: Path, out: Path, resume: bool, overwrite: bool) 
     return None
 
 
-def _estimate(config: Config, data: Path, out: Path, names: list[str], runtime: Runtime) -> dict[str, RiskEstimates]:
-    """The risk of each run on the validation split. Memory: two logits a row of it, over the ranks."""
+def _tell(runtime: Runtime, said: str) -> None:
+    if runtime.is_main:
+        logger.info(said)
+
+
+def _seconds(out: Path, names: list[str]) -> float:
+    """How long all trainings took, that of the judge too."""
+    return round(sum(float(read_manifest(out / CANDIDATES / name, "run")["seconds"]) for name in [*names, JUDGE]), 3)
+
+
+def _estimate(config: Config, data: Path, out: Path, names: list[str], runtime: Runtime) -> dict[str, Estimated]:
+    """The risk of each run on the validation split. Memory: three logits a row of it, over the ranks."""
     opened = on_main(runtime, lambda: {name: Run.open(out / CANDIDATES / name) for name in [*names, JUDGE]})
     dataset = on_main(runtime, lambda: Dataset.open(data))
     floor = build_objective(config.objective, opened[JUDGE].rates.ctr).floor
     judged = [predictions for _, predictions in _predictions(opened[JUDGE], dataset, runtime)]
+    first = [predictions.cvr_logit for _, predictions in _predictions(opened[names[0]], dataset, runtime)]
     found = {}
     for name in names:
-        total: Tensor = torch.zeros(7, dtype=torch.float64)
-        for (batch, mine), judge in zip(_predictions(opened[name], dataset, runtime), judged, strict=True):
-            rows = batch.num_rows
-            q = propensity(judge.ctr_logit, floor)
-            total += risk_sums(
-                mine.cvr_logit, batch.click[:rows], batch.conversion[:rows], batch.weight[:rows], q=q, imputed_logit=judge.cvr_logit
-            )
+        total: Tensor = torch.zeros(2, 2, 5, dtype=torch.float64)  # the risk, and how much it is above the first's
+        for (batch, mine), judge, beside in zip(_predictions(opened[name], dataset, runtime), judged, first, strict=True):
+            click, conversion, weight = (column[: batch.num_rows] for column in (batch.click, batch.conversion, batch.weight))
+            seen = (mine.cvr_logit, click, conversion, weight, propensity(judge.ctr_logit, floor), judge.cvr_logit)
+            total += torch.stack([risk_sums(*seen), risk_sums(*seen, beside=beside)])
         total = total.to(runtime.device)
         dist.all_reduce(total, group=runtime.group)
-        found[name] = risk_estimates(total)
+        risk, above = (risk_estimates(each) for each in total)
+        found[name] = Estimated(risk, None if name == names[0] else above)
     return found
 
 
@@ -136,9 +163,23 @@ def _predictions(run: Run, dataset: Dataset, runtime: Runtime) -> Iterator[tuple
         yield batch, model(batch)
 
 
-def _choice(by: str, estimates: dict[str, RiskEstimates]) -> dict[str, Any]:
-    taken = min(estimates, key=lambda name: float(getattr(estimates[name], by)))
-    return {"taken": taken, "by": by, "estimated_risk": {name: each._asdict() for name, each in estimates.items()}}
+def _choice(by: str, estimates: dict[str, Estimated]) -> dict[str, Any]:
+    first, *others = estimates
+    least = min(estimates, key=lambda name: float(getattr(estimates[name].risk, by)))
+    taken, why = first, f"{first} has the least risk"
+    if (above := estimates[least].above_first) is not None:
+        difference, error = float(getattr(above, by)), float(getattr(above, f"{by}_standard_error"))
+        clearly = difference < -MARGIN * error
+        taken = least if clearly else first
+        why = f"{least} has the least risk, {-difference:.3g} below {first} with a standard error of {error:.3g}: "
+        why += "it is taken" if clearly else f"too little, {first} is kept"
+    return {
+        "taken": taken,
+        "by": by,
+        "why": why,
+        "estimated_risk": {name: each.risk._asdict() for name, each in estimates.items()},
+        "above_first": {name: above._asdict() for name in others if (above := estimates[name].above_first) is not None},
+    }
 
 
 def _keep(out: Path) -> dict[str, Any]:

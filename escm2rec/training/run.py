@@ -100,7 +100,7 @@ def _check_resumable(out: Path, config: Config, dataset: Dataset) -> None:
     before, now = _read_config(out).model_dump(mode="json"), config.model_dump(mode="json")
     different = [
         key
-        for key in _differences(before, now)
+        for key in differences(before, now)
         if not key.startswith(("training.epochs", "training.checkpoint_every", "training.log_every"))
     ]
     if different:
@@ -112,10 +112,11 @@ def _check_resumable(out: Path, config: Config, dataset: Dataset) -> None:
         raise DataError(f"{out} was trained on a data set of another schema than {dataset.path}", "resume with the data set of the run")
 
 
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """The keys, dotted, under which two nested mappings differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
-        return [found for key in keys for found in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+        return [found for key in keys for found in differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
     return [] if before == now else [path]
 
 
