@@ -43,7 +43,7 @@ def reference_config() -> Config:
         {
             "data": {"source": {"kind": "table"}, "split": {"by": "hash", "train": 1.0}, "features": features},
             "model": {"embedding_dim": 16, "tower_hidden": [128, 64]},
-            "objective": {"kind": "escm2-dr", "imputation": {"alternate": False}},
+            "objective": {"kind": "escm2-dr"},
             "training": {"global_batch_size": GLOBAL_BATCH},
         }
     )

@@ -352,8 +352,8 @@ class ImputationConfig(Section):
 
     predicts: Literal["error", "label"] | None = Field(
         None,
-        description="error: delta_hat = softplus(tower). label: m = sigmoid(tower), delta_hat = BCE(eta_hat, m). "
-        "By default label for direct and two-space, which need it, error otherwise.",
+        description="error: delta_hat = softplus(tower), by which the CVR tower learns what IPS teaches it. label: m = sigmoid(tower), "
+        "delta_hat = BCE(eta_hat, m), which it learns from too. By default label for direct and two-space, which need it, error otherwise.",
     )
     weighting: Literal["dr-jl", "mrdr", "dr-bias", "dr-mse"] = Field(
         "dr-jl", description="v of the imputation loss: 1/q, (1-q)/q^2, (1-q)^2/q^3, or a mixture of the last two."

@@ -293,9 +293,9 @@ def _alternation(tree: Tree) -> Finding:
     title, how = (
         "How the imputation of DR is trained",
         (
-            "KL of one way over that of another, with 95% interval: joint (both towers in each step) or three CVR steps for one of the "
-            "imputation, beside alternating one to one; imputed labels beside imputed errors. Below 1 the first is better; ≈ is level "
-            "(Holm's p over worlds at least 0.05)."
+            "KL of one way over that of another, with 95% interval: CVR and imputation in turn, one step each (alternating) or three to "
+            "one (3:1), beside both in each step, at the same number of CVR steps; imputed labels beside imputed errors. Below 1 the first "
+            "is better; ≈ is level (Holm's p over worlds at least 0.05)."
         ),
     )
     pairs = tree["alternation"]
