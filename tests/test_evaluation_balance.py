@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from escm2rec.evaluation import propensity
-from escm2rec.evaluation.balance import held_values, standardised_differences, value_differences
+from escm2rec.evaluation.balance import held_values, number_differences, standardised_differences, value_differences
 from escm2rec.evaluation.propensity import PropensityDiagnostics
 from escm2rec.reader.columns import Slice, assemble, decode
 from escm2rec.reader.dataset import Dataset
@@ -54,10 +54,8 @@ def diagnosed(rows: dict[str, Any], size: int, weight: Any = None, q: Any = None
 
 
 def covariates(table: Any, name: str, folded: int = 10**9) -> list[Any]:
-    """A number, or an indicator a value of the five most frequent ones, no value among them."""
+    """An indicator a value, no value among them."""
     values = table[name].to_pylist()
-    if name in ("price", "age"):
-        return [np.array(values, np.float64)]
     sets = [
         {row % folded for row in (value if isinstance(value, list) else [value] if value is not None else [])} or {-1} for value in values
     ]
@@ -69,13 +67,63 @@ def test_balance_is_that_of_the_formula(rows: dict[str, Any]) -> None:
     found = diagnosed(rows, 256).report()["balance"]
     assert len(found["features"]) == 6
     for row in found["features"]:
-        columns = sorted(covariates(rows["table"], row["feature"]), key=lambda x: -float(weight @ x))[:5]
+        if row["feature"] in ("price", "age"):
+            columns = [rows["table"][row["feature"]].to_numpy().astype(np.float64)]
+        else:
+            columns = sorted(covariates(rows["table"], row["feature"]), key=lambda x: -float(weight @ x))[:5]
         expected = np.max([difference(x, click, weight, rows["q"].astype(np.float64)) for x in columns], axis=0)
         assert (row["before"], row["after"]) == pytest.approx(tuple(expected), rel=1e-6, abs=1e-9), row["feature"]
     after = [row["after"] for row in found["features"]]
     assert after == sorted(after, reverse=True)
     assert found["largest_after"] == after[0]
     assert found["unbalanced_before"] == sum(row["before"] >= 0.1 for row in found["features"]) > 0
+
+
+def with_columns(table: Any, **columns: Any) -> Any:
+    """The table with other values in some of its columns."""
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, [values])
+    return table
+
+
+def test_selection_on_missing_numbers_is_seen_and_the_right_weights_remove_it(rows: dict[str, Any]) -> None:
+    """Impressions without a price are clicked a quarter as often, whatever the price of the others: its mean, 0 where missing, stays."""
+    rng = np.random.default_rng(1)
+    missing = rng.random(3_000) < 0.4
+    q = np.where(missing, 0.15, 0.6).astype(np.float32)
+    click = (rng.random(3_000) < q).astype(np.uint8)
+    price = np.where(missing, 0, rng.normal(size=3_000)).astype(np.float32)
+    planted = {"table": with_columns(rows["table"], click=click, price=price), "weight": np.ones(3_000, np.float32), "q": q}
+    found = diagnosed(planted, 256).report()
+    of_price = next(row for row in found["balance"]["features"] if row["feature"] == "price")
+    ones = planted["weight"].astype(np.float64)
+    chance = 3 / found["weights"]["effective_sample_size"] ** 0.5
+    assert difference(price.astype(np.float64), click, ones, q)[0] < 0.05
+    assert of_price["before"] == pytest.approx(difference(missing.astype(np.float64), click, ones, q)[0])
+    assert of_price["before"] > 0.5
+    assert of_price["after"] < chance
+    assert next(row for row in found["balance"]["features"] if row["feature"] == "age")["before"] < chance, "none of it is missing"
+
+
+def test_a_number_is_compared_over_those_that_have_it(rows: dict[str, Any]) -> None:
+    """Clicks depend on the price of the half that has one, and not on whether there is one."""
+    click, weight = rows["table"]["click"].to_numpy(), rows["weight"].astype(np.float64)
+    held = np.random.default_rng(2).random(3_000) < 0.5
+    price = np.where(held, rows["table"]["price"].to_numpy(), 0).astype(np.float32)
+    found = diagnosed({**rows, "table": with_columns(rows["table"], price=price)}, 256).report()["balance"]["features"]
+    of_price = next(row for row in found if row["feature"] == "price")
+    expected = difference(price[held].astype(np.float64), click[held], weight[held], rows["q"][held].astype(np.float64))
+    assert (of_price["before"], of_price["after"]) == pytest.approx(expected, rel=1e-6)
+    assert of_price["before"] > 1.2 * difference(price.astype(np.float64), click, weight, rows["q"])[0], "zeros would hide some of it"
+
+
+def test_a_number_that_no_click_has_differs_by_its_missingness_alone(rows: dict[str, Any]) -> None:
+    click = rows["table"]["click"].to_numpy()
+    price = np.where(click > 0, 0, 1 + rows["table"]["price"].to_numpy()).astype(np.float32)
+    found = diagnosed({**rows, "table": with_columns(rows["table"], price=price)}, 256).report()["balance"]["features"]
+    of_price = next(row for row in found if row["feature"] == "price")
+    expected = difference((price == 0).astype(np.float64), click, rows["weight"].astype(np.float64), rows["q"].astype(np.float64))
+    assert (of_price["before"], of_price["after"]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_weights_are_those_of_the_formula(rows: dict[str, Any]) -> None:
@@ -127,7 +175,7 @@ def test_large_tables_are_folded(rows: dict[str, Any], monkeypatch: pytest.Monke
     monkeypatch.setattr(propensity, "FOLDED_ROWS", 7)
     click, weight, q = rows["table"]["click"].to_numpy(), rows["weight"].astype(np.float64), rows["q"].astype(np.float64)
     made = diagnosed(rows, 256)
-    assert made.sums.shape == (3, 1 + 2 * 2 + 3 * (7 + 1) + (5 + 1))
+    assert made.sums.shape == (3, 1 + 3 * 2 + 3 * (7 + 1) + (5 + 1))
     found = {row["feature"]: row["before"] for row in made.report()["balance"]["features"]}
     for name in ("user", "tags", "history"):
         columns = sorted(covariates(rows["table"], name, 7), key=lambda x: -float(weight @ x))[:5]
@@ -135,7 +183,7 @@ def test_large_tables_are_folded(rows: dict[str, Any], monkeypatch: pytest.Monke
 
 
 def test_without_a_click_there_is_no_balance(rows: dict[str, Any]) -> None:
-    none = {**rows, "table": rows["table"].set_column(rows["table"].column_names.index("click"), "click", [np.zeros(3_000, np.uint8)])}
+    none = {**rows, "table": with_columns(rows["table"], click=np.zeros(3_000, np.uint8))}
     found = diagnosed(none, 500).report()
     assert found.keys() == {"weights"}
     assert (found["weights"]["num_clicked"], found["weights"]["effective_share"], found["weights"]["mean_weight"]) == (0, None, 0)
@@ -151,7 +199,8 @@ def test_an_impression_holds_a_value_once() -> None:
 
 
 def test_what_is_the_same_everywhere_differs_by_nothing() -> None:
-    totals = np.array([10.0, 4.0, 7.0])
-    constant = 3 * totals[:, None]
+    totals = np.array([[10.0], [4.0], [7.0]])
+    constant = 3 * totals
     assert standardised_differences(constant, 3 * constant, totals).tolist() == [[0], [0]]
-    assert value_differences(totals[:, None], totals).tolist() == [0, 0]
+    assert number_differences(0 * totals, 0 * totals, 0 * totals, totals).tolist() == [[0], [0]], "missing everywhere"
+    assert value_differences(totals, totals).tolist() == [0, 0]

@@ -79,9 +79,11 @@ METRICS = {
     "Weights": "A clicked impression weighs 1 / q, q the propensity, at least the floor: it stands for all impressions like it. The mean "
     "weight, over all impressions, is 1 if q is right. The effective sample size is the number of equally weighted clicks that would "
     "say as much; the effective share is that over the number of clicks. Clicks at the floor all weigh the same.",
-    "Balance": "How far clicked impressions differ from all impressions: the difference of means over the standard deviation, of a number "
-    "or of the share of impressions with a value (the largest of the five most frequent values). Weights of a right propensity bring it "
-    "near 0; what stays is selection that is not corrected. Below 0.1 usually counts as balance.",
+    "Balance": "How far clicked impressions differ from all impressions: the difference of two means over their pooled standard deviation, "
+    "the root of the mean of both variances (before weighting in both columns, so that only the means change). Of a number: of the "
+    "impressions that have it, or of the share that have none, whichever differs more. Of other features: of the share of impressions "
+    "with a value, the largest of the five most frequent values, no value being one. Weights of a right propensity bring it near 0; what "
+    "stays is selection that is not corrected. Below 0.1 usually counts as balance.",
 }
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -381,7 +383,8 @@ def _balance(balance: Record, weights: Record) -> str:
     columns = [_differences([row[name] for row in shown]) for name in ("before", "after")]
     notes = [f"✓ marks differences below {BALANCED}."]
     if effective := weights["effective_sample_size"]:
-        notes.append(f"Chance alone leaves about {number(effective**-0.5, 2)} after weighting (1 / √ effective sample size).")
+        chance = f"Chance alone leaves about {number(effective**-0.5, 2)} after weighting (1 / √ effective sample size)"
+        notes.append(f"{chance}, more for a number that few clicks have.")
     if len(rows) > len(shown):
         notes.append(f"The {len(shown)} of {len(rows):,} features that differ most after weighting; the others are in report.json.")
     head = ("Feature", "Difference\nbefore weighting", "Difference\nafter weighting")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from escm2rec.evaluation.balance import BALANCED, held_values, standardised_differences, value_differences
+from escm2rec.evaluation.balance import BALANCED, held_values, number_differences, value_differences
 from escm2rec.objectives.propensity import PropensitySums, propensity_report, propensity_sums
 from escm2rec.reader.batch import Batch
 from escm2rec.schema import Schema
@@ -30,10 +30,10 @@ class PropensityDiagnostics:
         self._floor = floor
         self._tables = {feature.name: min(feature.num_embeddings, FOLDED_ROWS) for feature in schema.tables}
         self._numeric = [feature.name for feature in schema.numeric]
-        sizes = [1, len(self._numeric), len(self._numeric), *(rows + 1 for rows in self._tables.values())]
+        sizes = [1, *[len(self._numeric)] * 3, *(rows + 1 for rows in self._tables.values())]
         self.sums = np.zeros((3, sum(sizes)))
         # Views: what is added to them is added to `sums`.
-        self._totals, self._numbers, self._squares, *held = np.split(self.sums, np.cumsum(sizes)[:-1], axis=1)
+        self._totals, self._numbers, self._squares, self._numbers_held, *held = np.split(self.sums, np.cumsum(sizes)[:-1], axis=1)
         self._held = dict(zip(self._tables, held, strict=True))
         none = torch.zeros(0)
         self._weights = propensity_sums(none, none, none, floor)
@@ -49,6 +49,7 @@ class PropensityDiagnostics:
         numbers = batch.numeric[:rows].double().numpy()
         self._numbers += weights @ numbers
         self._squares += weights @ numbers**2
+        self._numbers_held += weights @ (numbers != 0)
         for keyed in (batch.features, batch.weighted_features):
             for name, column in keyed.to_dict().items() if keyed is not None else ():
                 impressions, values = held_values(column.values().numpy(), column.lengths()[:rows].numpy(), self._tables[name])
@@ -78,8 +79,8 @@ class PropensityDiagnostics:
         return found | ({"balance": self._balance()} if weights.num_clicked else {})
 
     def _balance(self) -> dict[str, Any]:
-        totals = self._totals[:, 0]
-        numbers = standardised_differences(self._numbers, self._squares, totals)
+        totals = self._totals
+        numbers = number_differences(self._numbers, self._squares, self._numbers_held, totals)
         differences = {name: numbers[:, index] for index, name in enumerate(self._numeric)}
         differences |= {name: value_differences(held, totals) for name, held in self._held.items()}
         rows = sorted(((name, float(before), float(after)) for name, (before, after) in differences.items()), key=lambda row: -row[2])
