@@ -13,6 +13,7 @@ import torch
 from escm2rec.evaluation import propensity
 from escm2rec.evaluation.balance import held_values, number_differences, standardised_differences, value_differences
 from escm2rec.evaluation.propensity import PropensityDiagnostics
+from escm2rec.reader.batch import Batch
 from escm2rec.reader.columns import Slice, assemble, decode
 from escm2rec.reader.dataset import Dataset
 from tests.encoded import schema, write_dataset
@@ -130,24 +131,57 @@ def test_weights_are_those_of_the_formula(rows: dict[str, Any]) -> None:
     clicked = rows["table"]["click"].to_numpy() > 0
     w, q = rows["weight"].astype(np.float64), rows["q"].astype(np.float64)
     weights = (w / q)[clicked]
-    assert diagnosed(rows, 256).report()["weights"] == pytest.approx(
+    mean = weights.sum() / w.sum()
+    half = 1.96 * np.sqrt(((np.where(clicked, w / q, 0) - mean * w) ** 2).sum()) / w.sum()
+    found = diagnosed(rows, 256).report()["weights"]
+    assert found.pop("mean_weight_interval") == pytest.approx([mean - half, mean + half])
+    assert found == pytest.approx(
         {
             "floor": FLOOR,
             "num_clicked": clicked.sum(),
             "effective_sample_size": weights.sum() ** 2 / (weights**2).sum(),
             "effective_share": weights.sum() ** 2 / (weights**2).sum() / clicked.sum(),
             "floor_share": (rows["q"][clicked] == np.float32(FLOOR)).mean(),
-            "mean_weight": weights.sum() / w.sum(),
+            "mean_weight": mean,
+            "mean_weight_off": True,  # the floor of 0.3 keeps weights down
             "largest_share": weights.max() / weights.sum(),
             "floor_binds_for_most": False,
         }
     )
 
 
+def test_the_interval_of_the_mean_weight_covers_as_often_as_it_says() -> None:
+    """Clicks drawn again 400 times under a known q and unequal weights, in one data set: of 95%, 0.95 -+ 3 standard errors of 0.011."""
+    rng = np.random.default_rng(3)
+    q, weight = rng.uniform(0.05, 0.6, 500), rng.choice([1.0, 4.0], 500)
+    numbers = schema().model_copy(update={"features": schema().numeric})
+    held = []
+    for _ in range(400):
+        made = PropensityDiagnostics(numbers, 0.0)
+        click = torch.from_numpy(rng.random(500) < q).float()
+        labels = [click, torch.zeros(500), torch.from_numpy(weight).float()]
+        made.add(Batch(None, None, torch.zeros(500, 2), *labels, num_rows=500), torch.from_numpy(q))
+        low, high = made.report()["weights"]["mean_weight_interval"]
+        held.append(low <= 1 <= high)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.033)
+
+
+@pytest.mark.parametrize(("scale", "rows_used", "off"), [(1.0, 3_000, False), (0.8, 3_000, True), (1.25, 3_000, True), (0.8, 20, False)])
+def test_a_mean_weight_is_far_from_1_beyond_chance_and_tolerance(rows: dict[str, Any], scale: float, rows_used: int, off: bool) -> None:
+    """q too small or too large by a fourth: of 3,000 impressions that is seen, of 20 it may be chance."""
+    few = {"table": rows["table"].slice(0, rows_used), "weight": np.ones(rows_used, np.float32)}
+    q = (scale * rows["table"]["true_propensity"].to_numpy()).astype(np.float32)[:rows_used]
+    found = diagnosed({**few, "q": q}, 256).report()["weights"]
+    assert found["mean_weight_off"] is off
+    assert abs(found["mean_weight"] - 1) > 0.1 or scale == 1
+
+
 def test_sums_do_not_depend_on_the_batches(rows: dict[str, Any]) -> None:
     one, other = diagnosed(rows, 3_000), diagnosed(rows, 77)
     np.testing.assert_allclose(one.sums, other.sums, rtol=1e-10)
-    assert one.report()["weights"] == pytest.approx(other.report()["weights"])
+    few, many = one.report()["weights"], other.report()["weights"]
+    assert few.pop("mean_weight_interval") == pytest.approx(many.pop("mean_weight_interval"))
+    assert few == pytest.approx(many)
 
 
 def test_true_propensities_balance_what_selection_has_not(rows: dict[str, Any]) -> None:
@@ -168,14 +202,16 @@ def test_a_weight_of_two_is_the_row_twice(rows: dict[str, Any]) -> None:
     order = np.concatenate([np.arange(len(table)), np.flatnonzero(twice)])
     again = {"table": table.take(order), "weight": np.ones(len(order), np.float32), "q": rows["q"][order]}
     weighted = diagnosed(rows, 300, np.where(twice, 2, 1).astype(np.float32))
-    np.testing.assert_allclose(weighted.sums, diagnosed(again, 300).sums, rtol=1e-9)
+    twice_over = diagnosed(again, 300)
+    # All but the sums of w itself, which tell rows that are alike from rows that are one.
+    np.testing.assert_allclose(np.delete(weighted.sums, 1, axis=1), np.delete(twice_over.sums, 1, axis=1), rtol=1e-9)
 
 
 def test_large_tables_are_folded(rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(propensity, "FOLDED_ROWS", 7)
     click, weight, q = rows["table"]["click"].to_numpy(), rows["weight"].astype(np.float64), rows["q"].astype(np.float64)
     made = diagnosed(rows, 256)
-    assert made.sums.shape == (3, 1 + 3 * 2 + 3 * (7 + 1) + (5 + 1))
+    assert made.sums.shape == (3, 1 + 1 + 3 * 2 + 3 * (7 + 1) + (5 + 1))
     found = {row["feature"]: row["before"] for row in made.report()["balance"]["features"]}
     for name in ("user", "tags", "history"):
         columns = sorted(covariates(rows["table"], name, 7), key=lambda x: -float(weight @ x))[:5]
@@ -187,6 +223,7 @@ def test_without_a_click_there_is_no_balance(rows: dict[str, Any]) -> None:
     found = diagnosed(none, 500).report()
     assert found.keys() == {"weights"}
     assert (found["weights"]["num_clicked"], found["weights"]["effective_share"], found["weights"]["mean_weight"]) == (0, None, 0)
+    assert (found["weights"]["mean_weight_interval"], found["weights"]["mean_weight_off"]) == (None, False)
 
 
 def test_an_impression_holds_a_value_once() -> None:

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from escm2rec.evaluation.balance import BALANCED
+from escm2rec.evaluation.balance import BALANCED, WEIGHT_TOLERANCE
 from escm2rec.evaluation.plots import calibration_plot, roc_plot
 from escm2rec.evaluation.report import OBSERVED, Record
 from escm2rec.evaluation.user_ranking import RANKING_METRICS
@@ -77,7 +77,9 @@ METRICS = {
     "with a positive; equal predictions share their positions.",
     "Propensity": "The predicted click probability, as the weight that ESCM² corrects selection by. Where it is wrong, the correction is.",
     "Weights": "A clicked impression weighs 1 / q, q the propensity, at least the floor: it stands for all impressions like it. The mean "
-    "weight, over all impressions, is 1 if q is right. The effective sample size is the number of equally weighted clicks that would "
+    "weight, over all impressions, is 1 if q is right, and what is summed by the weights is too large or too small by about that factor. "
+    "✗ marks one whose 95% interval, of chance in the clicks, lies wholly outside "
+    f"{1 - WEIGHT_TOLERANCE:g} to {1 + WEIGHT_TOLERANCE:g}. The effective sample size is the number of equally weighted clicks that would "
     "say as much; the effective share is that over the number of clicks. Clicks at the floor all weigh the same.",
     "Balance": "How far clicked impressions differ from all impressions: the difference of two means over their pooled standard deviation, "
     "the root of the mean of both variances (before weighting in both columns, so that only the means change). Of a number: of the "
@@ -306,7 +308,13 @@ def _truth(report: Record) -> str:
     columns = _columns([report[section] for section in known], names)
     first = [NAMES[section].split(", ")[1].capitalize() for section in known]
     said = "These impressions were simulated, so the conversion probability of each is known, clicked or not."
-    return f"<h2>CVR against the known truth</h2><p>{said}</p>{table(head, first, columns)}{_reasons(report, known)}"
+    body = table(head, first, columns) + note(_meaning("Bias", "KL", "RMSE")) + _reasons(report, known)
+    return f"<h2>CVR against the known truth</h2><p>{said}</p>{body}"
+
+
+def _meaning(*names: str) -> str:
+    """What these metrics are, where a reader first meets them."""
+    return " ".join(f"<b>{name}</b>: {METRICS[name]}" for name in names)
 
 
 def _calibration(report: Record) -> str:
@@ -344,6 +352,8 @@ def _propensity(report: Record) -> str:
     if not scalars and not deciles.get("impressions"):
         return ""
     known = facts({_words_of(name): number(value) if isinstance(value, float) else value for name, value in scalars.items()})
+    if "ctr_kl" in scalars:
+        known = note(f"Against the true click probabilities, which are known here. {_meaning('KL', 'RMSE', 'Bias')}") + known
     parts = ["<h2>Propensity</h2>", f"<p>{METRICS['Propensity']} Impressions by tenth of the predicted click probability:</p>"]
     if deciles.get("impressions"):
         names = ["impressions", "mean_predicted", "mean_clicked"] + (["mean_truth"] if "mean_truth" in deciles else [])
@@ -361,8 +371,20 @@ def _weights(weights: Record) -> str:
     """What the weights of the split come to, and what to do where they say little."""
     if not weights:
         return ""
-    known = facts({words: number(weights[name]) for name, words in WEIGHTS.items() if name in weights})
+    texts = {name: number(weights[name]) for name in WEIGHTS if name in weights}
     notes = []
+    if (interval := weights["mean_weight_interval"]) is not None:
+        texts["mean_weight"] += f" ({interval[0]:.3f} to {interval[1]:.3f}) {'✗' if weights['mean_weight_off'] else '✓'}"
+    if weights["mean_weight_off"]:
+        what, why = (
+            ("rarer", "or the floor keeps weights down: then lower objective.propensity.floor")
+            if weights["mean_weight"] < 1
+            else ("more frequent", "see the tenths above")
+        )
+        notes.append(
+            f'<span class="bad">The mean weight is far from 1: clicks are {what} than q says</span> ({why}). Where q is of the right order '
+            "but not of the right size, objective.propensity.calibration: platt mends it."
+        )
     if weights["floor_binds_for_most"]:
         notes.append(
             '<span class="bad">The floor binds for most clicked impressions: they all weigh the same, and selection stays uncorrected '
@@ -372,7 +394,9 @@ def _weights(weights: Record) -> str:
         notes.append("q is of a propensity tower of its own, the tenths above are of the CTR tower.")
     if not weights["weighs"]:
         notes.append("The objective of this run weighs nothing by them.")
-    return f"<h3>Weights</h3><p>{METRICS['Weights']}</p>{known}{note(' '.join(notes))}"
+    return (
+        f"<h3>Weights</h3><p>{METRICS['Weights']}</p>{facts({WEIGHTS[name]: text for name, text in texts.items()})}{note(' '.join(notes))}"
+    )
 
 
 def _balance(balance: Record, weights: Record) -> str:
@@ -447,7 +471,7 @@ def _groups(name: str, groups: Record, sections: Sequence[str]) -> str:
         head, spans = [*head, "Bias", "KL"], [*spans, ("CVR, unclicked", 2)]
     left = groups["groups_reported"] - len(shown)
     notes = [f"AUC needs {groups['least_per_class']} positives and negatives. NE is normalized entropy."]
-    notes += ["Bias is mean predicted over mean true CVR."] if "Bias" in head[-2:] else []
+    notes += ["Bias is mean predicted over mean true CVR, KL the mean divergence from it: 1 and 0 are right."] if "KL" in head else []
     notes += [f"The {len(shown)} largest of {groups['groups_reported']:,} reported groups; the others are in report.json."] if left else []
     if groups["groups_left_out"]:
         notes.append(f"{groups['groups_left_out']:,} smaller groups with {groups['impressions_left_out']:,} impressions are not reported.")
