@@ -132,6 +132,13 @@ def test_a_report_with_nothing_to_show_says_why(rows: int, tmp_path: Path) -> No
     assert "nan" not in re.sub(r"<style>.*</style>", "", text, flags=re.S).lower().split()
 
 
+@pytest.mark.parametrize(("split", "kind"), [("validation", "bad"), ("test", "soft")])
+def test_what_is_said_of_a_choice_warns_on_the_split_that_chose(split: str, kind: str, tmp_path: Path) -> None:
+    made = build_report(simulated(200)) | {"run": {"split": split}, "choice": {"says": "Chosen <of> 3."}}
+    _, text = page_of(made, tmp_path)
+    assert f'<p class="{kind}">Chosen &lt;of&gt; 3.</p>' in text.split("</header>")[0]
+
+
 def test_many_groups_are_cut_and_said_to_be(tmp_path: Path) -> None:
     made = build_report(simulated(), by=["user"])
     made["groups"]["user"] |= {"groups_left_out": 7, "impressions_left_out": 1234}

@@ -152,7 +152,8 @@ summary {{ cursor: pointer; padding: 5px 0; }} summary b {{ font-weight: 600; }}
 
 
 def write_html(report: Record, path: Path, title: str) -> None:
-    """Write the page of a report of `build_report`; `report["run"]` may hold facts of the run, as names and values."""
+    """Write the page of a report of `build_report`; `report["run"]` may hold facts of the run, as names and values, and
+    `report["choice"]["says"]` that it was chosen."""
     sections = (_header(report, title), _observed(report), _truth(report), _calibration(report), _roc(report), _propensity(report))
     more = (_gauc(report), *(_groups(name, groups, _present(report)) for name, groups in report.get("groups", {}).items()), _words())
     write_page(path, title, (*sections, *more))
@@ -241,7 +242,10 @@ def _header(report: Record, title: str) -> str:
     elif clicks:
         parts[1] += f" ({number(100 * clicks / impressions, 3)}%)"
         parts[2] += f" ({number(100 * conversions / clicks, 3)}% of clicks)"
-    return f'<header><h1>{escape(title)}</h1><p class="soft">{" · ".join(parts)}</p>' + facts(report.get("run", {})) + "</header>"
+    run = report.get("run", {})
+    kind = "bad" if run.get("split") == "validation" else "soft"
+    chosen = f'<p class="{kind}">{escape(report["choice"]["says"])}</p>' if "choice" in report else ""
+    return f'<header><h1>{escape(title)}</h1><p class="soft">{" · ".join(parts)}</p>{chosen}{facts(run)}</header>'
 
 
 def facts(known: Mapping[str, Any]) -> str:
