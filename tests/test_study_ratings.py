@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,10 @@ from escm2rec.study.ratings import (
     summary,
 )
 from escm2rec.study.ratings_file import read_ratings
+from tests.study_cells import one_thread  # noqa: F401
 from tests.test_evaluation_html import Page
 
 UNBIASED = ("IPS", "SNIPS", "DR-JL", "MRDR")  # under the true propensity, the last three but for O(1 / observed cells)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: threads would wait for each other, long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def lines_of(users: int = 40, items: int = 30, seed: int = 0, separator: str = "\t", header: str = "") -> str:
