@@ -30,6 +30,13 @@ def run_ranks(world_size: int, calls: list[tuple[str, dict[str, Any]]], folder: 
     return list(json.loads(done.read_text()))
 
 
+def train_on_ranks(data: Path, out: Path, folder: Path, world_size: int = 1, *, overrides: list[str], **arguments: Any) -> dict[str, Any]:
+    """What `train` returns, or the error it raises as `run_ranks` tells it, of the tests' config with `overrides`."""
+    call = ("tests.training_calls:train_run", {"data": str(data), "out": str(out), "overrides": overrides, **arguments})
+    result: dict[str, Any] = run_ranks(world_size, [call], folder)[0]
+    return result
+
+
 def main() -> None:
     """The worker: one rank of `run_ranks`."""
     from escm2rec.errors import Escm2Error

@@ -26,7 +26,7 @@ TINY_PRESET = Preset(TINY, ("naive", "escm2-ips"), 2, 2)
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small tensors: threads would wait for each other."""
+    """Small tensors: threads would wait for each other, long on a busy machine. Of the module that imports it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

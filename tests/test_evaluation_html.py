@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from escm2rec.evaluation.html import aligned, number, write_html
+from escm2rec.evaluation.html import METRICS, aligned, number, write_html
 from escm2rec.evaluation.report import build_report
 from tests.evaluation_world import simulated
 
@@ -132,6 +132,13 @@ def test_a_report_with_nothing_to_show_says_why(rows: int, tmp_path: Path) -> No
     assert "nan" not in re.sub(r"<style>.*</style>", "", text, flags=re.S).lower().split()
 
 
+@pytest.mark.parametrize(("split", "kind"), [("validation", "bad"), ("test", "soft")])
+def test_what_is_said_of_a_choice_warns_on_the_split_that_chose(split: str, kind: str, tmp_path: Path) -> None:
+    made = build_report(simulated(200)) | {"run": {"split": split}, "choice": {"says": "Chosen <of> 3."}}
+    _, text = page_of(made, tmp_path)
+    assert f'<p class="{kind}">Chosen &lt;of&gt; 3.</p>' in text.split("</header>")[0]
+
+
 def test_many_groups_are_cut_and_said_to_be(tmp_path: Path) -> None:
     made = build_report(simulated(), by=["user"])
     made["groups"]["user"] |= {"groups_left_out": 7, "impressions_left_out": 1234}
@@ -152,7 +159,8 @@ def diagnosed(features: int, **weights: Any) -> dict[str, Any]:
         "effective_share": 2 / 3,
         "floor_share": 0.25,
     }
-    said |= {"mean_weight": 1.02, "largest_share": None, "floor_binds_for_most": False, "weighs": True, "own_tower": False, **weights}
+    said |= {"mean_weight": 1.02, "mean_weight_interval": [0.95, 1.09], "mean_weight_off": False}
+    said |= {"largest_share": None, "floor_binds_for_most": False, "weighs": True, "own_tower": False, **weights}
     made["propensity"] |= {"weights": said, "balance": {"features": rows}}
     return made
 
@@ -170,6 +178,10 @@ def test_weights_and_balance_are_told_worst_first_and_cut(tmp_path: Path) -> Non
     weights = text.split("<h3>Weights")[1].split("<h3>")[0]
     for name, value in {"effective sample size": "100.0", "share of clicks at the floor": "0.2500", "largest weight's share": "–"}.items():
         assert f"<dt>{escape(name)}</dt><dd>{value}</dd>" in weights
+    assert "<dt>mean weight</dt><dd>1.020 (0.950 to 1.090) ✓</dd>" in weights
+    assert "far from 1" not in weights
+    assert "✗ marks one whose 95% interval, of chance in the clicks, lies wholly outside 0.9 to 1.1." in weights
+    assert "pooled standard deviation, the root of the mean of both variances" in balance
     assert "binds for most" not in weights
     assert "weighs nothing" not in weights
     assert "tower" not in weights
@@ -182,6 +194,32 @@ def test_a_floor_that_binds_and_weights_without_use_are_said(tmp_path: Path) -> 
     assert "The objective of this run weighs nothing by them." in text
     assert "q is of a propensity tower of its own, the tenths above are of the CTR tower." in text
     assert "features that differ most" not in text
+
+
+@pytest.mark.parametrize(("mean", "said"), [(0.7, "rarer than q says</span> (or"), (1.4, "more frequent than q says</span> (see")])
+def test_a_mean_weight_far_from_1_is_a_warning(mean: float, said: str, tmp_path: Path) -> None:
+    interval = [mean - 0.1, mean + 0.1]
+    _, text = page_of(diagnosed(1, mean_weight=mean, mean_weight_interval=interval, mean_weight_off=True), tmp_path)
+    assert f"<dd>{number(mean)} ({mean - 0.1:.3f} to {mean + 0.1:.3f}) ✗</dd>" in text
+    assert f'<span class="bad">The mean weight is far from 1: clicks are {said}' in text
+
+
+def test_without_a_click_the_mean_weight_has_no_mark(tmp_path: Path) -> None:
+    _, text = page_of(diagnosed(1, mean_weight=0.0, mean_weight_interval=None), tmp_path)
+    assert "<dt>mean weight</dt><dd>0</dd>" in text
+
+
+def test_metrics_against_the_truth_are_explained_where_they_are(tmp_path: Path) -> None:
+    """KL and RMSE of CTR and of CVR, each beside its figures; a log without truth has none to explain."""
+    _, text = page_of(build_report(simulated(500), by=["scene"]), tmp_path)
+    for heading in ("CVR against the known truth", "Propensity"):
+        part = text.split(f"<h2>{heading}")[1].split("<h2>")[0]
+        for name in ("KL", "RMSE", "Bias"):
+            assert f"<b>{name}</b>: {METRICS[name]}" in part
+    assert "KL the mean divergence from it" in text.split("<h2>By scene")[1]
+    _, real = page_of(build_report(simulated(500, truth=False), by=["scene"]), tmp_path)
+    assert "<b>KL</b>" not in real
+    assert "KL the mean divergence" not in real
 
 
 def test_numbers_have_four_significant_digits_and_aligned_points() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,10 @@ from escm2rec.study.ratings import (
     summary,
 )
 from escm2rec.study.ratings_file import read_ratings
+from tests.study_cells import one_thread  # noqa: F401
 from tests.test_evaluation_html import Page
 
 UNBIASED = ("IPS", "SNIPS", "DR-JL", "MRDR")  # under the true propensity, the last three but for O(1 / observed cells)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: threads would wait for each other, long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def lines_of(users: int = 40, items: int = 30, seed: int = 0, separator: str = "\t", header: str = "") -> str:
@@ -383,6 +375,17 @@ def test_the_best_is_marked_and_those_that_may_be_level() -> None:
     assert made["b"]["bias_interval"][0] < made["b"]["bias"] < made["b"]["bias_interval"][1] < 0
 
 
+def test_no_interval_of_a_relative_error_goes_below_0() -> None:
+    """Three draws, one of them far off: Student's interval of the mean size would begin below 0. The bias has a sign and keeps its own."""
+    record = summary({"a": [0.3, 0.001, -0.002], "b": [0.3, 0.301, 0.302]})["a"]
+    low, high = mean_with_interval(np.array([0.3, 0.001, 0.002]))[1]
+    assert low < 0
+    assert record["interval"] == [0, high]
+    assert record["bias_interval"][0] < 0
+    tight = summary({"b": [0.3, 0.301, 0.302]})["b"]
+    assert tight["interval"] == mean_with_interval(np.array([0.3, 0.301, 0.302]))[1]
+
+
 def test_a_study_is_the_same_twice_and_explains_itself(tmp_path: Path) -> None:
     ratings = tmp_path / "u <1>.data"
     ratings.write_text(lines_of(), encoding="utf-8")
@@ -401,6 +404,9 @@ def test_a_study_is_the_same_twice_and_explains_itself(tmp_path: Path) -> None:
     assert page.outside == []
     assert page.headings[0] == "Estimating the risk of a CVR model"
     assert "u &lt;1&gt;.data" in html
+    relative = html.split("<h2>Relative error")[1].split("<h2>")[0]
+    assert "by Student's t, cut at 0, which no such error is below" in relative
+    assert ">-" not in relative
     for name, found in tree["results"].items():
         assert name in html
         for estimator, record in found.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -14,14 +15,14 @@ from escm2rec.evaluation.entire_risk import RiskEstimates
 from escm2rec.training.choice import Estimated, _choice
 from escm2rec.training.run import Run
 from tests.encoded import write_dataset
-from tests.ranks import run_ranks
+from tests.ranks import train_on_ranks
 
-TRAIN = "tests.training_calls:train_run"
 SETTINGS = [
     "objective.kind=escm2-ips",
     "choice.objectives=[{kind: esmm}, {kind: escm2-dr, lambda_c: 0.2}]",
     "training.log_every_steps=50",
 ]
+train = functools.partial(train_on_ranks, overrides=SETTINGS)
 NAMES = ["0-escm2-ips", "1-esmm", "2-escm2-dr"]
 
 
@@ -30,12 +31,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = write_dataset(tmp_path_factory.mktemp("data") / "set", {"train": 3_000, "validation": 1_000, "test": 100})
     shutil.rmtree(made / "test")  # no choice may need the test split
     return made
-
-
-def train(data: Path, out: Path, folder: Path, world_size: int = 1, **arguments: Any) -> dict[str, Any]:
-    call = (TRAIN, {"data": str(data), "out": str(out), "overrides": SETTINGS} | arguments)
-    result: dict[str, Any] = run_ranks(world_size, [call], folder)[0]
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +152,8 @@ def test_a_folder_that_no_choice_made_is_not_dropped(data: Path, tmp_path: Path)
     theirs = tmp_path / "hiring"
     (theirs / "candidates").mkdir(parents=True)
     (theirs / "candidates" / "cv.pdf").write_text("mine")
-    for arguments in ({"overwrite": True}, {"resume": True}, {}):
+    cases: list[dict[str, Any]] = [{"overwrite": True}, {"resume": True}, {}]
+    for arguments in cases:
         refused = train(data, theirs, tmp_path / f"ranks-{len(arguments)}-{arguments.get('resume')}", **arguments)
         assert "message" in refused, refused
     assert (theirs / "candidates" / "cv.pdf").read_text() == "mine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,22 +14,16 @@ import pytest
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from tests.encoded import write_dataset
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, train_on_ranks
 
 ROWS = 3_000
-TRAIN = "tests.training_calls:train_run"
 SETTINGS = ["objective.kind=escm2-ips", "objective.propensity={cross_fit: true, warmup_fraction: 0}", "training.log_every_steps=1"]
+train = functools.partial(train_on_ranks, overrides=SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "set", {"train": ROWS, "test": 500})
-
-
-def train(data: Path, out: Path, folder: Path, world_size: int = 1, settings: list[str] = SETTINGS, **arguments: Any) -> dict[str, Any]:
-    call = (TRAIN, {"data": str(data), "out": str(out), "overrides": settings, **arguments})
-    result: dict[str, Any] = run_ranks(world_size, [call], folder)[0]
-    return result
 
 
 @pytest.fixture(scope="module")

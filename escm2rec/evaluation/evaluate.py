@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from escm2rec.progress import Progress
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.sharding.runtime import Runtime, distributed_runtime, on_main
+from escm2rec.training.choice import CHOICE
 from escm2rec.training.run import Run
 from escm2rec.training.trained import TrainedModel
 
@@ -33,13 +35,14 @@ def evaluate(
     """Measure a run on a split and write `report.json` and `report.html` into its folder; called by all ranks alike.
 
     Every row of the split counts once on any number of ranks. `by` and `user` name kept columns. The test split of rating matrices is one
-    of random impressions, ranked within `user` unless another column is named. Returns the metrics, flat, with their
-    population in the name, and the paths of the report.
+    of random impressions, ranked within `user` unless another column is named. Of a run that `train` chose among several, the report says
+    so. Returns the metrics, flat, with their population in the name, and the paths of the report.
     """
     require_matching_packages()
     started = time.perf_counter()
     with distributed_runtime() as runtime:
         opened, dataset = on_main(runtime, lambda: _open(run, data, split, overwrite))
+        choice = on_main(runtime, lambda: _choice(run))
         at_random = split == "test" and isinstance(dataset.schema.source, MatrixSource)
         user = "user" if at_random and user is None else user
         columns = on_main(runtime, lambda: _extra_columns(dataset, [*by, *([user] if user is not None else [])]))
@@ -52,7 +55,7 @@ def evaluate(
             tree = build_report(predictions, by, user, at_random)
             if diagnostics is not None:
                 tree["propensity"] |= _propensity(model, diagnostics)
-            tree["run"] = _facts(opened, dataset, split, time.perf_counter() - started)
+            tree = {"run": _facts(opened, dataset, split, time.perf_counter() - started), **choice, **tree}
             write_json(run / "report.json", tree)
             write_html(tree, run / "report.html", f"{opened.config.objective.kind} on {split}")
             return {"report": str(run / "report.html"), "rows": predictions.height, **tree["run"], "metrics": flat_metrics(tree)}
@@ -131,6 +134,27 @@ def _propensity(model: TrainedModel, diagnostics: PropensityDiagnostics) -> Reco
     if model.calibration is not None:
         found["weights"] |= dict(zip(("slope", "shift"), model.calibration.tolist(), strict=True))
     return found
+
+
+def _choice(run: Path) -> Record:
+    """`choice` of a run that was kept out of several: which, by what, among how many if known, and what follows for its figures."""
+    path = run / CHOICE
+    if not path.exists():
+        return {}
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON: {error}", "it was changed after it was written: train again") from error
+    if not isinstance(read, dict) or not {"taken", "by"} <= read.keys():
+        raise DataError(f"{path} does not say what was taken, and by what", "it was changed after it was written: train again")
+    taken, by, risks = str(read["taken"]), str(read["by"]), read.get("estimated_risk")
+    candidates = len(risks) if isinstance(risks, dict) else None
+    says = (
+        f"Chosen: this run, {taken}, was kept out of {candidates or 'several'} that were trained, for the least CVR risk on all "
+        f"impressions, estimated by {by} on the validation split. Its figures on the validation split are therefore a little too good; "
+        "those on the test split are not."
+    )
+    return {"choice": {"taken": taken, "by": by, "candidates": candidates, "says": says}}
 
 
 def _facts(run: Run, dataset: Dataset, split: Split, seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from escm2rec.evaluation.balance import BALANCED
+from escm2rec.evaluation.balance import BALANCED, WEIGHT_TOLERANCE
 from escm2rec.evaluation.plots import calibration_plot, roc_plot
 from escm2rec.evaluation.report import OBSERVED, Record
 from escm2rec.evaluation.user_ranking import RANKING_METRICS
@@ -77,11 +77,15 @@ METRICS = {
     "with a positive; equal predictions share their positions.",
     "Propensity": "The predicted click probability, as the weight that ESCM² corrects selection by. Where it is wrong, the correction is.",
     "Weights": "A clicked impression weighs 1 / q, q the propensity, at least the floor: it stands for all impressions like it. The mean "
-    "weight, over all impressions, is 1 if q is right. The effective sample size is the number of equally weighted clicks that would "
+    "weight, over all impressions, is 1 if q is right, and what is summed by the weights is too large or too small by about that factor. "
+    "✗ marks one whose 95% interval, of chance in the clicks, lies wholly outside "
+    f"{1 - WEIGHT_TOLERANCE:g} to {1 + WEIGHT_TOLERANCE:g}. The effective sample size is the number of equally weighted clicks that would "
     "say as much; the effective share is that over the number of clicks. Clicks at the floor all weigh the same.",
-    "Balance": "How far clicked impressions differ from all impressions: the difference of means over the standard deviation, of a number "
-    "or of the share of impressions with a value (the largest of the five most frequent values). Weights of a right propensity bring it "
-    "near 0; what stays is selection that is not corrected. Below 0.1 usually counts as balance.",
+    "Balance": "How far clicked impressions differ from all impressions: the difference of two means over their pooled standard deviation, "
+    "the root of the mean of both variances (before weighting in both columns, so that only the means change). Of a number: of the "
+    "impressions that have it, or of the share that have none, whichever differs more. Of other features: of the share of impressions "
+    "with a value, the largest of the five most frequent values, no value being one. Weights of a right propensity bring it near 0; what "
+    "stays is selection that is not corrected. Below 0.1 usually counts as balance.",
 }
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -148,7 +152,8 @@ summary {{ cursor: pointer; padding: 5px 0; }} summary b {{ font-weight: 600; }}
 
 
 def write_html(report: Record, path: Path, title: str) -> None:
-    """Write the page of a report of `build_report`; `report["run"]` may hold facts of the run, as names and values."""
+    """Write the page of a report of `build_report`; `report["run"]` may hold facts of the run, as names and values, and
+    `report["choice"]["says"]` that it was chosen."""
     sections = (_header(report, title), _observed(report), _truth(report), _calibration(report), _roc(report), _propensity(report))
     more = (_gauc(report), *(_groups(name, groups, _present(report)) for name, groups in report.get("groups", {}).items()), _words())
     write_page(path, title, (*sections, *more))
@@ -237,7 +242,10 @@ def _header(report: Record, title: str) -> str:
     elif clicks:
         parts[1] += f" ({number(100 * clicks / impressions, 3)}%)"
         parts[2] += f" ({number(100 * conversions / clicks, 3)}% of clicks)"
-    return f'<header><h1>{escape(title)}</h1><p class="soft">{" · ".join(parts)}</p>' + facts(report.get("run", {})) + "</header>"
+    run = report.get("run", {})
+    kind = "bad" if run.get("split") == "validation" else "soft"
+    chosen = f'<p class="{kind}">{escape(report["choice"]["says"])}</p>' if "choice" in report else ""
+    return f'<header><h1>{escape(title)}</h1><p class="soft">{" · ".join(parts)}</p>{chosen}{facts(run)}</header>'
 
 
 def facts(known: Mapping[str, Any]) -> str:
@@ -304,7 +312,13 @@ def _truth(report: Record) -> str:
     columns = _columns([report[section] for section in known], names)
     first = [NAMES[section].split(", ")[1].capitalize() for section in known]
     said = "These impressions were simulated, so the conversion probability of each is known, clicked or not."
-    return f"<h2>CVR against the known truth</h2><p>{said}</p>{table(head, first, columns)}{_reasons(report, known)}"
+    body = table(head, first, columns) + note(_meaning("Bias", "KL", "RMSE")) + _reasons(report, known)
+    return f"<h2>CVR against the known truth</h2><p>{said}</p>{body}"
+
+
+def _meaning(*names: str) -> str:
+    """What these metrics are, where a reader first meets them."""
+    return " ".join(f"<b>{name}</b>: {METRICS[name]}" for name in names)
 
 
 def _calibration(report: Record) -> str:
@@ -342,6 +356,8 @@ def _propensity(report: Record) -> str:
     if not scalars and not deciles.get("impressions"):
         return ""
     known = facts({_words_of(name): number(value) if isinstance(value, float) else value for name, value in scalars.items()})
+    if "ctr_kl" in scalars:
+        known = note(f"Against the true click probabilities, which are known here. {_meaning('KL', 'RMSE', 'Bias')}") + known
     parts = ["<h2>Propensity</h2>", f"<p>{METRICS['Propensity']} Impressions by tenth of the predicted click probability:</p>"]
     if deciles.get("impressions"):
         names = ["impressions", "mean_predicted", "mean_clicked"] + (["mean_truth"] if "mean_truth" in deciles else [])
@@ -359,8 +375,20 @@ def _weights(weights: Record) -> str:
     """What the weights of the split come to, and what to do where they say little."""
     if not weights:
         return ""
-    known = facts({words: number(weights[name]) for name, words in WEIGHTS.items() if name in weights})
+    texts = {name: number(weights[name]) for name in WEIGHTS if name in weights}
     notes = []
+    if (interval := weights["mean_weight_interval"]) is not None:
+        texts["mean_weight"] += f" ({interval[0]:.3f} to {interval[1]:.3f}) {'✗' if weights['mean_weight_off'] else '✓'}"
+    if weights["mean_weight_off"]:
+        what, why = (
+            ("rarer", "or the floor keeps weights down: then lower objective.propensity.floor")
+            if weights["mean_weight"] < 1
+            else ("more frequent", "see the tenths above")
+        )
+        notes.append(
+            f'<span class="bad">The mean weight is far from 1: clicks are {what} than q says</span> ({why}). Where q is of the right order '
+            "but not of the right size, objective.propensity.calibration: platt mends it."
+        )
     if weights["floor_binds_for_most"]:
         notes.append(
             '<span class="bad">The floor binds for most clicked impressions: they all weigh the same, and selection stays uncorrected '
@@ -370,7 +398,9 @@ def _weights(weights: Record) -> str:
         notes.append("q is of a propensity tower of its own, the tenths above are of the CTR tower.")
     if not weights["weighs"]:
         notes.append("The objective of this run weighs nothing by them.")
-    return f"<h3>Weights</h3><p>{METRICS['Weights']}</p>{known}{note(' '.join(notes))}"
+    return (
+        f"<h3>Weights</h3><p>{METRICS['Weights']}</p>{facts({WEIGHTS[name]: text for name, text in texts.items()})}{note(' '.join(notes))}"
+    )
 
 
 def _balance(balance: Record, weights: Record) -> str:
@@ -381,7 +411,8 @@ def _balance(balance: Record, weights: Record) -> str:
     columns = [_differences([row[name] for row in shown]) for name in ("before", "after")]
     notes = [f"✓ marks differences below {BALANCED}."]
     if effective := weights["effective_sample_size"]:
-        notes.append(f"Chance alone leaves about {number(effective**-0.5, 2)} after weighting (1 / √ effective sample size).")
+        chance = f"Chance alone leaves about {number(effective**-0.5, 2)} after weighting (1 / √ effective sample size)"
+        notes.append(f"{chance}, more for a number that few clicks have.")
     if len(rows) > len(shown):
         notes.append(f"The {len(shown)} of {len(rows):,} features that differ most after weighting; the others are in report.json.")
     head = ("Feature", "Difference\nbefore weighting", "Difference\nafter weighting")
@@ -444,7 +475,7 @@ def _groups(name: str, groups: Record, sections: Sequence[str]) -> str:
         head, spans = [*head, "Bias", "KL"], [*spans, ("CVR, unclicked", 2)]
     left = groups["groups_reported"] - len(shown)
     notes = [f"AUC needs {groups['least_per_class']} positives and negatives. NE is normalized entropy."]
-    notes += ["Bias is mean predicted over mean true CVR."] if "Bias" in head[-2:] else []
+    notes += ["Bias is mean predicted over mean true CVR, KL the mean divergence from it: 1 and 0 are right."] if "KL" in head else []
     notes += [f"The {len(shown)} largest of {groups['groups_reported']:,} reported groups; the others are in report.json."] if left else []
     if groups["groups_left_out"]:
         notes.append(f"{groups['groups_left_out']:,} smaller groups with {groups['impressions_left_out']:,} impressions are not reported.")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from escm2rec.evaluation.balance import BALANCED, held_values, standardised_differences, value_differences
+from escm2rec.evaluation.balance import BALANCED, WEIGHT_TOLERANCE, held_values, number_differences, value_differences
 from escm2rec.objectives.propensity import PropensitySums, propensity_report, propensity_sums
 from escm2rec.reader.batch import Batch
 from escm2rec.schema import Schema
@@ -17,23 +17,26 @@ from escm2rec.sharding.runtime import Runtime
 
 # A vocabulary's first rows are its most frequent values, so what shares a count with them in a folded table is rare.
 FOLDED_ROWS = 16_384
+NORMAL_QUANTILE = 1.96
+"""97.5% quantile of the standard normal distribution: half a 95% interval, in standard errors."""
 
 
 class PropensityDiagnostics:
     """Adds up batches of labelled impressions, on each rank its own; `reduce` adds the ranks.
 
     Memory does not grow with the impressions, and little with the tables: of one with more than `FOLDED_ROWS` rows, row modulo
-    that is counted. `sums` is [3, K], all covariates side by side, weighted by w, by w o, and by w o / q.
+    that is counted. `sums` is [3, K], all covariates side by side (w itself among them), weighted by w, by w o, and by w o / q.
     """
 
     def __init__(self, schema: Schema, floor: float) -> None:
         self._floor = floor
         self._tables = {feature.name: min(feature.num_embeddings, FOLDED_ROWS) for feature in schema.tables}
         self._numeric = [feature.name for feature in schema.numeric]
-        sizes = [1, len(self._numeric), len(self._numeric), *(rows + 1 for rows in self._tables.values())]
+        sizes = [1, 1, *[len(self._numeric)] * 3, *(rows + 1 for rows in self._tables.values())]
         self.sums = np.zeros((3, sum(sizes)))
         # Views: what is added to them is added to `sums`.
-        self._totals, self._numbers, self._squares, *held = np.split(self.sums, np.cumsum(sizes)[:-1], axis=1)
+        views = np.split(self.sums, np.cumsum(sizes)[:-1], axis=1)
+        self._totals, self._row_weights, self._numbers, self._squares, self._numbers_held, *held = views
         self._held = dict(zip(self._tables, held, strict=True))
         none = torch.zeros(0)
         self._weights = propensity_sums(none, none, none, floor)
@@ -46,9 +49,11 @@ class PropensityDiagnostics:
         w, o = weight.double().numpy(), (click > 0).double().numpy()
         weights = np.stack([w, w * o, w * o / q.double().numpy()])
         self._totals += weights.sum(axis=1, keepdims=True)
+        self._row_weights += weights @ w[:, None]
         numbers = batch.numeric[:rows].double().numpy()
         self._numbers += weights @ numbers
         self._squares += weights @ numbers**2
+        self._numbers_held += weights @ (numbers != 0)
         for keyed in (batch.features, batch.weighted_features):
             for name, column in keyed.to_dict().items() if keyed is not None else ():
                 impressions, values = held_values(column.values().numpy(), column.lengths()[:rows].numpy(), self._tables[name])
@@ -69,17 +74,27 @@ class PropensityDiagnostics:
         self._weights = PropensitySums(added.cpu(), largest.cpu())
 
     def report(self) -> dict[str, Any]:
-        """`weights`: the floor and a `PropensityReport`. `balance`: every feature's d before and after, worst after weighting first.
+        """`weights`: the floor and a `PropensityReport`, the mean weight with its 95% interval, and whether it is far from 1: the interval
+        lies wholly further than `WEIGHT_TOLERANCE` from it. `balance`: every feature's d before and after, worst after weighting first.
 
-        Without a click there is no balance to tell.
+        Without a click there is no interval and no balance to tell.
         """
         weights = propensity_report(self._weights)
-        found = {"weights": {"floor": self._floor, **weights._asdict(), "floor_binds_for_most": weights.floor_binds_for_most}}
+        interval = self._mean_weight_interval(weights.mean_weight) if weights.num_clicked and weights.mean_weight is not None else None
+        off = interval is not None and (interval[1] < 1 - WEIGHT_TOLERANCE or interval[0] > 1 + WEIGHT_TOLERANCE)
+        said = {"mean_weight_interval": interval, "mean_weight_off": off, "floor_binds_for_most": weights.floor_binds_for_most}
+        found: dict[str, Any] = {"weights": {"floor": self._floor, **weights._asdict(), **said}}
         return found | ({"balance": self._balance()} if weights.num_clicked else {})
 
+    def _mean_weight_interval(self, mean: float) -> list[float]:
+        """Of m = sum W / sum w, W = w o / q: m -+ 1.96 sqrt(sum (W - m w)^2) / sum w, impressions independent and q known."""
+        squares = float(self._weights.added[4]) - 2 * mean * self._row_weights[2, 0] + mean**2 * self._row_weights[0, 0]
+        half = NORMAL_QUANTILE * float(np.sqrt(max(squares, 0.0)) / self._totals[0, 0])
+        return [mean - half, mean + half]
+
     def _balance(self) -> dict[str, Any]:
-        totals = self._totals[:, 0]
-        numbers = standardised_differences(self._numbers, self._squares, totals)
+        totals = self._totals
+        numbers = number_differences(self._numbers, self._squares, self._numbers_held, totals)
         differences = {name: numbers[:, index] for index, name in enumerate(self._numeric)}
         differences |= {name: value_differences(held, totals) for name, held in self._held.items()}
         rows = sorted(((name, float(before), float(after)) for name, (before, after) in differences.items()), key=lambda row: -row[2])

@@ -206,18 +206,19 @@ def mean_with_interval(values: NDArray[np.float64]) -> tuple[float, list[float]]
 def summary(errors: Mapping[str, list[float]]) -> dict[str, Any]:
     """Of one matrix, by estimator: mean relative error and bias with intervals, whether it is the best or may be level with the best.
 
+    No relative error is below 0, so its interval is cut there: what is cut could not hold the mean, and the interval covers it as often.
     Level: the 95% interval of the paired difference of relative errors from the best holds 0.
     """
     signed = {name: np.asarray(values) for name, values in errors.items()}
     best = min(signed, key=lambda name: float(np.abs(signed[name]).mean()))
     made = {}
     for name, values in signed.items():
-        relative, interval = mean_with_interval(np.abs(values))
+        relative, (least, most) = mean_with_interval(np.abs(values))
         bias, bias_interval = mean_with_interval(values)
         _, (low, high) = mean_with_interval(np.abs(values) - np.abs(signed[best]))
         made[name] = {
             "relative_error": relative,
-            "interval": interval,
+            "interval": [max(least, 0.0), most],
             "bias": bias,
             "bias_interval": bias_interval,
             "best": name == best,

@@ -57,8 +57,9 @@ def _relative_errors(results: Mapping[str, Any]) -> str:
         columns.append([_mean(record) for record in found.values()])
         columns.append([f'<span class="soft">{_range(record["interval"])}</span>' for record in found.values()])
     said = (
-        "How far the estimated risk is from the true risk, in percent of the true risk: mean over the draws, and its 95% interval. Smaller "
-        "is better. <b>Bold</b> is the least, ≈ not shown to differ from it (the 95% interval of the paired difference holds 0)."
+        "How far the estimated risk is from the true risk, in percent of the true risk: mean over the draws, and its 95% interval (by "
+        "Student's t, cut at 0, which no such error is below). Smaller is better. <b>Bold</b> is the least, ≈ not shown to differ from it "
+        "(the 95% interval of the paired difference holds 0)."
     )
     spans = [("", 1), *((name, 2) for name in results)]
     body = table(["Estimator", *(["Mean", "95% interval"] * len(results))], list(next(iter(results.values()))), columns, spans)
