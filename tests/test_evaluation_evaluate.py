@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -97,34 +98,31 @@ def test_the_report_is_written_by_group(folder: Path, results: dict[int, Any]) -
     assert "<html" in (folder / "run" / "report.html").read_text()
 
 
-CHOSEN = {"taken": "0-escm2-ips", "by": "dr", "estimated_risk": {"0-escm2-ips": {"dr": 0.1}, "1-esmm": {"dr": 0.2}}, "new": [1]}
-UNSURE = {"taken": "<b>", "by": "snips"}
+CHOSEN = {"taken": "0-escm2-ips", "by": "dr", "why": "it has the <least> risk", "estimated_risk": {"0-escm2-ips": {}, "1-esmm": {}}}
 
 
 def test_a_chosen_run_says_so_in_the_head_of_its_report(folder: Path, results: dict[int, Any]) -> None:
-    """Whatever else choice.json holds; and what cannot be read is told. The run of this file was alone: it says nothing."""
+    """And what cannot be read is told. The run of this file was alone: it says nothing."""
     assert "choice" not in json.loads((folder / "run" / "report.json").read_text())
     assert "Chosen" not in (folder / "run" / "report.html").read_text()
     arguments = {"data": str(folder / "data")}
-    texts = {"known": json.dumps(CHOSEN), "unsure": json.dumps(UNSURE), "torn": '{"taken', "empty": "{}"}
+    texts = {"known": json.dumps(CHOSEN), "torn": '{"taken', "empty": "{}"}
     for name, text in texts.items():
         shutil.copytree(folder / "run", folder / f"chosen-{name}")
         (folder / f"chosen-{name}" / "choice.json").write_text(text)
     calls = [("tests.training_calls:evaluate_run", {**arguments, "run": str(folder / f"chosen-{name}")}) for name in texts]
-    known, unsure, torn, empty = run_ranks(1, calls, folder / "chosen")
+    known, torn, empty = run_ranks(1, calls, folder / "chosen")
     assert known["metrics"] == pytest.approx(results[1]["metrics"])
-    assert unsure["metrics"] == known["metrics"]
     assert "choice.json is not readable JSON" in torn["message"]
-    assert "choice.json does not say what was taken, and by what" in empty["message"]
+    assert "choice.json does not say what was taken, by what, why and among which" in empty["message"]
     assert torn["hint"] == empty["hint"] == "it was changed after it was written: train again"
     report = json.loads((folder / "chosen-known" / "report.json").read_text())
     says = report["choice"].pop("says")
     assert report["choice"] == {"taken": "0-escm2-ips", "by": "dr", "candidates": 2}
     assert list(report)[:2] == ["run", "choice"]
-    assert "0-escm2-ips, was kept out of 2 that were trained, for the least CVR risk on all impressions, estimated by dr on the" in says
-    assert says.endswith("on the validation split are therefore a little too good; those on the test split are not.")
-    assert f'<p class="soft">{says}</p>' in (folder / "chosen-known" / "report.html").read_text().split("</header>")[0]
-    assert "this run, &lt;b&gt;, was kept out of several that were trained" in (folder / "chosen-unsure" / "report.html").read_text()
+    assert "0-escm2-ips, was kept out of 2 that were trained, by the CVR risk on all impressions that dr estimates" in says
+    assert "(it has the <least> risk). Its figures on the validation split are therefore a little too good; those on the test" in says
+    assert f'<p class="soft">{escape(says)}</p>' in (folder / "chosen-known" / "report.html").read_text().split("</header>")[0]
 
 
 def test_wrong_arguments_are_refused(folder: Path, results: dict[int, Any]) -> None:

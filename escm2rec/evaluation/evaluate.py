@@ -137,7 +137,7 @@ def _propensity(model: TrainedModel, diagnostics: PropensityDiagnostics) -> Reco
 
 
 def _choice(run: Path) -> Record:
-    """`choice` of a run that was kept out of several: which, by what, among how many if known, and what follows for its figures."""
+    """`choice` of a run that was kept out of several: which, by what, among how many, and what follows for its figures."""
     path = run / CHOICE
     if not path.exists():
         return {}
@@ -145,13 +145,13 @@ def _choice(run: Path) -> Record:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not readable JSON: {error}", "it was changed after it was written: train again") from error
-    if not isinstance(read, dict) or not {"taken", "by"} <= read.keys():
-        raise DataError(f"{path} does not say what was taken, and by what", "it was changed after it was written: train again")
-    taken, by, risks = str(read["taken"]), str(read["by"]), read.get("estimated_risk")
-    candidates = len(risks) if isinstance(risks, dict) else None
+    if not isinstance(read, dict) or not {"taken", "by", "why", "estimated_risk"} <= read.keys():
+        message = f"{path} does not say what was taken, by what, why and among which"
+        raise DataError(message, "it was changed after it was written: train again")
+    taken, by, candidates = str(read["taken"]), str(read["by"]), len(read["estimated_risk"])
     says = (
-        f"Chosen: this run, {taken}, was kept out of {candidates or 'several'} that were trained, for the least CVR risk on all "
-        f"impressions, estimated by {by} on the validation split. Its figures on the validation split are therefore a little too good; "
+        f"Chosen: this run, {taken}, was kept out of {candidates} that were trained, by the CVR risk on all impressions that {by} "
+        f"estimates from the validation split ({read['why']}). Its figures on the validation split are therefore a little too good; "
         "those on the test split are not."
     )
     return {"choice": {"taken": taken, "by": by, "candidates": candidates, "says": says}}
