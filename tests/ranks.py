@@ -23,10 +23,14 @@ def run_ranks(world_size: int, calls: list[tuple[str, dict[str, Any]]], folder: 
     todo.write_text(json.dumps(calls))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "-m", "tests.ranks"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    result = subprocess.run(
-        [*command, str(todo), str(done)], env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
-    assert result.returncode == 0, f"{world_size} ranks failed:\n{result.stderr[-6000:]}"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*command, str(todo), str(done)], env=environment, stdout=pipe, stderr=pipe, text=True) as torchrun:
+        try:
+            _, said = torchrun.communicate(timeout=timeout_s)
+        except BaseException:
+            torchrun.terminate()  # not killed: the ranks are sessions of their own, which only torchrun ends
+            raise
+    assert torchrun.returncode == 0, f"{world_size} ranks failed:\n{said[-6000:]}"
     return list(json.loads(done.read_text()))
 
 
