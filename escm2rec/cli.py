@@ -239,8 +239,10 @@ def config_check(
     from escm2rec.config import load_config
     from escm2rec.training.build import build_objective
     from escm2rec.training.choice import check_choice
+    from escm2rec.training.idle import refuse_idle
 
     checked = load_config(config, overrides)
+    refuse_idle(checked)
     build_objective(checked.objective, base_ctr=0.5)
     check_choice(checked)
     return checked.model_dump(mode="json")
