@@ -239,8 +239,10 @@ def config_check(
     from escm2rec.config import load_config
     from escm2rec.training.build import build_objective
     from escm2rec.training.choice import check_choice
+    from escm2rec.training.idle import refuse_idle
 
     checked = load_config(config, overrides)
+    refuse_idle(checked)
     build_objective(checked.objective, base_ctr=0.5)
     check_choice(checked)
     return checked.model_dump(mode="json")
@@ -252,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     debug = DEBUG_FLAG in args
     args = [arg for arg in args if arg != DEBUG_FLAG]
     if args == ["--version"]:
-        print(f"escm2rec {__version__}")
+        _tell(f"escm2rec {__version__}")
         sys.exit(0)
     _configure_logging(debug)
     try:
@@ -260,12 +262,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if isinstance(result, int):  # not a result: typer's exit code after --help or an interrupt
             sys.exit(result)
         if _rank() == 0:
-            print(_to_json(result), flush=True)
+            _tell(_to_json(result))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         sys.exit(_report_error(error, debug))
     sys.exit(0)
+
+
+def _tell(text: str) -> None:
+    """Print to stdout; a reader that has gone, like `head` when it has its lines, is no failure."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
 
 
 def _report_error(error: Exception, debug: bool) -> int:

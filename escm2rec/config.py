@@ -5,16 +5,17 @@ Paths are arguments of the verbs, not config. A default is written here and nowh
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, did_you_mean
 
 RESERVED_COLUMNS = ("click", "conversion", "weight", "true_propensity", "true_cvr")
 KEPT_PREFIX = "kept."
@@ -382,15 +383,21 @@ class LambdaRamp(Section):
     until: float = Field(1.0, gt=0, le=1, description="Share of all steps over which it changes.")
 
 
-def _lambda_tag(value: Any) -> str:
+def _lambda_tag(value: Any) -> str | None:
     if isinstance(value, dict | LambdaRamp):
         return "ramp"
-    return "learned" if isinstance(value, str) else "number"
+    if isinstance(value, int | float):
+        return "number"
+    return "learned" if value == "learned" else None
 
 
 Lambda = Annotated[
     Annotated[float, Field(ge=0), Tag("number")] | Annotated[LambdaRamp, Tag("ramp")] | Annotated[Literal["learned"], Tag("learned")],
-    Discriminator(_lambda_tag),
+    Discriminator(
+        _lambda_tag,
+        custom_error_type="lambda",
+        custom_error_message="takes a number, a ramp {start: 0, end: 1, until: 0.5}, or learned",
+    ),
 ]
 
 
@@ -483,8 +490,7 @@ class Config(Section):
             raise ValueError("data.features: at least one must have a table, all are of kind numeric")
         for name in self.training.sharding:
             if name != "*" and name not in tables:
-                near = difflib.get_close_matches(name, sorted(tables), n=1)
-                raise ValueError(f"training.sharding names no table {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                raise ValueError(f"training.sharding names no table {name!r}{did_you_mean(name, sorted(tables))}")
         return self
 
 
@@ -505,15 +511,11 @@ def parse_config(tree: Any, overrides: Iterable[str] = (), where: str = "config"
     """Check a config given as nested mappings; see `load_config`."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{where} must hold a mapping with the key 'data', found {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
+    set_keys = [_apply_override(tree, override) for override in overrides]
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = "\n".join(f"  {line}" for line in _problem_lines(error))
-        raise ConfigError(
-            f"{where} has {error.error_count()} problem(s):\n{problems}", "escm2rec config schema prints every key and what it takes"
-        ) from error
+        raise ConfigError(_problems(error, Config, where, set_keys), "escm2rec config schema prints every key and what it takes") from error
 
 
 def load_simulation(path: str | Path | None, overrides: Iterable[str] = ()) -> SimulationConfig:
@@ -521,16 +523,14 @@ def load_simulation(path: str | Path | None, overrides: Iterable[str] = ()) -> S
     if path is not None:
         return load_config(path, overrides).simulation
     tree: dict[str, Any] = {}
-    for override in overrides:
-        _apply_override(tree, override)
+    set_keys = [_apply_override(tree, override) for override in overrides]
     for key in tree:
         if key != "simulation":
             raise ConfigError(f"--set {key}... has no effect on simulate without --config", "only simulation.* can be set")
     try:
         return SimulationConfig.model_validate(tree.get("simulation", {}))
     except ValidationError as error:
-        problems = "\n".join(f"  simulation.{line}" for line in _problem_lines(error, SimulationConfig))
-        raise ConfigError(f"--set has {error.error_count()} problem(s):\n{problems}") from error
+        raise ConfigError(_problems(error, SimulationConfig, "--set", set_keys, inside="simulation")) from error
 
 
 def config_json_schema() -> dict[str, Any]:
@@ -547,7 +547,8 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"cannot read config {path}: {error}") from error
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Put an override into the tree; its key."""
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set takes a.b=value, got {override!r}", "for example --set training.epochs=2")
@@ -561,21 +562,45 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {path}: {value!r} is not valid YAML", "quote the value") from error
+    return path
 
 
-def _problem_lines(error: ValidationError, root: type[BaseModel] = Config) -> Iterator[str]:
+def _problems(error: ValidationError, root: type[BaseModel], where: str, set_keys: list[str], inside: str = "") -> str:
+    """Every problem on a line of its own, with its place; what an override brought is told as --set."""
+    lines, of_set = [], 0
     for problem in error.errors():
-        path = _readable_path(problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            key = str(problem["loc"][-1])
-            near = difflib.get_close_matches(key, [name for name in _all_keys(root) if name != key], n=1)
-            yield f"{path}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
-        elif problem["type"] == "missing":
-            yield f"{path}: required, missing"
-        else:
-            seen = json.dumps(problem["input"], default=str)
-            message = problem["msg"].removeprefix("Value error, ")
-            yield f"{path}: {message}" + (f" (got {seen})" if len(seen) <= 60 else "")
+        path, what = _problem(problem, root)
+        path = f"{inside}.{path}" if inside else path
+        is_set = any(f"{path}.".startswith(f"{key}.") for key in set_keys)
+        lines.append(f"  --set {path}: {what}" if is_set else f"  {path}: {what}")
+        of_set += is_set
+    where = "--set" if of_set == len(lines) else f"{where} with its --set" if set_keys else where
+    return f"{where} has {len(lines)} problem(s):\n" + "\n".join(lines)
+
+
+def _problem(problem: ErrorDetails, root: type[BaseModel]) -> tuple[str, str]:
+    """The place of a problem, and what is wrong there."""
+    path, seen, context = _readable_path(problem["loc"]), problem["input"], problem.get("ctx", {})
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        return path, f"unknown key{did_you_mean(key, [name for name in _all_keys(root) if name != key])}"
+    if problem["type"] == "missing":
+        return path, "required, missing"
+    if problem["type"] == "literal_error":
+        return path, _unknown(path, seen, context["expected"])
+    if problem["type"].startswith("union_tag"):
+        path = f"{path}.{context['discriminator']}".replace("'", "")  # pydantic quotes it
+        missing = problem["type"] == "union_tag_not_found"
+        return path, "required, missing" if missing else _unknown(path, context["tag"], context["expected_tags"])
+    shown = json.dumps(seen, default=str)
+    return path, problem["msg"].removeprefix("Value error, ") + (f" (got {shown})" if len(shown) <= 60 else "")
+
+
+def _unknown(path: str, seen: Any, expected: str) -> str:
+    """Of a value that is none of the names that pydantic lists."""
+    known = re.findall(r"'([^']*)'", expected)
+    near = did_you_mean(str(seen), known)
+    return f"unknown {'kind' if path.endswith('.kind') else 'value'} {seen!r}{near + ' ' if near else '; '}known: {', '.join(known)}"
 
 
 def _readable_path(loc: tuple[int | str, ...]) -> str:

@@ -7,6 +7,11 @@ Escm2Error                  what happened, and a hint: what to do next
 `-- RunError                a run that was rightly set up failed                 exit 1
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class Escm2Error(Exception):
     """Carries `message` (what, where, seen, expected) and `hint` (the next step, may be empty).
@@ -22,7 +27,7 @@ class Escm2Error(Exception):
         self.message = message
         self.hint = hint
 
-    def __reduce__(self) -> tuple[type["Escm2Error"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[Escm2Error], tuple[str, str]]:
         # Errors travel between ranks: the default would rebuild them from the joined text.
         return type(self), (self.message, self.hint)
 
@@ -49,3 +54,9 @@ class RunError(Escm2Error):
     """A run that was rightly set up failed."""
 
     exit_code = 1
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown name: what it may have been meant for, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

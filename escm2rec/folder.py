@@ -20,6 +20,9 @@ from escm2rec.errors import ConfigError, DataError
 MANIFEST = "manifest.json"
 RUN_CONFIG = "config.json"  # what an unfinished run has
 LAYOUT_VERSION = 1
+MAKERS = {"data set": "preprocess", "run": "train", "study": "study"}
+MARKS = {"data set": ("schema.json",), "run": (RUN_CONFIG, "candidates")}
+"""What an unfinished folder of a kind already has; of the other kinds nothing is known."""
 
 
 @contextmanager
@@ -98,9 +101,12 @@ def read_manifest(folder: Path, kind: str, required: frozenset[str] = frozenset(
     that it must have. Raises DataError when the folder is absent, incomplete, of another kind, or of a newer layout.
     """
     if not folder.is_dir():
-        raise DataError(f"no {kind} at {folder}", "check the path")
+        raise DataError(f"no {kind} at {folder}", _where(folder.parent, kind))
     path = folder / MANIFEST
     if not path.is_file():
+        marks = MARKS.get(kind, ())
+        if marks and not any((folder / mark).exists() for mark in marks):
+            raise DataError(f"{folder} is no {kind}: it has neither {MANIFEST} nor {marks[0]}", _where(folder, kind))
         hint = "train with --resume goes on with it" if kind == "run" else f"run the command that makes the {kind} again"
         raise DataError(f"the {kind} at {folder} is incomplete: it has no {MANIFEST}", hint)
     try:
@@ -109,7 +115,7 @@ def read_manifest(folder: Path, kind: str, required: frozenset[str] = frozenset(
         raise DataError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
-        raise DataError(f"{folder} is no {kind}: its manifest says {found!r}", "check the path")
+        raise DataError(f"{folder} is no {kind}: its {MANIFEST} says {found!r}", _where(folder, kind))
     if not isinstance(manifest.get("version"), int) or not required <= manifest.keys():
         lacks = ", ".join(sorted(required - manifest.keys())) or "a version"
         raise DataError(f"{path} lacks {lacks}: it was changed after it was written", f"run the command that makes the {kind} again")
@@ -118,6 +124,14 @@ def read_manifest(folder: Path, kind: str, required: frozenset[str] = frozenset(
             f"{folder} has layout version {manifest['version']}, this escm2rec reads up to {LAYOUT_VERSION}", "use a newer escm2rec"
         )
     return manifest
+
+
+def _where(folder: Path, kind: str) -> str:
+    """The hint where a folder is not of the kind: those in it that are, or which command makes one."""
+    inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}") if _is_of_kind(path.parent, kind)) if kind in MAKERS else []
+    if inside:
+        return f"did you mean {' or '.join(str(path) for path in inside[:3])}?"
+    return f"give the folder that {MAKERS[kind]} made as its --out" if kind in MAKERS else "check the path"
 
 
 def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> None:

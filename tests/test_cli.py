@@ -286,6 +286,18 @@ def test_bad_usage_exits_2_and_names_the_help(argv: list[str], named: str, help_
     assert hint == f"hint: {help_command} shows what it takes"
 
 
+@pytest.mark.parametrize("argv", [["config", "check", "CONFIG"], ["config", "schema"], ["--version"]])
+def test_a_reader_that_leaves_is_no_failure(argv: list[str], config: Path) -> None:
+    """`| head`: the pipe is closed before anything is written."""
+    command = [sys.executable, "-m", "escm2rec", *[str(config) if word == "CONFIG" else word for word in argv]]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        told = process.stderr.read()
+    assert (process.returncode, told) == (0, "")
+
+
 def test_resume_excludes_overwrite(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--config", str(config), "--data", "d", "--out", "o", "--resume", "--overwrite") == 2
     assert capsys.readouterr().err == (

@@ -34,7 +34,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "out of range": ({"objective": {"lambda_c": -1}}, "objective.lambda_c: Input should be greater than or equal to 0 (got -1)"),
     "unknown objective": (
         {"objective": {"kind": "escm3"}},
-        "objective.kind: Input should be 'esmm', 'naive', 'naive+ctcvr', 'direct', 'multi-ipw', 'multi-dr', 'escm2-ips', 'escm2-snips', ",
+        "objective.kind: unknown kind 'escm3'; did you mean 'esmm'? known: esmm, naive, naive+ctcvr, direct, multi-ipw, multi-dr, ",
     ),
     "a ramp that ends never": (
         {"objective": {"lambda_c": {"start": 0, "end": 1, "until": 2}}},
@@ -42,7 +42,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a weight of another kind": (
         {"objective": {"lambda_g": "adaptive"}},
-        "objective.lambda_g: Input should be 'learned' (got ",
+        'objective.lambda_g: takes a number, a ramp {start: 0, end: 1, until: 0.5}, or learned (got "adaptive")',
     ),
     "no negative kept": ({"data": {"negative_keep_rate": 0}}, "data.negative_keep_rate: Input should be greater than 0 (got 0)"),
     "more negatives than there are": (
@@ -110,8 +110,21 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "infinite": ({"training": {"dense_learning_rate": float("inf")}}, "training.dense_learning_rate: Input should be a finite number"),
     "no width": ({"model": {"tower_hidden": [8, 0]}}, "model.tower_hidden.1: Input should be greater than or equal to 1 (got 0)"),
     "unknown backbone": (
-        {"model": {"backbone": {"kind": "moe"}}},
-        "model.backbone: Input tag 'moe' found using 'kind' does not match any of the expected tags: 'shared_bottom', 'mmoe', 'ple'",
+        {"model": {"backbone": {"kind": "mmeo"}}},
+        "model.backbone.kind: unknown kind 'mmeo'; did you mean 'mmoe'? known: shared_bottom, mmoe, ple, dcn_v2",
+    ),
+    "unknown source": (
+        {"data": {"source": {"kind": "jsonl"}}},
+        "data.source.kind: unknown kind 'jsonl'; known: aliccp, table, matrix",
+    ),
+    "unknown split": (
+        {"data": {"split": {"by": "hsah"}}},
+        "data.split.by: unknown value 'hsah'; did you mean 'hash'? known: file, column, hash",
+    ),
+    "split of a kind": ({"data": {"split": {"kind": "hash"}}}, "data.split.by: required, missing"),
+    "unknown word": (
+        {"objective": {"propensity": {"calibration": False}}},  # what YAML reads for `off`
+        "objective.propensity.calibration: unknown value False; known: none, temperature, platt",
     ),
     "no level": (
         {"model": {"backbone": {"kind": "ple", "levels": 0}}},
@@ -210,6 +223,28 @@ def test_every_backbone_has_defaults(kind: str) -> None:
 def test_a_wrong_override_is_told(override: str) -> None:
     with pytest.raises(ConfigError, match=OVERRIDES[override]):
         parse_config(tree(), [override])
+
+
+def test_what_an_override_brought_is_told_as_set() -> None:
+    """Not blamed on the file, nor the other way round."""
+    wrong = {"model": {"backbone": {"kind": "mmeo"}}}
+    cases: list[tuple[dict[str, Any], list[str], list[str]]] = [
+        ({}, ["training.epoch=3"], ["--set has 1 problem(s):", "  --set training.epoch: unknown key"]),
+        ({}, ["model.backbone={kind: ple, levels: 0}"], ["--set has 1 problem(s):", "  --set model.backbone.levels: Input should be"]),
+        (wrong, ["training.epochs=3"], ["c.yaml with its --set has 1 problem(s):", "  model.backbone.kind: unknown kind"]),
+        (
+            wrong,
+            ["training.epochs=0"],
+            ["c.yaml with its --set has 2 problem(s):", "  model.backbone.kind: unknown kind", "  --set training.epochs: Input should be"],
+        ),
+        ({}, ["data.split.train=0.5"], ["c.yaml with its --set has 1 problem(s):", "  data.split: train + validation + test must be 1"]),
+    ]
+    for changes, overrides, expected in cases:
+        with pytest.raises(ConfigError) as caught:
+            parse_config(tree(**changes), overrides, where="c.yaml")
+        lines = caught.value.message.splitlines()
+        assert len(lines) == len(expected)
+        assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
 
 
 def test_a_complete_config_reads_back_as_itself() -> None:

@@ -114,9 +114,13 @@ def test_a_place_under_a_file_is_named(tmp_path: Path) -> None:
 
 MANIFESTS: dict[str, tuple[str | None, str]] = {
     "incomplete": (None, "the data set at .* is incomplete: it has no manifest"),
+    "somebody else's": (
+        "",
+        "is no data set: it has neither manifest.json nor schema.json\nhint: give the folder that preprocess made as its --out",
+    ),
     "not JSON": ("{", "is not readable JSON"),
-    "another kind": (json.dumps({"kind": "run", "version": 1}), "is no data set: its manifest says 'run'"),
-    "a list": ("[]", "is no data set: its manifest says 'list'"),
+    "another kind": (json.dumps({"kind": "run", "version": 1}), "is no data set: its manifest.json says 'run'"),
+    "a list": ("[]", "is no data set: its manifest.json says 'list'"),
     "without splits": (json.dumps({"kind": "data set", "version": 1}), "lacks splits: it was changed after it was written"),
     "without a version": (json.dumps({"kind": "data set", "version": "x", "splits": 1}), "lacks a version"),
     "newer": (
@@ -129,12 +133,37 @@ MANIFESTS: dict[str, tuple[str | None, str]] = {
 @pytest.mark.parametrize("case", MANIFESTS)
 def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path, case: str) -> None:
     text, message = MANIFESTS[case]
-    if text is not None:
+    if text is None:
+        (tmp_path / "schema.json").write_text("{}")
+    elif text:
         (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=message):
         read_manifest(tmp_path, "data set", frozenset({"splits"}))
 
 
 def test_an_absent_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no data set at .*absent"):
+    with pytest.raises(DataError, match=r"no data set at .*absent\nhint: give the folder that preprocess made as its --out"):
         read_manifest(tmp_path / "absent", "data set")
+    with pytest.raises(DataError, match=r"no checkpoint at .*absent\nhint: check the path"):
+        read_manifest(tmp_path / "absent", "checkpoint")
+
+
+def test_a_folder_of_the_kind_nearby_is_named(tmp_path: Path) -> None:
+    """A parent was given, a data set, or a folder beside it: the runs that are there are told."""
+    for name in ("esmm", "ips"):
+        (tmp_path / name).mkdir()
+        write_manifest(tmp_path / name, "run", {})
+    near = rf"hint: did you mean {tmp_path / 'esmm'} or {tmp_path / 'ips'}\?$"
+    with pytest.raises(DataError, match=rf"is no run: it has neither manifest.json nor config.json\n{near}"):
+        read_manifest(tmp_path, "run")
+    with pytest.raises(DataError, match=rf"no run at .*esm\n{near}"):
+        read_manifest(tmp_path / "esm", "run")
+    write_manifest(tmp_path, "data set", {})
+    with pytest.raises(DataError, match=rf"is no run: its manifest.json says 'data set'\n{near}"):
+        read_manifest(tmp_path, "run")
+    (tmp_path / "ips" / "manifest.json").unlink()
+    (tmp_path / "ips" / "config.json").write_text("{}")
+    with pytest.raises(
+        DataError, match=r"the run at .*ips is incomplete: it has no manifest\.json\nhint: train with --resume goes on with it"
+    ):
+        read_manifest(tmp_path / "ips", "run")

@@ -104,7 +104,13 @@ def test_files_of_every_kind_are_read_alike(tmp_path: Path, name: str, text: str
         ("u.data", "1\t2\t3\n\n1\t3\tnan\n", "u.data, line 3: the rating is no number: '1\\\\t3\\\\tnan'\nhint: expected is"),
         ("u.data", "1\t2\t3\n1\t3\t\n", "line 2: the rating is no number"),
         ("u.data", "1\t2\t3\n\t3\t4\n", "line 2: user or item is missing: '\\\\t3\\\\t4'\nhint: remove or mend it"),
-        ("u.data", "a\t2\t3\nb\t3\t4\na\t2\t5\na\t2\t1\n", "lines 1 and 3: user 'a' rates item '2' twice; 2 ratings in all"),
+        ("u.data", "a\t2\t3\nb\t3\t4\na\t2\t5\n", "u.data: user 'a' rates item '2' 2 times, in lines 1 and 3\nhint: keep one rating"),
+        (
+            "u.data",
+            "a\t2\t3\nb\t3\t4\na\t2\t5\na\t2\t1\nb\t3\t4\n",
+            "'a' rates item '2' 3 times, in lines 1 and 3 first; and so for 1 more pair of user and item\nhint: keep one rating",
+        ),
+        ("c.yaml", "data:\n", "c.yaml is no ratings file but .yaml\nhint: --ratings takes a file, one rating a line: user, item, rating"),
         ("u.data", "a\t2\t3\nb\t3\t3\n", "u.data: all ratings are 3, which orders nothing\nhint: give ratings that differ"),
         ("u.data", b"\x1f\x8b\x08\xff\xfe", "u.data is no UTF-8 text: .*\nhint: unpack or convert it"),
         ("u.parquet", b"PAR1 not", "u.parquet is not a Parquet file, or is damaged: "),
@@ -141,7 +147,7 @@ def test_a_matrix_that_memory_may_not_hold_is_refused(tmp_path: Path) -> None:
 
 def test_other_mistakes_are_refused(tmp_path: Path) -> None:
     path, out = tmp_path / "u.data", tmp_path / "out"
-    with pytest.raises(DataError, match=r"no ratings file at .*u\.data\nhint: check the path"):
+    with pytest.raises(DataError, match=r"no ratings file at .*u\.data\nhint: --ratings takes a file, one rating a line"):
         ratings_study(path, out)
     path.write_text(lines_of(), encoding="utf-8")
     with pytest.raises(ConfigError, match="2 draws give no interval: at least 3 are needed\nhint: pass more --draws"):

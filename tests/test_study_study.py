@@ -45,8 +45,10 @@ def test_from_end_to_end(tmp_path: Path) -> None:
     assert result["computed"] == 8
     study(out, seeds=3, objectives=["naive"], worlds=["tiny right"], overwrite=True)
     assert len(list((out / "cells").rglob("*.json"))) == 3
-    with pytest.raises(ConfigError, match=r"the preset has no world named 'mars'\nhint: its worlds are: selection \+0\.8, tiny right"):
-        study(tmp_path / "other", worlds=["mars"])
+    for name, near in (("mars", ""), ("tiny rihgt", r"; did you mean 'tiny right'\?")):
+        told = rf"the preset has no world named '{name}'{near}\nhint: its worlds are: selection \+0\.8, tiny right"
+        with pytest.raises(ConfigError, match=told):
+            study(tmp_path / "other", worlds=[name])
 
 
 def test_a_finished_study_is_extended(tmp_path: Path) -> None:
@@ -93,8 +95,9 @@ def test_other_worlds_under_the_same_name_are_refused(tmp_path: Path, monkeypatc
 
 
 def test_an_unknown_candidate_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no candidate is named 'escm3'\nhint: known are: esmm, naive, naive"):
-        study(tmp_path / "study", objectives=["naive", "escm3"])
+    for name, near in (("dragonnet", ""), ("escm2-isp", r"; did you mean 'escm2-ips'\?")):
+        with pytest.raises(ConfigError, match=f"no candidate is named '{name}'{near}\nhint: known are: esmm, naive, naive"):
+            study(tmp_path / "study", objectives=["naive", name])
     assert not (tmp_path / "study").exists()
 
 

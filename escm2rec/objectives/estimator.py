@@ -41,6 +41,7 @@ class Estimator:
     labels_only       the imputation tower must predict labels: with errors the CVR tower would learn nothing
     pseudo_labels     whether imputed labels reach the CVR tower as m + (o/q)(r - m), which may leave [0, 1]
     propensity_terms  further terms that train its propensity tower, by name
+    reads             the numbers of `Settings` that it reads: `train` refuses one that is set for another kind
     """
 
     cvr: Callable[[Rows, Settings], LossTerm] | None
@@ -50,6 +51,7 @@ class Estimator:
     labels_only: bool = False
     pseudo_labels: bool = False
     propensity_terms: Callable[[Rows, Settings], dict[str, LossTerm]] | None = None
+    reads: frozenset[str] = frozenset()
 
 
 def estimator_of(kind: str) -> Estimator:

@@ -45,7 +45,9 @@ def read_ratings(path: Path) -> Ratings:
     rated twice, and where all ratings are equal.
     """
     if not path.is_file():
-        raise DataError(f"no ratings file at {path}", "check the path")
+        raise DataError(f"no ratings file at {path}", f"--ratings takes a file, {EXPECTED}")
+    if path.suffix in (".yaml", ".yml", ".json", ".jsonl"):
+        raise DataError(f"{path} is no ratings file but {path.suffix}", f"--ratings takes a file, {EXPECTED}; or Parquet of such columns")
     frame, word = (_read_parquet(path), "row") if path.suffix == ".parquet" else (_read_text(path), "line")
     if frame.is_empty():
         raise DataError(f"{path} holds no rating", f"expected is {EXPECTED}")
@@ -132,9 +134,11 @@ def _refuse_twice(path: Path, word: str, frame: pl.DataFrame) -> None:
     if twice.is_empty():
         return
     user, item = twice["user"][0], twice["item"][0]
-    one, other = twice.filter((pl.col("user") == user) & (pl.col("item") == item))["at"][:2]
-    extra = twice.height - twice.select("user", "item").n_unique()
+    places = twice.filter((pl.col("user") == user) & (pl.col("item") == item))["at"]
+    others = twice.select("user", "item").n_unique() - 1
+    more = f"; and so for {others:,} more pair{'s' if others > 1 else ''} of user and item" if others else ""
     raise DataError(
-        f"{path}, {word}s {one} and {other}: user {user!r} rates item {item!r} twice; {extra:,} ratings in all are of a cell that has one",
-        "keep one rating for each user and item",
+        f"{path}: user {user!r} rates item {item!r} {len(places):,} times, in {word}s {places[0]} and {places[1]}"
+        f"{' first' if len(places) > 2 else ''}{more}",
+        "keep one rating for each user and item, the last or their mean for example",
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from escm2rec import __version__
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, did_you_mean
 from escm2rec.folder import MANIFEST, refuse_existing, write_json, write_manifest
 from escm2rec.study import cell
 from escm2rec.study.candidates import CANDIDATES, Candidate
@@ -83,11 +83,13 @@ def study(
 def _plan(preset: Preset, objectives: Sequence[str], worlds: Sequence[str], seeds: int | None) -> Plan:
     unknown = [name for name in objectives if name not in CANDIDATES]
     if unknown:
-        raise ConfigError(f"no candidate is named {unknown[0]!r}", f"known are: {', '.join(CANDIDATES)}")
+        raise ConfigError(
+            f"no candidate is named {unknown[0]!r}{did_you_mean(unknown[0], CANDIDATES)}", f"known are: {', '.join(CANDIDATES)}"
+        )
     known = [world.name for world in preset.worlds]
     for name in worlds:
         if name not in known:
-            raise ConfigError(f"the preset has no world named {name!r}", f"its worlds are: {', '.join(known)}")
+            raise ConfigError(f"the preset has no world named {name!r}{did_you_mean(name, known)}", f"its worlds are: {', '.join(known)}")
     names = tuple(dict.fromkeys(objectives)) or preset.candidates
     taken = [world for world in preset.worlds if not worlds or world.name in worlds]
     return [(world, seeds or preset.seeds_of(world), names) for world in taken]

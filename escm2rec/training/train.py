@@ -7,9 +7,10 @@ from typing import Any
 
 from escm2rec.config import Config
 from escm2rec.doctor import require_matching_packages
-from escm2rec.sharding.runtime import distributed_runtime
+from escm2rec.sharding.runtime import distributed_runtime, on_main
 from escm2rec.training.choice import train_and_choose
 from escm2rec.training.cross_fit import train_objective
+from escm2rec.training.idle import refuse_idle
 
 
 def train(config: Config, data: Path, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -18,8 +19,16 @@ def train(config: Config, data: Path, out: Path, resume: bool = False, overwrite
     With `choice.objectives` in the config it trains each of them beside the config's own and keeps that, unless another errs clearly
     less on the validation split (`choice.py`). With `resume`, goes on from the last complete checkpoint of `out`, on any number of ranks,
     with the batches that an undisturbed training would have had; without one it starts anew. Returns what is worth knowing of the run.
+    ConfigError where a setting was written that has no effect (`idle.py`).
     """
     require_matching_packages()
     with distributed_runtime() as runtime:
+        on_main(runtime, lambda: _check(config, out, resume))
         how = train_and_choose if config.choice.objectives else train_objective
         return how(config, data, out, runtime, resume, overwrite)
+
+
+def _check(config: Config, out: Path, resume: bool) -> None:
+    goes_on = resume and out.is_dir() and any(out.iterdir())
+    if not goes_on:  # what goes on is held to the config that it began with, whatever was accepted then
+        refuse_idle(config)

@@ -22,4 +22,4 @@ def dcmt_term(rows: Rows, settings: Settings) -> LossTerm:
     return mean_of(rows.weight * (clicked + unclicked + settings.consistency * apart), rows.weight)
 
 
-ESTIMATOR = Estimator(dcmt_term, weighs=True, towers=frozenset({"counterfactual"}))
+ESTIMATOR = Estimator(dcmt_term, weighs=True, towers=frozenset({"counterfactual"}), reads=frozenset({"consistency"}))

@@ -41,4 +41,5 @@ ESTIMATOR = Estimator(
     weighs=True,
     towers=frozenset({"imputation", "propensity"}),
     propensity_terms=lambda rows, settings: {"stability": stability_term(rows, settings)},
+    reads=frozenset({"stability"}),
 )

@@ -22,4 +22,11 @@ def two_space_term(rows: Rows, settings: Settings) -> LossTerm:
     return mean_of(rows.weight * (clicked + settings.beta * unclicked), rows.weight)
 
 
-ESTIMATOR = Estimator(two_space_term, ctcvr=False, weighs=True, towers=frozenset({"imputation"}), labels_only=True)
+ESTIMATOR = Estimator(
+    two_space_term,
+    ctcvr=False,
+    weighs=True,
+    towers=frozenset({"imputation"}),
+    labels_only=True,
+    reads=frozenset({"beta"}),
+)
