@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 RUN_CONFIG = "config.json"  # what an unfinished run has
 LAYOUT_VERSION = 1
 MAKERS = {"data set": "preprocess", "run": "train", "study": "study"}
-MARKS = {"data set": ("schema.json",), "run": (RUN_CONFIG, "candidates")}
+MARKS = {"data set": ("schema.json", "train"), "run": (RUN_CONFIG, "checkpoints", "candidates")}
 """What an unfinished folder of a kind already has; of the other kinds nothing is known."""
 
 
