@@ -462,7 +462,7 @@ class SimulationConfig(Section):
 
 
 class ChoiceConfig(Section):
-    """Objectives to be tried beside `objective`, which is kept unless one errs clearly less. They share everything else."""
+    """Objectives to be tried beside `objective`, which is kept unless one errs less beyond a standard error. They share everything else."""
 
     objectives: list[ObjectiveConfig] = Field([], description="Sections like `objective`, each a model trained.")
     judge: ModelConfig | None = Field(

@@ -92,3 +92,12 @@ def test_what_does_not_exist_is_none() -> None:
     assert unclicked.snips is None
     assert unclicked.snips_standard_error is None
     assert unclicked.dr is not None
+
+
+def test_one_click_has_no_standard_error() -> None:
+    click = torch.zeros(ROWS)
+    click[7] = 1
+    one = risk_estimates(risk_sums(Z, click, click, WEIGHT, TRUE_Q, M))
+    assert one.snips == pytest.approx(bce_losses(Z, click)[7].item())
+    assert one.snips_standard_error is None
+    assert one.dr_standard_error is not None

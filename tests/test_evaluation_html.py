@@ -159,7 +159,7 @@ def diagnosed(features: int, **weights: Any) -> dict[str, Any]:
         "effective_share": 2 / 3,
         "floor_share": 0.25,
     }
-    said |= {"mean_weight": 1.02, "mean_weight_interval": [0.95, 1.09], "mean_weight_off": False}
+    said |= {"mean_weight": 1.02, "mean_weight_expected": 0.99, "mean_weight_interval": [0.95, 1.03], "mean_weight_off": False}
     said |= {"largest_share": None, "floor_binds_for_most": False, "weighs": True, "own_tower": False, **weights}
     made["propensity"] |= {"weights": said, "balance": {"features": rows}}
     return made
@@ -178,9 +178,10 @@ def test_weights_and_balance_are_told_worst_first_and_cut(tmp_path: Path) -> Non
     weights = text.split("<h3>Weights")[1].split("<h3>")[0]
     for name, value in {"effective sample size": "100.0", "share of clicks at the floor": "0.2500", "largest weight's share": "–"}.items():
         assert f"<dt>{escape(name)}</dt><dd>{value}</dd>" in weights
-    assert "<dt>mean weight</dt><dd>1.020 (0.950 to 1.090) ✓</dd>" in weights
-    assert "far from 1" not in weights
-    assert "✗ marks one whose 95% interval, of chance in the clicks, lies wholly outside 0.9 to 1.1." in weights
+    assert "<dt>mean weight</dt><dd>1.020, expected 0.950 to 1.030 ✓</dd>" in weights
+    assert "not what" not in weights
+    assert "The floor keeps" not in weights
+    assert "✗ marks one outside of that and more than 10% off." in weights
     assert "pooled standard deviation, the root of the mean of both variances" in balance
     assert "binds for most" not in weights
     assert "weighs nothing" not in weights
@@ -196,16 +197,25 @@ def test_a_floor_that_binds_and_weights_without_use_are_said(tmp_path: Path) -> 
     assert "features that differ most" not in text
 
 
-@pytest.mark.parametrize(("mean", "said"), [(0.7, "rarer than q says</span> (or"), (1.4, "more frequent than q says</span> (see")])
-def test_a_mean_weight_far_from_1_is_a_warning(mean: float, said: str, tmp_path: Path) -> None:
-    interval = [mean - 0.1, mean + 0.1]
-    _, text = page_of(diagnosed(1, mean_weight=mean, mean_weight_interval=interval, mean_weight_off=True), tmp_path)
-    assert f"<dd>{number(mean)} ({mean - 0.1:.3f} to {mean + 0.1:.3f}) ✗</dd>" in text
-    assert f'<span class="bad">The mean weight is far from 1: clicks are {said}' in text
+@pytest.mark.parametrize(("mean", "said"), [(0.7, "rarer than it says"), (1.4, "more frequent than it says")])
+def test_a_mean_weight_that_misses_the_expected_one_is_a_warning(mean: float, said: str, tmp_path: Path) -> None:
+    wrong: dict[str, Any] = {
+        "mean_weight": mean,
+        "mean_weight_expected": 0.8,
+        "mean_weight_interval": [0.75, 0.85],
+        "mean_weight_off": True,
+    }
+    _, text = page_of(diagnosed(1, **wrong), tmp_path)
+    assert f"<dd>{number(mean)}, expected 0.750 to 0.850 ✗</dd>" in text
+    assert f'<span class="bad">The mean weight is not what p̂ makes it: clicks are {said}' in text
+    assert "propensity.calibration may mend it" in text
+    assert "The floor keeps the mean weight at 0.80, however right p̂ is" in text
+    _, text = page_of(diagnosed(1, **wrong, own_tower=True), tmp_path)
+    assert "propensity.calibration may mend it" not in text, "a tower of its own takes no calibration"
 
 
 def test_without_a_click_the_mean_weight_has_no_mark(tmp_path: Path) -> None:
-    _, text = page_of(diagnosed(1, mean_weight=0.0, mean_weight_interval=None), tmp_path)
+    _, text = page_of(diagnosed(1, mean_weight=0.0, mean_weight_expected=None, mean_weight_interval=None), tmp_path)
     assert "<dt>mean weight</dt><dd>0</dd>" in text
 
 

@@ -31,7 +31,7 @@ from escm2rec.evaluation.metrics import Floats, as_floats
 BALANCED = 0.1
 """A d below it usually counts as balance: Austin, Multivariate Behavioral Research 46, 2011."""
 WEIGHT_TOLERANCE = 0.1
-"""How far a mean weight may be from 1, chance apart: the IPS estimate of a constant is off by just that factor. As much as `BALANCED`."""
+"""By which share a mean weight may miss the expected one, chance apart: the IPS estimate of a constant misses by just that factor."""
 VALUES = 5
 
 

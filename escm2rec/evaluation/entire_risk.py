@@ -12,8 +12,9 @@ from escm2rec.objectives.estimators.escm2_dr import dr_losses
 from escm2rec.objectives.estimators.escm2_ips import ips_losses
 
 MARGIN = 1.0
-"""A model takes the place of another when its risk is below the other's by so many standard errors of the difference: the rule of one
-standard error (Breiman et al., Classification and Regression Trees, 1984)."""
+"""A model takes the place of another when its risk is below the other's by more standard errors of the difference than this."""
+LEAST_EFFECTIVE = 1.5
+"""(sum b)^2 / sum b^2 of so few rows says nothing of their spread: one click alone would have an error of 0."""
 
 
 class RiskEstimates(NamedTuple):
@@ -22,7 +23,8 @@ class RiskEstimates(NamedTuple):
     snips   sum w (o/q) delta / sum w o/q
     dr      (1/N) sum w [delta_hat + o (delta - delta_hat) / q]
 
-    Each with its standard error, impressions taken for independent and q for known.
+    Each with its standard error, impressions taken for independent, q and the imputed labels for known; None where one row has all the
+    weight.
     """
 
     snips: float | None
@@ -62,9 +64,11 @@ def _ratio_sums(above: Tensor, below: Tensor) -> Tensor:
 
 
 def _ratio(above: float, below: float, squared: float, product: float, squares: float) -> tuple[float | None, float | None]:
-    """sum a / sum b and its standard error, sqrt(sum (a - ratio b)^2) / sum b."""
+    """sum a / sum b and its standard error, sqrt(sum (a - ratio b)^2) / sum b; None of fewer than `LEAST_EFFECTIVE` rows in effect."""
     if not below:
         return None, None
     ratio = above / below
+    if below * below / squares < LEAST_EFFECTIVE:
+        return ratio, None
     spread = squared - 2 * ratio * product + ratio * ratio * squares
     return ratio, max(spread, 0.0) ** 0.5 / below

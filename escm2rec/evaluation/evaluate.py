@@ -109,7 +109,7 @@ def _predict(
             if not rows:  # a small split leaves none for some ranks, and then no extra columns
                 continue
             if diagnostics is not None:
-                diagnostics.add(batch, model.propensity(logits))
+                diagnostics.add(batch, model.propensity(logits), model.click_probability(logits))
             found = {"ctr_logit": logits.ctr_logit.numpy(), "cvr_logit": logits.cvr_logit.numpy()}
             found |= {name: getattr(batch, name)[:rows].numpy().astype(np.uint8) for name in ("click", "conversion")}
             if dataset.schema.has_weight:
@@ -145,14 +145,15 @@ def _choice(run: Path) -> Record:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not readable JSON: {error}", "it was changed after it was written: train again") from error
-    if not isinstance(read, dict) or not {"taken", "by", "why", "estimated_risk"} <= read.keys():
-        message = f"{path} does not say what was taken, by what, why and among which"
+    if not isinstance(read, dict) or not {"taken", "by", "estimated_risk"} <= read.keys():
+        message = f"{path} does not say what was taken, by what and among which"
         raise DataError(message, "it was changed after it was written: train again")
     taken, by, candidates = str(read["taken"]), str(read["by"]), len(read["estimated_risk"])
+    why = f" ({read['why']})" if "why" in read else ""
     says = (
         f"Chosen: this run, {taken}, was kept out of {candidates} that were trained, by the CVR risk on all impressions that {by} "
-        f"estimates from the validation split ({read['why']}). Its figures on the validation split are therefore a little too good; "
-        "those on the test split are not."
+        f"estimates from the validation split{why}. Its figures on the validation split may therefore be a little too good; those on the "
+        "test split are not."
     )
     return {"choice": {"taken": taken, "by": by, "candidates": candidates, "says": says}}
 

@@ -76,11 +76,11 @@ METRICS = {
     "positives that are there, DCG@k adds 1 / log2(position + 1) for each, NDCG@k divides that by the best possible. Means over users "
     "with a positive; equal predictions share their positions.",
     "Propensity": "The predicted click probability, as the weight that ESCM² corrects selection by. Where it is wrong, the correction is.",
-    "Weights": "A clicked impression weighs 1 / q, q the propensity, at least the floor: it stands for all impressions like it. The mean "
-    "weight, over all impressions, is 1 if q is right, and what is summed by the weights is too large or too small by about that factor. "
-    "✗ marks one whose 95% interval, of chance in the clicks, lies wholly outside "
-    f"{1 - WEIGHT_TOLERANCE:g} to {1 + WEIGHT_TOLERANCE:g}. The effective sample size is the number of equally weighted clicks that would "
-    "say as much; the effective share is that over the number of clicks. Clicks at the floor all weigh the same.",
+    "Weights": "A clicked impression weighs 1 / q, q the propensity p̂, at least the floor: it stands for all impressions like it. The "
+    "mean weight, over all impressions, is 1 if p̂ is right and the floor never binds. Expected: what it is, with a 95% interval of chance "
+    f"in the clicks, if each impression is clicked with p̂. ✗ marks one outside of that and more than {100 * WEIGHT_TOLERANCE:g}% off. The "
+    "effective sample size is the number of equally weighted clicks that would say as much; the effective share is that over the number "
+    "of clicks. Clicks at the floor all weigh the same.",
     "Balance": "How far clicked impressions differ from all impressions: the difference of two means over their pooled standard deviation, "
     "the root of the mean of both variances (before weighting in both columns, so that only the means change). Of a number: of the "
     "impressions that have it, or of the share that have none, whichever differs more. Of other features: of the share of impressions "
@@ -378,16 +378,19 @@ def _weights(weights: Record) -> str:
     texts = {name: number(weights[name]) for name in WEIGHTS if name in weights}
     notes = []
     if (interval := weights["mean_weight_interval"]) is not None:
-        texts["mean_weight"] += f" ({interval[0]:.3f} to {interval[1]:.3f}) {'✗' if weights['mean_weight_off'] else '✓'}"
+        texts["mean_weight"] += f", expected {interval[0]:.3f} to {interval[1]:.3f} {'✗' if weights['mean_weight_off'] else '✓'}"
+    expected = weights["mean_weight_expected"]
     if weights["mean_weight_off"]:
-        what, why = (
-            ("rarer", "or the floor keeps weights down: then lower objective.propensity.floor")
-            if weights["mean_weight"] < 1
-            else ("more frequent", "see the tenths above")
+        what = "rarer" if weights["mean_weight"] < expected else "more frequent"
+        mends = (
+            "" if weights["own_tower"] else " Where p̂ is of the right order but not of the right size, propensity.calibration may mend it."
         )
+        said = f"The mean weight is not what p̂ makes it: clicks are {what} than it says"
+        notes.append(f'<span class="bad">{said}</span> (see the tenths above).{mends}')
+    if expected is not None and expected < 1 - WEIGHT_TOLERANCE:
         notes.append(
-            f'<span class="bad">The mean weight is far from 1: clicks are {what} than q says</span> ({why}). Where q is of the right order '
-            "but not of the right size, objective.propensity.calibration: platt mends it."
+            f"The floor keeps the mean weight at {expected:.2f}, however right p̂ is: impressions less likely to be clicked than the floor "
+            "count for less than they are. Lower objective.propensity.floor if selection among them matters."
         )
     if weights["floor_binds_for_most"]:
         notes.append(

@@ -25,7 +25,8 @@ class PropensityDiagnostics:
     """Adds up batches of labelled impressions, on each rank its own; `reduce` adds the ranks.
 
     Memory does not grow with the impressions, and little with the tables: of one with more than `FOLDED_ROWS` rows, row modulo
-    that is counted. `sums` is [3, K], all covariates side by side (w itself among them), weighted by w, by w o, and by w o / q.
+    that is counted. `sums` is [3, K], all covariates side by side, weighted by w, by w o, and by w o / q; its second column holds
+    what the mean weight is expected to be, sum w p_hat / q, and the variance of its sum, sum w^2 p_hat (1 - p_hat) / q^2.
     """
 
     def __init__(self, schema: Schema, floor: float) -> None:
@@ -36,20 +37,21 @@ class PropensityDiagnostics:
         self.sums = np.zeros((3, sum(sizes)))
         # Views: what is added to them is added to `sums`.
         views = np.split(self.sums, np.cumsum(sizes)[:-1], axis=1)
-        self._totals, self._row_weights, self._numbers, self._squares, self._numbers_held, *held = views
+        self._totals, self._expected, self._numbers, self._squares, self._numbers_held, *held = views
         self._held = dict(zip(self._tables, held, strict=True))
         none = torch.zeros(0)
         self._weights = propensity_sums(none, none, none, floor)
 
-    def add(self, batch: Batch, q: Tensor) -> None:
-        """Take the real rows of a batch on the CPU, with their propensities as weights [num_rows]."""
+    def add(self, batch: Batch, q: Tensor, p_hat: Tensor) -> None:
+        """Take the real rows of a batch on the CPU, with their propensities as weights [num_rows], and those before the floor."""
         rows = batch.num_rows
         click, weight = batch.click[:rows], batch.weight[:rows]
         self._weights = self._weights.merge(propensity_sums(q, click, weight, self._floor))
         w, o = weight.double().numpy(), (click > 0).double().numpy()
-        weights = np.stack([w, w * o, w * o / q.double().numpy()])
+        inverse, p = w / q.double().numpy(), p_hat.double().numpy()
+        weights = np.stack([w, w * o, o * inverse])
         self._totals += weights.sum(axis=1, keepdims=True)
-        self._row_weights += weights @ w[:, None]
+        self._expected[:2, 0] += [inverse @ p, inverse**2 @ (p * (1 - p))]
         numbers = batch.numeric[:rows].double().numpy()
         self._numbers += weights @ numbers
         self._squares += weights @ numbers**2
@@ -74,23 +76,30 @@ class PropensityDiagnostics:
         self._weights = PropensitySums(added.cpu(), largest.cpu())
 
     def report(self) -> dict[str, Any]:
-        """`weights`: the floor and a `PropensityReport`, the mean weight with its 95% interval, and whether it is far from 1: the interval
-        lies wholly further than `WEIGHT_TOLERANCE` from it. `balance`: every feature's d before and after, worst after weighting first.
+        """`weights`: the floor and a `PropensityReport`; what the mean weight is expected to be if clicks are as likely as p_hat says, 1
+        where the floor never binds, with the 95% interval of chance around it; and whether it is off: outside of that, and further than
+        `WEIGHT_TOLERANCE` of it away. `balance`: every feature's d before and after, worst after weighting first.
 
-        Without a click there is no interval and no balance to tell.
+        Without a row nothing is expected, without a click there is no balance to tell.
         """
         weights = propensity_report(self._weights)
-        interval = self._mean_weight_interval(weights.mean_weight) if weights.num_clicked and weights.mean_weight is not None else None
-        off = interval is not None and (interval[1] < 1 - WEIGHT_TOLERANCE or interval[0] > 1 + WEIGHT_TOLERANCE)
-        said = {"mean_weight_interval": interval, "mean_weight_off": off, "floor_binds_for_most": weights.floor_binds_for_most}
+        expected, half = self._expected_mean_weight() if weights.mean_weight is not None else (None, 0.0)
+        said: dict[str, Any] = {"mean_weight_expected": expected, "mean_weight_interval": None, "mean_weight_off": False}
+        if expected is not None and weights.mean_weight is not None:
+            distance = abs(weights.mean_weight - expected)
+            said["mean_weight_interval"] = [expected - half, expected + half]
+            said["mean_weight_off"] = distance > max(half, WEIGHT_TOLERANCE * expected)
+        said["floor_binds_for_most"] = weights.floor_binds_for_most
         found: dict[str, Any] = {"weights": {"floor": self._floor, **weights._asdict(), **said}}
         return found | ({"balance": self._balance()} if weights.num_clicked else {})
 
-    def _mean_weight_interval(self, mean: float) -> list[float]:
-        """Of m = sum W / sum w, W = w o / q: m -+ 1.96 sqrt(sum (W - m w)^2) / sum w, impressions independent and q known."""
-        squares = float(self._weights.added[4]) - 2 * mean * self._row_weights[2, 0] + mean**2 * self._row_weights[0, 0]
-        half = NORMAL_QUANTILE * float(np.sqrt(max(squares, 0.0)) / self._totals[0, 0])
-        return [mean - half, mean + half]
+    def _expected_mean_weight(self) -> tuple[float, float]:
+        """Mean and half a 95% interval of sum w (o / q) / sum w over clicks drawn with p_hat, impressions independent.
+
+        From all impressions, not from the clicks that came: the few that weigh most are missing from just the logs whose mean is low.
+        """
+        total, mean, variance = float(self._totals[0, 0]), float(self._expected[0, 0]), float(self._expected[1, 0])
+        return mean / total, NORMAL_QUANTILE * variance**0.5 / total
 
     def _balance(self) -> dict[str, Any]:
         totals = self._totals

@@ -268,24 +268,27 @@ def _choosers(tree: Tree) -> Finding:
         "The remedy: choosing by held-out clicks",
         (
             "A log holds no truth to choose by. Choosers take, seed by seed, the candidate of least SNIPS or DR risk, or of greatest "
-            f"AUC on clicked impressions, on a held-out log; cautious ones keep {INCUMBENT} unless that candidate is below it by more "
-            f"than {MARGIN:g} standard error of the difference, as train does. The risk takes propensity and imputed labels from a judge: "
-            "a model of the world's own towers, or of flexible ones. Mean KL, and mean risk, of what was taken over the least of any "
-            "candidate in the world; ✓ is within 5%."
+            f"AUC on clicked impressions, on a held-out log. Cautious ones keep {INCUMBENT}, unless some candidates are below it by more "
+            f"than {MARGIN:g} standard error of the difference: of those the one of least risk, as train does. The risk takes propensity "
+            "and imputed labels from a judge: a model of the world's own towers, or of flexible ones. Mean KL, and mean risk, of what was "
+            "taken over the least of any candidate in the world; ✓ is within 5%."
         ),
     )
-    counts = [f"{name} {each['kl_within_5_percent']} and {each['risk_within_5_percent']}" for name, each in tree["choosers"].items()]
-    worlds = counted(max(each["of_worlds"] for each in tree["choosers"].values()), "world")
+    choosers = {name: each for name, each in tree["choosers"].items() if each["of_worlds"]}
+    if not choosers:
+        return Finding(title, "The remedy", how, ["No candidate of this study could be trained on a log."])
+    counts = [f"{name} {each['kl_within_5_percent']} and {each['risk_within_5_percent']}" for name, each in choosers.items()]
+    worlds = counted(max(each["of_worlds"] for each in choosers.values()), "world")
     found = [f"Within 5% of the world's best in KL, and in risk, of {worlds}: {'; '.join(counts)}."]
     rows = []
     for world in tree["means"]:
         cells = []
-        for chooser in tree["choosers"].values():
+        for chooser in choosers.values():
             of_world = chooser["worlds"].get(world)
             parts = [(of_world[metric], digits) for metric, digits in (("kl", 2), ("true_risk", 3))] if of_world else []
             cells.append("\n".join(f"{ratio:.{digits}f}{' ✓' if ratio <= WITHIN else ''}" for ratio, digits in parts) or "–")
         rows.append([world, *cells])
-    head = ("World", *(name.replace(", ", ",\n") for name in tree["choosers"]))
+    head = ("World", *(name.replace(", ", ",\n") for name in choosers))
     return Finding(title, "The remedy", how, found, Table(head, rows))
 
 
@@ -294,8 +297,9 @@ def _alternation(tree: Tree) -> Finding:
         "How the imputation of DR is trained",
         (
             "KL of one way over that of another, with 95% interval: CVR and imputation in turn, one step each (alternating) or three to "
-            "one (3:1), beside both in each step, at the same number of CVR steps; imputed labels beside imputed errors. Below 1 the first "
-            "is better; ≈ is level (Holm's p over worlds at least 0.05)."
+            "one (3:1), beside both in each step, at the same number of CVR steps; and imputed labels beside IPS, which is what imputed "
+            "errors teach the CVR tower. In worlds of ids one pass shows joint steps every row once, CVR steps in turn some never and some "
+            "twice. Below 1 the first is better; ≈ is level (Holm's p over worlds at least 0.05)."
         ),
     )
     pairs = tree["alternation"]

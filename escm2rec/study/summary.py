@@ -19,13 +19,13 @@ BASELINES = ("esmm", "naive", "naive+ctcvr")
 LEAST_JUDGING_SEEDS = 10
 WITHIN = 1.05
 ALTERNATION = (
-    ("escm2-dr alternating", "escm2-dr"),
-    ("escm2-dr 3:1", "escm2-dr"),
     ("escm2-dr label alternating", "escm2-dr label"),
+    ("escm2-dr label 3:1", "escm2-dr label"),
     ("stable-dr alternating", "stable-dr"),
-    ("escm2-dr label", "escm2-dr"),
+    ("escm2-dr label", "escm2-ips"),
+    ("multi-dr label", "multi-ipw"),
 )
-"""Ways to train the imputation, each beside another."""
+"""Ways to train the imputation, each beside another; and DR beside IPS, which is DR with imputed errors (see candidates)."""
 
 
 class Chooser(NamedTuple):
@@ -33,7 +33,7 @@ class Chooser(NamedTuple):
 
     metric    of a cell, with the suffix of the judge behind it
     judge     whose propensity and imputed labels make the risk
-    cautious  keep the incumbent unless the candidate of least risk errs clearly less, as `train` does
+    cautious  keep the incumbent unless some are below it by more than a standard error: of those the least, as `train` does
     greatest  take the greatest, not the least
     """
 
@@ -108,7 +108,7 @@ def _means(seeds: Sequence[Values]) -> dict[str, dict[str, Any]]:
 
 
 def _column(seeds: Sequence[Values], metric: str) -> list[float]:
-    values = [values[metric] for values in seeds]
+    values = [values.get(metric) for values in seeds]
     return [math.nan if value is None else value for value in values]
 
 
@@ -199,7 +199,7 @@ def _choosers(cells: Cells) -> dict[str, Any]:
     for name, chooser in CHOOSERS.items():
         worlds: dict[str, dict[str, Any]] = {}
         for world, of_world in cells.items():
-            if not (pool := trainable(of_world)):
+            if not (pool := trainable(of_world)) or (chooser.cautious and INCUMBENT not in pool):
                 continue
             taken = _taken(chooser, {name: of_world[name] for name in pool})
             ratios: dict[str, float] = {}
@@ -219,15 +219,16 @@ def _choosers(cells: Cells) -> dict[str, Any]:
 
 
 def _taken(chooser: Chooser, pool: Mapping[str, Sequence[Values]]) -> NDArray[np.int64]:
-    """Places in the pool of what a chooser takes, seed by seed; never one whose score does not exist."""
+    """Places in the pool of what a chooser takes, seed by seed; never one whose score does not exist while another's does."""
 
     def table(metric: str, missing: float) -> NDArray[np.float64]:
         values = np.array([_column(seeds, metric) for seeds in pool.values()])
         return np.where(np.isnan(values), missing, values)
 
     scores = table(f"{chooser.metric}{chooser.judge}", -np.inf if chooser.greatest else np.inf)
+    if chooser.cautious:
+        over, error = (table(f"{chooser.metric}{end}{chooser.judge}", 0.0) for end in ("_over", "_over_error"))
+        scores = np.where(over < -MARGIN * error, scores, np.inf)
+        scores[list(pool).index(INCUMBENT)] = np.finfo(float).max  # the last to be taken
     taken: NDArray[np.int64] = scores.argmax(axis=0) if chooser.greatest else scores.argmin(axis=0)
-    if not chooser.cautious or INCUMBENT not in pool:
-        return taken
-    over, error = (table(f"{chooser.metric}{end}{chooser.judge}", 0.0)[taken, np.arange(len(taken))] for end in ("_over", "_over_error"))
-    return np.where(over < -MARGIN * error, taken, list(pool).index(INCUMBENT))
+    return taken

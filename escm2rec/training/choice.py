@@ -1,11 +1,11 @@
-"""Several objectives trained, one kept: the first, unless another errs clearly less on all impressions, as far as a log can say.
+"""Several objectives trained, one kept: the first, unless another errs less on all impressions, as far as a log can say.
 
 No log shows that error. It is estimated on the validation split by a propensity and imputed labels of a judge: a model of its own, trained
 with the naive objective, another seed, and `choice.judge` for a network if one is given. It saw no row of that split (nor did the
 candidates, but for a `calibration` fitted there). What the judge cannot learn biases it: a small one favours models that are wrong alike.
 
-Clearly: by `MARGIN` standard errors of the difference. Where a correction gains little, the least of several estimates is the least by
-chance, and its weights cost more than they bring (docs/decisions/0008).
+Less: below the first by more than `MARGIN` standard errors of the difference; of several such, the least risk. Where a correction gains
+little, the least of several estimates is the least by chance, and its weights cost more than they bring (docs/decisions/0008).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def train_and_choose(config: Config, data: Path, out: Path, runtime: Runtime, re
         train_objective(_judge(config), data, out / CANDIDATES / JUDGE, runtime, resume=True, overwrite=False)
         _tell(runtime, f"choice: the risk of {len(runs)} objectives on the validation split")
         estimates = _estimate(config, data, out, list(runs), runtime)
-        on_main(runtime, lambda: write_json(out / CHOICE, _choice(config.choice.by, estimates) | {"seconds": _seconds(out, list(runs))}))
+        on_main(runtime, lambda: write_json(out / CHOICE, _choice(config.choice.by, estimates)))
     return on_main(runtime, lambda: _keep(out))
 
 
@@ -129,25 +129,23 @@ def _tell(runtime: Runtime, said: str) -> None:
         logger.info(said)
 
 
-def _seconds(out: Path, names: list[str]) -> float:
-    """How long all trainings took, that of the judge too."""
-    return round(sum(float(read_manifest(out / CANDIDATES / name, "run")["seconds"]) for name in [*names, JUDGE]), 3)
-
-
 def _estimate(config: Config, data: Path, out: Path, names: list[str], runtime: Runtime) -> dict[str, Estimated]:
     """The risk of each run on the validation split. Memory: three logits a row of it, over the ranks."""
     opened = on_main(runtime, lambda: {name: Run.open(out / CANDIDATES / name) for name in [*names, JUDGE]})
     dataset = on_main(runtime, lambda: Dataset.open(data))
     floor = build_objective(config.objective, opened[JUDGE].rates.ctr).floor
     judged = [predictions for _, predictions in _predictions(opened[JUDGE], dataset, runtime)]
-    first = [predictions.cvr_logit for _, predictions in _predictions(opened[names[0]], dataset, runtime)]
+    first: list[Tensor] = []
     found = {}
     for name in names:
         total: Tensor = torch.zeros(2, 2, 5, dtype=torch.float64)  # the risk, and how much it is above the first's
-        for (batch, mine), judge, beside in zip(_predictions(opened[name], dataset, runtime), judged, first, strict=True):
+        for place, (batch, mine) in enumerate(_predictions(opened[name], dataset, runtime)):
+            if name == names[0]:
+                first.append(mine.cvr_logit)
+            judge = judged[place]
             click, conversion, weight = (column[: batch.num_rows] for column in (batch.click, batch.conversion, batch.weight))
             seen = (mine.cvr_logit, click, conversion, weight, propensity(judge.ctr_logit, floor), judge.cvr_logit)
-            total += torch.stack([risk_sums(*seen), risk_sums(*seen, beside=beside)])
+            total += torch.stack([risk_sums(*seen), risk_sums(*seen, beside=first[place])])
         total = total.to(runtime.device)
         dist.all_reduce(total, group=runtime.group)
         risk, above = (risk_estimates(each) for each in total)
@@ -165,14 +163,15 @@ def _predictions(run: Run, dataset: Dataset, runtime: Runtime) -> Iterator[tuple
 
 def _choice(by: str, estimates: dict[str, Estimated]) -> dict[str, Any]:
     first, *others = estimates
+    gaps = {name: (getattr(above, by), getattr(above, f"{by}_standard_error")) for name in others if (above := estimates[name].above_first)}
+    below = [name for name, (gap, error) in gaps.items() if error is not None and gap < -MARGIN * error]
+    taken = min(below, key=lambda name: float(getattr(estimates[name].risk, by)), default=first)
     least = min(estimates, key=lambda name: float(getattr(estimates[name].risk, by)))
-    taken, why = first, f"{first} has the least risk"
-    if (above := estimates[least].above_first) is not None:
-        difference, error = float(getattr(above, by)), float(getattr(above, f"{by}_standard_error"))
-        clearly = difference < -MARGIN * error
-        taken = least if clearly else first
-        why = f"{least} has the least risk, {-difference:.3g} below {first} with a standard error of {error:.3g}: "
-        why += "it is taken" if clearly else f"too little, {first} is kept"
+    gap, error = gaps.get(taken if below else least, (0.0, None))
+    told = f"{-gap:.3g} below {first}, standard error of the difference {'unknown' if error is None else f'{error:.3g}'}"
+    why = f"{taken} lies {told}" if below else f"{least} has the least risk"
+    if not below and least != first:
+        why += f", {told}: too little, {first} is kept"
     return {
         "taken": taken,
         "by": by,

@@ -16,9 +16,10 @@ from escm2rec.training.idle import refuse_idle
 def train(config: Config, data: Path, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train a model on the training split of `data` and leave a run at `out`; called by all ranks alike.
 
-    With `choice.objectives` in the config it trains each of them beside the config's own and keeps that, unless another errs clearly
-    less on the validation split (`choice.py`). With `resume`, goes on from the last complete checkpoint of `out`, on any number of ranks,
-    with the batches that an undisturbed training would have had; without one it starts anew. Returns what is worth knowing of the run.
+    With `choice.objectives` in the config it trains each of them beside the config's own and keeps that, unless another errs less on
+    the validation split by more than a standard error (`choice.py`). With `resume`, goes on from the last complete checkpoint of `out`, on
+    any number of ranks, with the batches that an undisturbed training would have had; without one it starts anew. Returns what is worth
+    knowing of the run.
     ConfigError where a setting was written that has no effect (`idle.py`).
     """
     require_matching_packages()

@@ -49,3 +49,7 @@ class TrainedModel:
     def propensity(self, predictions: Predictions) -> Tensor:
         """q, [B], as the run's last steps weighed by it: of its own tower, calibrated and floored as the run's config says."""
         return self.objective.propensity(predictions, Stage("cvr", calibration=self.calibration))
+
+    def click_probability(self, predictions: Predictions) -> Tensor:
+        """p_hat, [B]: what q is before the floor."""
+        return replace(self.objective, floor=0.0).propensity(predictions, Stage("cvr", calibration=self.calibration))
