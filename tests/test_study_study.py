@@ -63,6 +63,13 @@ def test_a_finished_study_is_extended(tmp_path: Path) -> None:
     assert (more["cells"], more["computed"]) == (12, 4)
     assert [path.stat().st_mtime_ns for path in cells] == times
     assert json.loads((out / "study.json").read_text(encoding="utf-8"))["seeds"] == {"selection +0.8": 3, "tiny right": 3}
+    before = {path: path.read_bytes() for path in out.glob("*.*")}
+    for less in ({}, {"seeds": 3, "objectives": ["naive"]}, {"seeds": 3, "worlds": ["tiny right"]}):
+        with pytest.raises(
+            ConfigError, match=r"holds a finished study of more than this: [a-z2-]+ in world .* with 3 seeds\nhint: ask for at least"
+        ):
+            study(out, **less)  # type: ignore[arg-type]
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == before
 
 
 def test_a_study_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

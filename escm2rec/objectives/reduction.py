@@ -14,7 +14,7 @@ class LossTerm(NamedTuple):
 
     columns  [B, K], what is summed, each weighted by the impression weight w; the last is the normalizer and has no gradient
     value    the term, a scalar, of the K global sums
-    scale    lambda
+    scale    lambda, without gradient
     """
 
     columns: Tensor

@@ -225,7 +225,7 @@ def _dials(tree: Tree) -> str:
 
 
 def _all_numbers(tree: Tree) -> str:
-    """Every candidate and metric, a folded table a world."""
+    """Every candidate and the metrics that say something alone, a folded table a world."""
     parts = []
     for world, of_world in tree["means"].items():
         about = tree["settings"]["worlds"][world]

@@ -15,6 +15,7 @@ from escm2rec.errors import ConfigError, did_you_mean
 from escm2rec.folder import MANIFEST, refuse_existing, write_json, write_manifest
 from escm2rec.study import cell
 from escm2rec.study.candidates import CANDIDATES, Candidate
+from escm2rec.study.finding import counted
 from escm2rec.study.html import write_study_page
 from escm2rec.study.presets import PRESETS, Preset
 from escm2rec.study.run import default_workers, read_cells, run_cells
@@ -52,16 +53,16 @@ def study(
 
     `objectives` names candidates, `worlds` worlds and `seeds` how many a world has, each by default as the preset has it. The folder
     holds `cells/WORLD/CANDIDATE/SEED.json`, `settings.json`, and, when all cells are there, `study.json`, `study.html` and the manifest.
-    What is in the folder is not computed again: the same command goes on with a study that was cut off, one that asks for more extends
-    it, and `study.json` is of what was asked last.
+    What is in the folder is not computed again: the same command goes on with a study that was cut off, and one that asks for more extends
+    a finished one.
 
     Returns out, worlds, candidates, cells, how many of them were computed now and in how many seconds, what ten seeds chose and what
     fresh ones say of it, and how near the best choosers end. Raises ConfigError for an unknown name, or when `out` holds a study of
-    other settings, or something else.
+    other settings, a finished one of more than is asked, or something else.
     """
     began = time.monotonic()
     plan = _plan(PRESETS[preset], objectives, worlds, seeds)
-    _open(out, _settings(plan), overwrite)
+    _open(out, plan, overwrite)
     computed = run_cells(out, plan, default_workers())
     cells = {world.name: {name: read_cells(out, world, count, name) for name in names} for world, count, names in plan}
     result = {"settings": _settings(plan), "seeds": {world.name: count for world, count, _ in plan}, **summarise(cells)}
@@ -108,13 +109,15 @@ def _told(candidate: Candidate) -> dict[str, Any]:
     return {"reference": candidate.reference, **candidate.objective.model_dump(mode="json")}
 
 
-def _open(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder, or check that what is there was made with the same settings."""
-    held = _held(out)
+def _open(out: Path, plan: Plan, overwrite: bool) -> None:
+    """Make the folder, or check that what is there was made with the same settings and is a part of the plan."""
+    held, settings = _held(out), _settings(plan)
     if held is None:
         refuse_existing(out, "study", overwrite)
     elif not overwrite:
         settings = _merged(out, held, settings)
+        if (out / MANIFEST).exists():
+            _refuse_less(out, plan)
     if held is None or overwrite:
         if out.exists():
             shutil.rmtree(out)
@@ -132,6 +135,19 @@ def _held(out: Path) -> dict[str, Any] | None:
     return held if isinstance(held, dict) and {"constants", "worlds", "candidates"} <= held.keys() else None
 
 
+def _refuse_less(out: Path, plan: Plan) -> None:
+    """ConfigError when a finished study holds what the plan does not ask for: its page and numbers would be lost."""
+    tree = json.loads((out / "study.json").read_text(encoding="utf-8"))
+    asked = {(world.name, name): count for world, count, names in plan for name in names}
+    for world, count in tree["seeds"].items():
+        for name in tree["means"][world]:
+            if asked.get((world, name), 0) < count:
+                raise ConfigError(
+                    f"{out} holds a finished study of more than this: {name} in world {world!r} with {counted(count, 'seed')}",
+                    "ask for at least what it holds to extend it, choose another --out, or pass --overwrite to drop it",
+                )
+
+
 def _merged(out: Path, held: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a study that goes on, with those it was begun with; ConfigError where they differ."""
     now: dict[str, Any] = json.loads(json.dumps(settings))
@@ -141,10 +157,12 @@ def _merged(out: Path, held: dict[str, Any], settings: dict[str, Any]) -> dict[s
             "go on with that version, or choose another --out",
         )
     for part in ("constants", "worlds", "candidates"):
-        for name in held[part].keys() & now[part].keys():
-            if held[part][name] != now[part][name]:
+        both = held[part].keys() & now[part].keys()
+        for name in held[part].keys() | now[part].keys() if part == "constants" else both:
+            before, after = held[part].get(name), now[part].get(name)
+            if before != after:
                 raise ConfigError(
-                    f"{out} was begun with other {part}: {name} was {held[part][name]}, is {now[part][name]}",
+                    f"{out} was begun with other {part}: {name} was {before}, is {after}",
                     "choose another --out; --overwrite begins anew and drops what is there",
                 )
         now[part] = {**held[part], **now[part]}
