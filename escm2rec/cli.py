@@ -318,8 +318,11 @@ def _rank() -> int:
 
 
 def _names(values: Sequence[str]) -> list[str]:
-    """Column names of a repeated option whose values may be comma lists."""
-    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+    """Names of a repeated option whose values may be comma lists; ConfigError where it was given and names nothing."""
+    names = [name.strip() for value in values for name in value.split(",") if name.strip()]
+    if values and not names:
+        raise ConfigError(f"an option that takes names was given none: {list(values)}", "leave it out to take the default")
+    return names
 
 
 def _require_matching_packages() -> None:

@@ -120,7 +120,7 @@ def test_a_chosen_run_says_so_in_the_head_of_its_report(folder: Path, results: d
     says = report["choice"].pop("says")
     assert report["choice"] == {"taken": "0-escm2-ips", "by": "dr", "candidates": 2}
     assert list(report)[:2] == ["run", "choice"]
-    assert "0-escm2-ips, was kept out of 2 that were trained, by the CVR risk on all impressions that dr estimates" in says
+    assert "0-escm2-ips, is one of 2 that were trained, chosen by the CVR risk on all impressions that the validation split lets DR" in says
     assert "(it has the <least> risk). Its figures on the validation split may therefore be a little too good; those on" in says
     assert f'<p class="soft">{escape(says)}</p>' in (folder / "chosen-known" / "report.html").read_text().split("</header>")[0]
 

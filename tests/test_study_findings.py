@@ -28,7 +28,9 @@ def tree_with(
     return tree_of(planted(worlds, list(CANDIDATES), seeds, level, noise=0.02))
 
 
-@pytest.mark.parametrize(("ips", "take", "word"), [(0.03, "a correction (1 of 1)", "better"), (0.09, "none (1 of 1)", "worse")])
+@pytest.mark.parametrize(
+    ("ips", "take", "word"), [(0.03, "a correction (1 of 1)", "better than both"), (0.09, "none (1 of 1)", "worse than one of them")]
+)
 def test_what_to_take_follows_the_numbers(ips: float, take: str, word: str) -> None:
     tree = tree_with(lambda world, name: ips if name == "escm2-ips" and world == "selection 0" else 0.06)
     made = by_lead(tree)

@@ -45,8 +45,9 @@ def test_from_end_to_end(tmp_path: Path) -> None:
     assert result["computed"] == 8
     study(out, seeds=3, objectives=["naive"], worlds=["tiny right"], overwrite=True)
     assert len(list((out / "cells").rglob("*.json"))) == 3
-    for name, near in (("mars", ""), ("tiny rihgt", r"; did you mean 'tiny right'\?")):
+    for name, near in (("mars", ""), ("hidden", ""), ("tiny rihgt", r"; did you mean 'tiny right'\?")):
         told = rf"the preset has no world named '{name}'{near}\nhint: its worlds are: selection \+0\.8, tiny right"
+        told += "; --preset full has it$" if name == "hidden" else "$"
         with pytest.raises(ConfigError, match=told):
             study(tmp_path / "other", worlds=[name])
 

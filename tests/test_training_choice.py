@@ -24,6 +24,7 @@ SETTINGS = [
 ]
 train = functools.partial(train_on_ranks, overrides=SETTINGS)
 NAMES = ["0-escm2-ips", "1-esmm", "2-escm2-dr"]
+WRITTEN = [{"kind": "escm2-ips"}, {"kind": "esmm"}, {"kind": "escm2-dr", "lambda_c": 0.2}]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,7 @@ def test_what_was_taken_is_kept_as_a_run(chosen: dict[int, Path]) -> None:
     risks = {name: risk["dr"] for name, risk in choice["estimated_risk"].items()}
     assert list(risks) == NAMES
     assert choice["by"] == "dr"
+    assert choice["objectives"] == dict(zip(NAMES, WRITTEN, strict=True))
     assert len(set(risks.values())) == 3
     for name, above in choice["above_first"].items():
         assert above["dr"] == pytest.approx(risks[name] - risks[NAMES[0]], abs=1e-9)
@@ -170,6 +172,10 @@ def test_an_objective_that_does_not_hold_together_is_told_before_any_is_trained(
     refused = train(data, tmp_path / "run", tmp_path / "ranks", overrides=settings)
     assert refused["message"].startswith("choice.objectives.1: objective.propensity.balance has no effect on naive")
     assert not (tmp_path / "run").exists()
+    own = ["objective={kind: two-space, imputation: {predicts: error}}", "choice.objectives=[{kind: esmm}]"]
+    refused = train(data, tmp_path / "run", tmp_path / "ranks-own", overrides=own)
+    assert "predicts: error teaches the CVR tower of two-space nothing" in refused["message"]
+    assert not (tmp_path / "run").exists(), "the first objective is looked at before anything is written, too"
 
 
 def test_a_folder_that_no_choice_made_is_not_dropped(data: Path, tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_one_and_several_are_told_with_what_to_do() -> None:
 def test_what_a_choice_does_not_read_is_told() -> None:
     lines = [f"  choice.{key}: nothing is chosen, choice.objectives is empty" for key in ("judge", "by")]
     assert problems("choice.judge={tower_hidden: [8]}", "choice.by=dr") == lines
+    assert problems("choice={judge: {tower_hidden: [8]}, objectives: []}") == [], "written empty, the choice is turned off"
     twice = "choice.objectives=[{kind: esmm}, {kind: escm2-ips, lambda_c: 0.5}, {kind: esmm}, {kind: naive, stability: 1}]"
     assert problems("objective.kind=escm2-ips", twice, "choice.by=snips") == [
         "  choice.objectives.3.stability: naive has no such number; read by stable-dr",

@@ -151,9 +151,9 @@ def _choice(run: Path) -> Record:
     taken, by, candidates = str(read["taken"]), str(read["by"]), len(read["estimated_risk"])
     why = f" ({read['why']})" if "why" in read else ""
     says = (
-        f"Chosen: this run, {taken}, was kept out of {candidates} that were trained, by the CVR risk on all impressions that {by} "
-        f"estimates from the validation split{why}. Its figures on the validation split may therefore be a little too good; those on the "
-        "test split are not."
+        f"Chosen: this run, {taken}, is one of {candidates} that were trained, chosen by the CVR risk on all impressions that the "
+        f"validation split lets {by.upper()} estimate{why}. Its figures on the validation split may therefore be a little too good; those "
+        "on the test split are not."
     )
     return {"choice": {"taken": taken, "by": by, "candidates": candidates, "says": says}}
 

@@ -34,7 +34,11 @@ REFERENCES = ("escm2-ips true q", "escm2-dr true q", "oracle")
 PRICED = ("capacity right", "selection 0", "clicks at random", "hidden", "ids flexible", "ids small")
 """Worlds where there is no selection, a model that is right without weights, or a propensity that cannot show the selection."""
 FEW_SEEDS = 10
-TAKE = {"a correction": "is better where", "no difference shown": "shows no difference where", "none": "is worse where"}
+TAKE = {
+    "a correction": ("is better where", "is better than both where"),
+    "no difference shown": ("shows no difference where", "is neither better than both nor worse than one where"),
+    "none": ("is worse where", "is worse than one of them where"),
+}
 
 
 def findings(tree: Tree) -> list[Finding]:
@@ -104,9 +108,9 @@ def _situations(tree: Tree) -> Finding:
         )
     found = []
     if said:
-        parts = [f"{TAKE[take]}: {joined(said[take])}" for take in TAKE if take in said]
         shown = {baseline for against in tree["against"].values() for baseline in against.get(IPS, {})}
         beside = " and ".join(word for baseline, word in (("naive", "naive"), ("esmm", "ESMM")) if baseline in shown)
+        parts = [f"{words[len(shown) > 1]}: {joined(said[take])}" for take, words in TAKE.items() if take in said]
         found.append(f"Beside {beside}, ESCM²-IPS {'; '.join(parts)}. In brackets: the worlds that show it, of those of the kind.")
     head = ("Situation", "Worlds", "Take", "IPS /\nnaive", "IPS /\nESMM", "DR /\nnaive", "DR /\nESMM", "Most often best or level")
     how = (
@@ -151,8 +155,8 @@ def _worlds(tree: Tree) -> Finding:
         rows.append([f"{world}\n{title}", f"{best}\n{kls[0]}", _some(level), *cells, " / ".join(kls[1:])])
     counts = _level_counts(tree)
     most = sorted((name for name in counts if name not in BASELINES), key=lambda name: -counts[name])[:3]
-    best_of = [f"{name} in {counts[name]}" for name in most]
-    others = [f"{name} in {counts[name]}" for name in BASELINES if name in counts]
+    best_of = [f"{name} in {counts[name]}" for name in most if counts[name]]
+    others = [f"{name} in {counts[name]}" for name in BASELINES if counts.get(name)]
     found = [
         f"Most often best or level with the best, of {counted(len(rows), 'world')}: "
         f"{'; '.join(joined(each) for each in (best_of, others) if each)}."

@@ -9,7 +9,7 @@ from typing import Any
 
 from escm2rec.evaluation.html import facts, figure, note, number, table, write_page
 from escm2rec.study.claims import WRONG, line, unbiased_rows
-from escm2rec.study.finding import DR, IPS, LINES, Finding, Table, Tree
+from escm2rec.study.finding import DR, IPS, LINES, Finding, Table, Tree, counted
 from escm2rec.study.findings import findings, situation
 from escm2rec.study.plots import Dot, dot_plot, line_plot
 
@@ -80,7 +80,7 @@ def _header(tree: Tree) -> str:
     names = dict.fromkeys(name for of_world in tree["means"].values() for name in of_world)
     seeds = tree["seeds"]
     cells = sum(seeds[world] * len(of_world) for world, of_world in tree["means"].items())
-    parts = f"{len(tree['means'])} worlds · {len(names)} candidates · {cells:,} trained models"
+    parts = " · ".join(counted(*each) for each in ((len(tree["means"]), "world"), (len(names), "candidate"), (cells, "trained model")))
     constants = tree["settings"]["constants"]
     passes, of_ids = (f"{constants[f'EPOCHS{kind}']}, {constants[f'BATCH_ROWS{kind}']:,}" for kind in ("", "_OF_IDS"))
     known = {

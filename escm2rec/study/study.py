@@ -90,10 +90,16 @@ def _plan(preset: Preset, objectives: Sequence[str], worlds: Sequence[str], seed
     known = [world.name for world in preset.worlds]
     for name in worlds:
         if name not in known:
-            raise ConfigError(f"the preset has no world named {name!r}{did_you_mean(name, known)}", f"its worlds are: {', '.join(known)}")
+            raise ConfigError(f"the preset has no world named {name!r}{did_you_mean(name, known)}", _worlds_of(preset, name))
     names = tuple(dict.fromkeys(objectives)) or preset.candidates
     taken = [world for world in preset.worlds if not worlds or world.name in worlds]
     return [(world, seeds or preset.seeds_of(world), names) for world in taken]
+
+
+def _worlds_of(preset: Preset, missing: str) -> str:
+    elsewhere = next((name for name, other in PRESETS.items() if missing in [world.name for world in other.worlds]), None)
+    there = f"; --preset {elsewhere} has it" if elsewhere else ""
+    return f"its worlds are: {', '.join(world.name for world in preset.worlds)}{there}"
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -62,19 +62,21 @@ def train_and_choose(config: Config, data: Path, out: Path, runtime: Runtime, re
     runs = {f"{number}-{objective.kind}": objective for number, objective in enumerate(_objectives(config))}
     if not on_main(runtime, lambda: (out / CHOICE).exists()):
         for number, (name, objective) in enumerate(runs.items(), 1):
-            _tell(runtime, f"choice: objective {number} of {len(runs)}, {objective.kind}")
+            _tell(runtime, f"choice: objective {number} of {len(runs)}, {name}: {_written(objective)}")
             alone = config.model_copy(update={"objective": objective, "choice": ChoiceConfig()})
             train_objective(alone, data, out / CANDIDATES / name, runtime, resume=True, overwrite=False)
         _tell(runtime, "choice: the judge")
         train_objective(_judge(config), data, out / CANDIDATES / JUDGE, runtime, resume=True, overwrite=False)
         _tell(runtime, f"choice: the risk of {len(runs)} objectives on the validation split")
         estimates = _estimate(config, data, out, list(runs), runtime)
-        on_main(runtime, lambda: write_json(out / CHOICE, _choice(config.choice.by, estimates)))
+        told = {name: _written(objective) for name, objective in runs.items()}
+        on_main(runtime, lambda: write_json(out / CHOICE, _choice(config.choice.by, estimates) | {"objectives": told}))
     return on_main(runtime, lambda: _keep(out))
 
 
 def check_choice(config: Config) -> None:
-    """ConfigError, with its place, when an objective of the choice does not hold together: before the first is trained."""
+    """ConfigError, with its place, when an objective does not hold together: before the first is trained."""
+    build_objective(config.objective, base_ctr=0.5)
     for number, objective in enumerate(config.choice.objectives):
         try:
             build_objective(objective, base_ctr=0.5)
@@ -84,6 +86,11 @@ def check_choice(config: Config) -> None:
 
 def _objectives(config: Config) -> list[ObjectiveConfig]:
     return [config.objective, *config.choice.objectives]
+
+
+def _written(objective: ObjectiveConfig) -> dict[str, Any]:
+    """What sets an objective apart: its kind, and what is not as by default."""
+    return {"kind": objective.kind, **objective.model_dump(mode="json", exclude_defaults=True)}
 
 
 def _judge(config: Config) -> Config:

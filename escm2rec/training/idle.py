@@ -43,7 +43,7 @@ def refuse_idle(config: Config) -> None:
     sections = {"objective": config.objective}
     sections |= {f"choice.objectives.{number}": section for number, section in enumerate(config.choice.objectives)}
     found = [f"{where}.{told}" for where, section in sections.items() for told in _idle(section)]
-    if not config.choice.objectives:
+    if not config.choice.objectives and "objectives" not in config.choice.model_fields_set:  # written empty, it is turned off
         found += [f"choice.{key}: nothing is chosen, choice.objectives is empty" for key in _written(config.choice)]
     places = list(sections)
     for number, place in enumerate(places):
