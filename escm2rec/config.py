@@ -351,17 +351,19 @@ class PropensityConfig(Section):
 class ImputationConfig(Section):
     """The imputation tower of the objectives that impute."""
 
-    predicts: Literal["error", "label"] | None = Field(
-        None,
-        description="error: delta_hat = softplus(tower), by which the CVR tower learns what IPS teaches it. label: m = sigmoid(tower), "
-        "delta_hat = BCE(eta_hat, m), which it learns from too. By default label for direct and two-space, which need it, error otherwise.",
+    predicts: Literal["error", "label"] = Field(
+        "label",
+        description="label: m = sigmoid(tower), delta_hat = BCE(eta_hat, m). error: delta_hat = softplus(tower), as the ESCM2 paper has it; "
+        "its CVR tower learns exactly what IPS teaches it.",
     )
     weighting: Literal["dr-jl", "mrdr", "dr-bias", "dr-mse"] = Field(
         "dr-jl", description="v of the imputation loss: 1/q, (1-q)/q^2, (1-q)^2/q^3, or a mixture of the last two."
     )
     mse_mixture: float = Field(0.5, ge=0, le=1, description="Share of dr-bias in dr-mse; the rest is mrdr.")
-    loss: Literal["squared", "bce"] = Field(
-        "squared", description="Squared error of delta_hat, or (label only) BCE(m, r), which is not blind at z = 0."
+    loss: Literal["squared", "bce"] | None = Field(
+        None,
+        description="Squared error of delta_hat, or (label only) BCE(m, r), which is not blind at z = 0. By default bce for labels, "
+        "squared for errors.",
     )
     normalise: bool = Field(False, description="Divide the imputation loss by the sum of its weights instead of N.")
     clip_pseudo_labels: bool = Field(

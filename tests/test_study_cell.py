@@ -29,7 +29,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("world", [SMALL, replace(IDS, impressions=4_000, users=40)], ids=["numbers", "ids"])
-@pytest.mark.parametrize("name", ["escm2-dr label", "escm2-ips true q"])
+@pytest.mark.parametrize("name", ["escm2-dr", "escm2-ips true q"])
 def test_the_same_cell_twice_is_the_same(world: World, name: str) -> None:
     sample = draw_world(world, 0).training
     state = torch.get_rng_state()
@@ -87,7 +87,7 @@ def test_the_oracle_comes_near_the_truth(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_towers_are_as_the_world_says(towers: Literal["small", "linear", "flexible"], linear: tuple[bool, bool]) -> None:
     world = replace(SMALL, towers=towers)
     sample = draw_world(world, 0).training
-    trained = train(world, CANDIDATES["escm2-dr label"], sample, 0)
+    trained = train(world, CANDIDATES["escm2-dr"], sample, 0)
     rows = Rows.of(sample).take(torch.arange(60))
     x, y = rows.numeric[:30], rows.numeric[30:]
     assert isinstance(trained.model, StudyModel)
@@ -103,10 +103,10 @@ def test_towers_are_as_the_world_says(towers: Literal["small", "linear", "flexib
     ("name", "steps"),
     [
         ("escm2-ips", 20),
-        ("escm2-dr label", 20),
+        ("escm2-dr", 20),
         ("stable-dr", 20),
-        ("escm2-dr label alternating", 39),
-        ("escm2-dr label 3:1", 26),
+        ("escm2-dr alternating", 39),
+        ("escm2-dr 3:1", 26),
         ("stable-dr alternating", 58),
     ],
 )
@@ -126,7 +126,8 @@ def test_dr_with_imputed_errors_is_no_candidate_because_it_is_ips(dr: str, ips: 
     world = replace(SMALL, towers="flexible")
     drawn = draw_world(world, 0)
     logits = [
-        train(world, Candidate({"kind": kind}), drawn.training, 0).predict(drawn.held_out).cvr_logit for kind in (dr, ips, "escm2-snips")
+        train(world, Candidate(settings), drawn.training, 0).predict(drawn.held_out).cvr_logit
+        for settings in ({"kind": dr, "imputation": {"predicts": "error"}}, {"kind": ips}, {"kind": dr})
     ]
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])

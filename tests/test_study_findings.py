@@ -87,7 +87,7 @@ def test_convergence_needs_sizes_and_an_oracle() -> None:
 def test_wrong_propensities_come_from_their_own_worlds() -> None:
     rows = unbiased_rows(full_tree())
     assert [(name, q) for name, q, _ in rows if q.startswith("too")] == [
-        (name, q) for q in ("too flat", "too steep") for name in ("escm2-ips", "escm2-dr label")
+        (name, q) for q in ("too flat", "too steep") for name in ("escm2-ips", "escm2-dr")
     ]
     assert [(name, q) for name, q, _ in rows][:4] == [
         ("naive", "none"),

@@ -14,11 +14,11 @@ from escm2rec.study.summary import BASELINES, CHOOSERS, contenders, summarise, t
 from tests.study_cells import planted
 
 WORLD = "selection +0.8"
-NAMES = ("esmm", "naive", "naive+ctcvr", "escm2-ips", "escm2-dr label", "dcmt", "escm2-ips true q", "oracle")
+NAMES = ("esmm", "naive", "naive+ctcvr", "escm2-ips", "escm2-dr", "dcmt", "escm2-ips true q", "oracle")
 
 
 def planted_best(world: str, name: str) -> float:
-    return {"escm2-dr label": 0.030, "dcmt": 0.0302, "escm2-ips": 0.036, "oracle": 0.001, "escm2-ips true q": 0.002}.get(name, 0.06)
+    return {"escm2-dr": 0.030, "dcmt": 0.0302, "escm2-ips": 0.036, "oracle": 0.001, "escm2-ips true q": 0.002}.get(name, 0.06)
 
 
 def test_means_skip_what_does_not_exist() -> None:
@@ -35,29 +35,27 @@ def test_means_skip_what_does_not_exist() -> None:
 
 def test_contenders_are_neither_baselines_nor_references() -> None:
     assert trainable(NAMES) == list(NAMES[:6])
-    assert contenders(dict.fromkeys(NAMES, ())) == ["escm2-ips", "escm2-dr label", "dcmt"]
+    assert contenders(dict.fromkeys(NAMES, ())) == ["escm2-ips", "escm2-dr", "dcmt"]
 
 
 def test_a_candidate_is_set_beside_each_baseline() -> None:
     cells = planted([WORLD], NAMES, 6, planted_best)
     against = summarise(cells)["against"][WORLD]
     kls = {name: [values["kl"] for values in seeds] for name, seeds in cells[WORLD].items()}
-    assert set(against["escm2-dr label"]) == set(BASELINES)
+    assert set(against["escm2-dr"]) == set(BASELINES)
     assert set(against["naive"]) == {"esmm", "naive+ctcvr"}
-    assert against["escm2-dr label"]["naive"]["kl"] == paired(kls["escm2-dr label"], kls["naive"])._asdict()  # type: ignore[arg-type]
+    assert against["escm2-dr"]["naive"]["kl"] == paired(kls["escm2-dr"], kls["naive"])._asdict()  # type: ignore[arg-type]
     others = [name for name in NAMES if name != "naive"]
     adjusted = holm([paired(kls[name], kls["naive"]).p for name in others])  # type: ignore[arg-type]
     assert [against[name]["naive"]["kl_p_holm"] for name in others] == pytest.approx(adjusted)
-    assert against["escm2-dr label"]["naive"]["risk"]["ratio"] == pytest.approx(0.33 / 0.36, rel=0.02)
+    assert against["escm2-dr"]["naive"]["risk"]["ratio"] == pytest.approx(0.33 / 0.36, rel=0.02)
 
 
 def test_the_best_is_found_and_what_is_level_with_it() -> None:
     level = summarise(planted([WORLD], NAMES, 10, planted_best))["level"][WORLD]
-    assert level["best"] in ("escm2-dr label", "dcmt")  # which differ by less than their noise
+    assert level["best"] in ("escm2-dr", "dcmt")  # which differ by less than their noise
     assert set(level["against"]) == set(NAMES[:6]) - {level["best"]}
-    assert [name for name, test in level["against"].items() if test["p_holm"] >= 0.05] == [
-        ({"escm2-dr label", "dcmt"} - {level["best"]}).pop()
-    ]
+    assert [name for name, test in level["against"].items() if test["p_holm"] >= 0.05] == [({"escm2-dr", "dcmt"} - {level["best"]}).pop()]
     assert level["against"]["esmm"]["ratio"] == pytest.approx(2, rel=0.1)
 
 
@@ -145,12 +143,12 @@ def test_a_cautious_chooser_takes_the_least_of_those_below_naive_beyond_a_standa
 
 
 def test_ways_to_train_the_imputation_are_set_beside_each_other() -> None:
-    names = ("naive", "escm2-ips", "escm2-dr label", "escm2-dr label alternating")
+    names = ("naive", "escm2-ips", "escm2-dr", "escm2-dr alternating")
     cells = planted([WORLD, "selection 0"], names, 4, lambda world, name: 0.02 if name.endswith("alternating") else 0.04)
     pairs = summarise(cells)["alternation"]
     assert [(pair["candidate"], pair["beside"]) for pair in pairs] == [
-        ("escm2-dr label alternating", "escm2-dr label"),
-        ("escm2-dr label", "escm2-ips"),
+        ("escm2-dr alternating", "escm2-dr"),
+        ("escm2-dr", "escm2-ips"),
     ]
     alternating = pairs[0]["worlds"]
     assert [round(test["ratio"], 1) for test in alternating.values()] == [0.5, 0.5]
@@ -159,10 +157,10 @@ def test_ways_to_train_the_imputation_are_set_beside_each_other() -> None:
 
 def test_a_candidate_without_a_kl_is_compared_with_none() -> None:
     cells = planted([WORLD], NAMES, CHOOSING_SEEDS + 10, planted_best)
-    cells[WORLD]["escm2-dr label"][3]["kl"] = None
+    cells[WORLD]["escm2-dr"][3]["kl"] = None
     found = summarise(cells)
-    assert found["means"][WORLD]["escm2-dr label"]["kl"]["seeds"] == CHOOSING_SEEDS + 9
-    assert "escm2-dr label" not in found["against"][WORLD]
+    assert found["means"][WORLD]["escm2-dr"]["kl"]["seeds"] == CHOOSING_SEEDS + 9
+    assert "escm2-dr" not in found["against"][WORLD]
     assert found["level"][WORLD]["best"] == "dcmt"
     assert found["chosen"][0]["candidate"] == "dcmt"
     numbers = [each["worlds"][WORLD]["kl"] for each in found["choosers"].values()]

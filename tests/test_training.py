@@ -26,7 +26,8 @@ OBJECTIVES: dict[str, list[str]] = {
     "naive+ctcvr": ["objective.kind=naive+ctcvr"],
     "escm2-ips": ["objective.kind=escm2-ips"],
     "escm2-dr-alternating": ["objective.kind=escm2-dr", "objective.imputation.alternate=true"],
-    "escm2-dr-label": ["objective.kind=escm2-dr", "objective.imputation.predicts=label"],
+    "escm2-dr": ["objective.kind=escm2-dr"],
+    "escm2-dr-error": ["objective.kind=escm2-dr", "objective.imputation.predicts=error"],
     "escm2-dr-mmoe": ["objective.kind=escm2-dr", "model.backbone={kind: mmoe, experts: 2, hidden: [8]}"],
     "escm2-snips-learned": ["objective.kind=escm2-snips", "objective.lambda_c=learned", "objective.lambda_g=learned"],
     "multi-ipw-balanced": ["objective.kind=multi-ipw", "objective.propensity.balance=0.1"],
@@ -37,7 +38,7 @@ OBJECTIVES: dict[str, list[str]] = {
         "objective.lambda_c={start: 0, end: 1, until: 0.5}",
     ],
     "direct": ["objective.kind=direct"],
-    "multi-dr-label-2:1": ["objective.kind=multi-dr", "objective.imputation={predicts: label, alternate: true, cvr_steps: 2}"],
+    "multi-dr-2:1": ["objective.kind=multi-dr", "objective.imputation={alternate: true, cvr_steps: 2}"],
     "stable-dr": ["objective.kind=stable-dr"],
     "stable-dr-alternating": ["objective.kind=stable-dr", "objective.imputation.alternate=true"],
     "dcmt": ["objective.kind=dcmt"],
@@ -149,7 +150,7 @@ def test_every_row_is_trained_once_an_epoch(runs: Runs) -> None:
 
 
 def test_records_hold_what_the_method_asks_for(runs: Runs) -> None:
-    record = runs[("escm2-dr-label", "planner", 2)][-1]
+    record = runs[("escm2-dr", "planner", 2)][-1]
     expected = {"ctr_auc", "ctr_calibration", "cvr_clicked_auc", "cvr_clicked_calibration", "ctcvr_auc", "ctcvr_calibration"}
     expected |= {"propensity_floor_share", "propensity_effective_sample_size", "propensity_mean_weight", "propensity_largest_share"}
     expected |= {"rows_per_s", "pseudo_labels_outside"}

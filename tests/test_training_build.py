@@ -32,10 +32,12 @@ def test_every_kind_of_the_config_has_a_file() -> None:
         assert built.towers == estimator_of(kind).towers
 
 
-def test_labels_are_imputed_where_errors_would_teach_nothing() -> None:
-    predicts = {kind: objective(kind=kind).settings.imputation.predicts for kind in KINDS}
-    assert {kind for kind, what in predicts.items() if what == "label"} == {"direct", "two-space"}
-    assert objective(kind="multi-dr", imputation={"predicts": "label"}).settings.imputation.predicts == "label"
+def test_labels_are_imputed_unless_errors_are_asked_for() -> None:
+    """Errors teach the CVR tower what IPS does, so they are no default; each has the loss that is not blind where it predicts nothing."""
+    default, errors = (objective(kind="multi-dr", imputation=section).settings.imputation for section in ({}, {"predicts": "error"}))
+    assert (default.predicts, default.loss) == ("label", "bce")
+    assert (errors.predicts, errors.loss) == ("error", "squared")
+    assert objective(imputation={"loss": "squared"}).settings.imputation.loss == "squared"
 
 
 def test_floor_is_relative_to_the_base_rate_unless_absolute() -> None:
@@ -57,13 +59,13 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
         {"kind": "direct", "imputation": {"predicts": "error"}},
         "objective.imputation.predicts: error teaches the CVR tower of direct nothing",
     ),
-    "BCE of errors": ({"imputation": {"loss": "bce"}}, "objective.imputation.loss: bce needs predicts: label"),
+    "BCE of errors": ({"imputation": {"predicts": "error", "loss": "bce"}}, "objective.imputation.loss: bce needs predicts: label"),
     "clipping of errors": (
-        {"imputation": {"clip_pseudo_labels": True}},
+        {"imputation": {"predicts": "error", "clip_pseudo_labels": True}},
         "objective.imputation.clip_pseudo_labels: true needs predicts: label",
     ),
     "learned weight of an unbounded loss": (
-        {"lambda_c": "learned", "imputation": {"predicts": "label"}},
+        {"lambda_c": "learned"},
         "objective.lambda_c: learned does not go with the pseudo-labels of escm2-dr, whose loss has no lower bound",
     ),
     "learned weight of no CVR loss": (
@@ -105,7 +107,7 @@ def test_parts_that_do_not_go_together_are_told(misfit: str) -> None:
 
 
 def test_a_learned_weight_goes_with_pseudo_labels_that_are_clipped() -> None:
-    assert objective(lambda_c="learned", imputation={"predicts": "label", "clip_pseudo_labels": True}).lambda_c == Learned()
+    assert objective(lambda_c="learned", imputation={"clip_pseudo_labels": True}).lambda_c == Learned()
 
 
 def test_balance_brings_a_propensity_tower() -> None:

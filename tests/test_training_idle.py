@@ -119,7 +119,7 @@ def test_what_a_choice_does_not_read_is_told() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_defaults_nulls_and_what_is_read_are_accepted(kind: str) -> None:
     assert problems(f"objective.kind={kind}") == []
-    assert problems(f"objective={{kind: {kind}, ctcvr_detach_ctr: null, imputation: {{predicts: null}}}}", "choice.judge=null") == []
+    assert problems(f"objective={{kind: {kind}, ctcvr_detach_ctr: null, imputation: {{loss: null}}}}", "choice.judge=null") == []
 
 
 @pytest.mark.parametrize("kind", ["esmm", "naive", "naive+ctcvr"])
@@ -147,8 +147,8 @@ VALUES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lambda_imp": ({}, {"lambda_imp": 2.0}),
     "imputation": ({}, {"imputation": {"weighting": "mrdr", "normalise": True}}),
     "imputation.clip_pseudo_labels": (
-        {"imputation": {"predicts": "label"}},
-        {"imputation": {"predicts": "label", "clip_pseudo_labels": True}},
+        {"imputation": {"weighting": "dr-jl"}},
+        {"imputation": {"clip_pseudo_labels": True}},
     ),
     "two_space_beta": ({}, {"two_space_beta": 0.4}),
     "dcmt_consistency": ({}, {"dcmt_consistency": 0.5}),

@@ -31,28 +31,27 @@ class Candidate(NamedTuple):
 
 INCUMBENT = "naive"
 """What a cautious chooser keeps unless another errs less beyond a standard error."""
-LABEL = {"predicts": "label", "loss": "bce"}
 
 CANDIDATES: dict[str, Candidate] = {
     "esmm": Candidate({"kind": "esmm"}),
     "naive": Candidate({"kind": "naive"}),
     "naive+ctcvr": Candidate({"kind": "naive+ctcvr"}),
-    "direct": Candidate({"kind": "direct", "imputation": LABEL}),
+    "direct": Candidate({"kind": "direct"}),
     "multi-ipw": Candidate({"kind": "multi-ipw"}),
-    "multi-dr label": Candidate({"kind": "multi-dr", "imputation": LABEL}),
+    "multi-dr": Candidate({"kind": "multi-dr"}),
     "escm2-ips": Candidate({"kind": "escm2-ips"}),
     "escm2-snips": Candidate({"kind": "escm2-snips"}),
-    "escm2-dr label": Candidate({"kind": "escm2-dr", "imputation": LABEL}),
-    "escm2-dr label alternating": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "alternate": True}}),
-    "escm2-dr label 3:1": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "alternate": True, "cvr_steps": 3}}),
-    "escm2-dr label mrdr": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "weighting": "mrdr", "normalise": True}}),
-    "escm2-dr label dr-bias": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "weighting": "dr-bias", "normalise": True}}),
-    "escm2-dr label dr-mse": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "weighting": "dr-mse", "normalise": True}}),
-    "escm2-dr label clipped": Candidate({"kind": "escm2-dr", "imputation": {**LABEL, "clip_pseudo_labels": True}}),
+    "escm2-dr": Candidate({"kind": "escm2-dr"}),
+    "escm2-dr alternating": Candidate({"kind": "escm2-dr", "imputation": {"alternate": True}}),
+    "escm2-dr 3:1": Candidate({"kind": "escm2-dr", "imputation": {"alternate": True, "cvr_steps": 3}}),
+    "escm2-dr mrdr": Candidate({"kind": "escm2-dr", "imputation": {"weighting": "mrdr", "normalise": True}}),
+    "escm2-dr dr-bias": Candidate({"kind": "escm2-dr", "imputation": {"weighting": "dr-bias", "normalise": True}}),
+    "escm2-dr dr-mse": Candidate({"kind": "escm2-dr", "imputation": {"weighting": "dr-mse", "normalise": True}}),
+    "escm2-dr clipped": Candidate({"kind": "escm2-dr", "imputation": {"clip_pseudo_labels": True}}),
     "stable-dr": Candidate({"kind": "stable-dr"}),
     "stable-dr alternating": Candidate({"kind": "stable-dr", "imputation": {"alternate": True}}),
     "dcmt": Candidate({"kind": "dcmt"}),
-    "two-space": Candidate({"kind": "two-space", "imputation": LABEL}),
+    "two-space": Candidate({"kind": "two-space"}),
     "escm2-ips balanced": Candidate({"kind": "escm2-ips", "propensity": {"balance": 1.0}}),
     "esmm lambda_g 5": Candidate({"kind": "esmm", "lambda_g": 5.0}),
     "esmm detached": Candidate({"kind": "esmm", "ctcvr_detach_ctr": True}),
@@ -61,6 +60,6 @@ CANDIDATES: dict[str, Candidate] = {
     "escm2-ips lambda_c 5": Candidate({"kind": "escm2-ips", "lambda_c": 5.0}),
     "escm2-ips floor 0.5": Candidate({"kind": "escm2-ips", "propensity": {"floor": 0.5}}),
     "escm2-ips true q": Candidate({"kind": "escm2-ips", "propensity": {"floor": 0.0}}, "true propensity"),
-    "escm2-dr true q": Candidate({"kind": "escm2-dr", "imputation": LABEL, "propensity": {"floor": 0.0}}, "true propensity"),
+    "escm2-dr true q": Candidate({"kind": "escm2-dr", "propensity": {"floor": 0.0}}, "true propensity"),
     "oracle": Candidate({"kind": "naive"}, "all conversions"),
 }

@@ -10,7 +10,7 @@ Tree = Mapping[str, Any]
 
 LEVEL_P = 0.05
 """Holm's p from which two candidates are called level."""
-IPS, DR = "escm2-ips", "escm2-dr label"
+IPS, DR = "escm2-ips", "escm2-dr"
 LINES = {"esmm": "ESMM", "naive": "naive", "naive+ctcvr": "control", IPS: "IPS", DR: "DR"}
 """What the plots show, and its short name; the control is naive with ESMM's loss beside it. DR is that of imputed labels: with
 imputed errors its CVR tower learns exactly as that of IPS."""

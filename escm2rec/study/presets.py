@@ -34,8 +34,8 @@ WORLDS = [
     replace(IDS, name="ids flexible", title="sparse ids, flexible towers", towers="flexible"),
     replace(IDS, name="ids small", title="sparse ids, CVR tower too small"),
 ]
-JUDGED = ("selection +0.8", "selection -0.8")
-"""Worlds in which what was chosen is judged on fresh seeds."""
+JUDGED = ("selection +0.8", "selection -0.8", "clicks at random")
+"""Worlds with more seeds, the fresh ones judging what the others chose. Where nothing selects, a price of 5% wants a short interval."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Preset:
         return self.judged_seeds if world.name in JUDGED else self.seeds
 
 
-QUICK = ("esmm", "naive", "naive+ctcvr", "escm2-ips", "escm2-dr label")
+QUICK = ("esmm", "naive", "naive+ctcvr", "escm2-ips", "escm2-dr")
 PRESETS = {
     "quick": Preset(tuple(world for world in WORLDS if world.name in ("selection +0.8", "capacity right")), QUICK, 5, 5),
     "full": Preset(tuple(WORLDS), tuple(CANDIDATES), 10, 30),

@@ -19,11 +19,11 @@ BASELINES = ("esmm", "naive", "naive+ctcvr")
 LEAST_JUDGING_SEEDS = 10
 WITHIN = 1.05
 ALTERNATION = (
-    ("escm2-dr label alternating", "escm2-dr label"),
-    ("escm2-dr label 3:1", "escm2-dr label"),
+    ("escm2-dr alternating", "escm2-dr"),
+    ("escm2-dr 3:1", "escm2-dr"),
     ("stable-dr alternating", "stable-dr"),
-    ("escm2-dr label", "escm2-ips"),
-    ("multi-dr label", "multi-ipw"),
+    ("escm2-dr", "escm2-ips"),
+    ("multi-dr", "multi-ipw"),
 )
 """Ways to train the imputation, each beside another; and DR beside IPS, which is DR with imputed errors (see candidates)."""
 

@@ -17,8 +17,8 @@ from escm2rec.models.embeddings import PooledEmbeddings
 from escm2rec.models.head import Escm2Head
 from escm2rec.models.model import Escm2Model
 from escm2rec.models.ple import Ple
-from escm2rec.objectives.estimator import Estimator, Settings, estimator_of
-from escm2rec.objectives.imputation import Imputation, Predicts
+from escm2rec.objectives.estimator import Settings, estimator_of
+from escm2rec.objectives.imputation import Imputation
 from escm2rec.objectives.objective import Objective
 from escm2rec.objectives.weights import Constant, Learned, Ramp, TermWeight
 from escm2rec.schema import Schema
@@ -94,7 +94,9 @@ def _check_cross_fit(config: ObjectiveConfig, objective: Objective) -> None:
 def _imputation(config: ObjectiveConfig) -> Imputation:
     imputation = config.imputation
     estimator = estimator_of(config.kind)
-    predicts = _predicts(config, estimator)
+    predicts = imputation.predicts
+    if estimator.labels_only and predicts == "error":
+        raise ConfigError(f"objective.imputation.predicts: error teaches the CVR tower of {config.kind} nothing", "set it to label")
     for name, asked in (("loss: bce", imputation.loss == "bce"), ("clip_pseudo_labels: true", imputation.clip_pseudo_labels)):
         if asked and predicts == "error" and "imputation" in estimator.towers:
             raise ConfigError(f"objective.imputation.{name} needs predicts: label", "an error is neither a probability nor a label")
@@ -102,21 +104,12 @@ def _imputation(config: ObjectiveConfig) -> Imputation:
         predicts=predicts,
         weighting=imputation.weighting,
         mse_mixture=imputation.mse_mixture,
-        loss=imputation.loss,
+        loss=imputation.loss or ("bce" if predicts == "label" else "squared"),
         normalise=imputation.normalise,
         clip_pseudo_labels=imputation.clip_pseudo_labels,
         alternate=imputation.alternate,
         cvr_steps=imputation.cvr_steps,
     )
-
-
-def _predicts(config: ObjectiveConfig, estimator: Estimator) -> Predicts:
-    asked = config.imputation.predicts
-    if estimator.labels_only and asked == "error":
-        raise ConfigError(
-            f"objective.imputation.predicts: error teaches the CVR tower of {config.kind} nothing", "leave it out, or set it to label"
-        )
-    return asked or ("label" if estimator.labels_only else "error")
 
 
 def _term_weight(weight: Lambda) -> TermWeight:
