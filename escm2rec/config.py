@@ -573,7 +573,8 @@ def _problems(error: ValidationError, root: type[BaseModel], where: str, set_key
     for problem in error.errors():
         path, what = _problem(problem, root)
         path = f"{inside}.{path}" if inside else path
-        is_set = any(f"{path}.".startswith(f"{key}.") for key in set_keys)
+        unknown = problem["type"] == "extra_forbidden"  # then the whole section is, whichever of its keys was set
+        is_set = any(f"{path}.".startswith(f"{key}.") or (unknown and key.startswith(f"{path}.")) for key in set_keys)
         lines.append(f"  --set {path}: {what}" if is_set else f"  {path}: {what}")
         of_set += is_set
     where = "--set" if of_set == len(lines) else f"{where} with its --set" if set_keys else where
@@ -594,8 +595,14 @@ def _problem(problem: ErrorDetails, root: type[BaseModel]) -> tuple[str, str]:
         path = f"{path}.{context['discriminator']}".replace("'", "")  # pydantic quotes it
         missing = problem["type"] == "union_tag_not_found"
         return path, "required, missing" if missing else _unknown(path, context["tag"], context["expected_tags"])
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        kind = f", such as {{kind: {seen}}}" if isinstance(seen, str) and path.rpartition(".")[2] in OF_KINDS else ""
+        return path, f"takes a section of keys{kind}, got {json.dumps(seen, default=str)}"
     shown = json.dumps(seen, default=str)
     return path, problem["msg"].removeprefix("Value error, ") + (f" (got {shown})" if len(shown) <= 60 else "")
+
+
+OF_KINDS = ("source", "backbone", "objective")
 
 
 def _unknown(path: str, seen: Any, expected: str) -> str:

@@ -237,6 +237,18 @@ def test_what_an_override_brought_is_told_as_set() -> None:
             ["training.epochs=0"],
             ["c.yaml with its --set has 2 problem(s):", "  model.backbone.kind: unknown kind", "  --set training.epochs: Input should be"],
         ),
+        ({}, ["objctive.kind=esmm"], ["--set has 1 problem(s):", "  --set objctive: unknown key; did you mean 'objective'?"]),
+        (
+            {},
+            ["objective=esmm"],
+            ["--set has 1 problem(s):", '  --set objective: takes a section of keys, such as {kind: esmm}, got "esmm"'],
+        ),
+        (
+            {},
+            ["model.backbone=mmoe"],
+            ["--set has 1 problem(s):", '  --set model.backbone: takes a section of keys, such as {kind: mmoe}, got "mmoe"'],
+        ),
+        ({}, ["training=[3]"], ["--set has 1 problem(s):", "  --set training: takes a section of keys, got [3]"]),
         ({}, ["data.split.train=0.5"], ["c.yaml with its --set has 1 problem(s):", "  data.split: train + validation + test must be 1"]),
     ]
     for changes, overrides, expected in cases:

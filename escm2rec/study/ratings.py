@@ -229,10 +229,11 @@ def summary(errors: Mapping[str, list[float]]) -> dict[str, Any]:
 
 
 def ratings_study(ratings: Path, out: Path, draws: int = 20, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
-    """Run the protocol on a ratings file and write `ratings.json` and `ratings.html` into the folder `out`; returns what the JSON holds.
+    """Run the protocol on a ratings file and write `ratings.json` and `ratings.html` into the folder `out`.
 
-    The same file, draws and seed give the same JSON. ConfigError for too few draws or an `out` that may not be written; DataError for
-    a file that cannot be used.
+    The same file, draws and seed give the same JSON. Returns out, the page, what the file holds, and the mean relative error of each
+    estimator for each prediction matrix, the intervals and errors of every draw being in the JSON.
+    ConfigError for too few draws or an `out` that may not be written; DataError for a file that cannot be used.
     """
     if draws < MIN_DRAWS:
         raise ConfigError(f"{draws} draws give no interval: at least {MIN_DRAWS} are needed", "pass more --draws; the papers have 20")
@@ -244,7 +245,8 @@ def ratings_study(ratings: Path, out: Path, draws: int = 20, seed: int = 0, over
         write_json(folder / "ratings.json", tree)
         write_page(tree, folder / "ratings.html")
         write_manifest(folder, "study", {"study": "ratings", "ratings": tree["data"], "draws": draws, "seed": seed})
-    return tree
+    errors = {name: {each: found[each]["relative_error"] for each in found} for name, found in tree["results"].items()}
+    return {"out": str(out), "html": str(out / "ratings.html"), **tree["data"], "draws": draws, "seed": seed, "relative_errors": errors}
 
 
 def _study(path: Path, draws: int, seed: int) -> dict[str, Any]:

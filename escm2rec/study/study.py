@@ -56,7 +56,7 @@ def study(
     What is in the folder is not computed again: the same command goes on with a study that was cut off, and one that asks for more extends
     a finished one.
 
-    Returns out, worlds, candidates, cells, how many of them were computed now and in how many seconds, what ten seeds chose and what
+    Returns out, the page, worlds, candidates, cells, how many of them were computed now and in how many seconds, what ten seeds chose and what
     fresh ones say of it, and how near the best choosers end. Raises ConfigError for an unknown name, or when `out` holds a study of
     other settings, a finished one of more than is asked, or something else.
     """
@@ -73,6 +73,7 @@ def study(
     write_manifest(out, "study", content)
     return {
         "out": str(out),
+        "html": str(out / "study.html"),
         "worlds": len(plan),
         "candidates": len(plan[0][2]),
         **content,
