@@ -56,8 +56,8 @@ def study(
     What is in the folder is not computed again: the same command goes on with a study that was cut off, and one that asks for more extends
     a finished one.
 
-    Returns out, the page, worlds, candidates, cells, how many of them were computed now and in how many seconds, what ten seeds chose and what
-    fresh ones say of it, and how near the best choosers end. Raises ConfigError for an unknown name, or when `out` holds a study of
+    Returns out, the page, worlds, candidates, cells, how many of them were computed now and in how many seconds, what ten seeds chose and
+    what fresh ones say of it, and how near the best choosers end. Raises ConfigError for an unknown name, or when `out` holds a study of
     other settings, a finished one of more than is asked, or something else.
     """
     began = time.monotonic()
