@@ -213,6 +213,23 @@ def study(
 
 @app.command()
 @_verb
+def inspect(
+    data: Annotated[Path, typer.Argument(help="Data set folder, as preprocess writes it.", show_default=False)],
+    top: Annotated[int, typer.Option("--top", min=1, max=1000, help="How many of the most frequent values to tell, of each feature.")] = 10,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with plots to this file.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page at --html.")] = False,
+) -> Result:
+    """Say what a data set holds.
+
+    Label rates of the splits; coverage, table sizes, list lengths and frequent values of the features.
+    """
+    from escm2rec.inspection.inspect import inspect
+
+    return inspect(data, top, html, overwrite)
+
+
+@app.command()
+@_verb
 def doctor() -> Result:
     """Check that torch, torchrec and fbgemm fit each other."""
     from escm2rec.doctor import check_installation

@@ -1,0 +1,1 @@
+"""What a data set holds: counts and distributions, for people and for programs."""

@@ -1,0 +1,128 @@
+"""One pass over the encoded columns: list lengths, rows of hashed tables, a sample of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from escm2rec.config import SPLITS, Split
+from escm2rec.errors import DataError
+from escm2rec.preprocess.parallel import default_workers, ordered_map
+from escm2rec.preprocess.ragged import Float32s, Int64s
+from escm2rec.progress import Progress
+from escm2rec.reader.dataset import Dataset, RowGroup
+from escm2rec.schema import Feature, Schema
+
+SAMPLE_ROWS = 1_000_000
+"""At most about so many numbers of a numeric feature are looked at, every k-th of the split."""
+MAX_COUNTED_ROWS = 1 << 27
+"""Values of a hashed table up to this size are counted row by row: 8 bytes a row."""
+
+
+@dataclass
+class Held:
+    """What one split holds of each feature, by name.
+
+    lengths  of lists: how many impressions have 0, 1, 2, ... values
+    counts   of hashed features: how often each row of the table is met; absent for tables above MAX_COUNTED_ROWS
+    numbers  of numeric features: encoded numbers of every k-th impression, a piece a row group
+    """
+
+    lengths: dict[str, Int64s] = field(default_factory=dict)
+    counts: dict[str, Int64s] = field(default_factory=dict)
+    numbers: dict[str, list[Float32s]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    rows: int
+    lengths: dict[str, Int64s]
+    met: dict[str, tuple[Int64s, Int64s]]  # rows of the table, and how often each
+    numbers: dict[str, Float32s]
+
+
+def held_by(dataset: Dataset) -> dict[Split, Held]:
+    """Of every split with rows, in one pass over the columns that need one; DataError where a part cannot be read.
+
+    Memory: 8 bytes a row of each hashed table, 4 a sampled number, and a row group a thread.
+    """
+    groups = {split: dataset.row_groups(split) for split in SPLITS}
+    found: dict[Split, Held] = {}
+    with Progress("inspect", sum(group.num_rows for of_split in groups.values() for group in of_split)) as progress:
+        for split, of_split in groups.items():
+            if not of_split:
+                continue
+            found[split] = Held()
+            step = -(-sum(group.num_rows for group in of_split) // SAMPLE_ROWS)
+            for piece in ordered_map(_tasks(dataset.schema, of_split, step), default_workers()):
+                _add(found[split], piece, dataset.schema)
+                progress.add(piece.rows, split)
+    return found
+
+
+def is_counted(feature: Feature) -> bool:
+    """Whether the rows of its table are counted in the pass: of vocabularies they are known."""
+    return feature.encoding == "hash" and feature.num_embeddings <= MAX_COUNTED_ROWS
+
+
+def _tasks(schema: Schema, groups: list[RowGroup], step: int) -> Iterator[Callable[[], _Piece]]:
+    wanted = [feature for feature in schema.features if feature.kind != "categorical" or is_counted(feature)]
+
+    def task(group: RowGroup) -> Callable[[], _Piece]:
+        return lambda: _piece(group, wanted, step)
+
+    return (task(group) for group in groups)
+
+
+def _piece(group: RowGroup, features: list[Feature], step: int) -> _Piece:
+    where = f"{group.path}, row group {group.index}"
+    try:
+        with pq.ParquetFile(group.path, memory_map=True) as file:
+            table = file.read_row_group(group.index, columns=[feature.name for feature in features], use_threads=False).combine_chunks()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{where} cannot be read: {error}", "the data set is damaged: preprocess again") from error
+    piece = _Piece(group.num_rows, {}, {}, {})
+    for feature in features:
+        if feature.name not in table.column_names:
+            raise DataError(f"{where}: no column {feature.name!r}", "the data set is damaged or of another schema: preprocess again")
+        column = table[feature.name]
+        if feature.kind == "numeric":
+            piece.numbers[feature.name] = column.to_numpy()[-group.start % step :: step]
+            continue
+        if feature.kind != "categorical":
+            piece.lengths[feature.name] = np.bincount(np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]))
+        if is_counted(feature):
+            flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks]) if feature.kind != "categorical" else column.drop_null()
+            piece.met[feature.name] = _distinct(flat.to_numpy(), feature, where)
+    return piece
+
+
+def _distinct(rows: Int64s, feature: Feature, where: str) -> tuple[Int64s, Int64s]:
+    met, counts = np.unique(rows, return_counts=True)
+    if len(met) and (met[0] < 0 or met[-1] >= feature.num_embeddings):
+        worst = met[0] if met[0] < 0 else met[-1]
+        raise DataError(
+            f"{where}, column {feature.name}: id {worst} is out of range, its table has rows 0 to {feature.num_embeddings - 1}",
+            "the data set was changed after it was written, or belongs to another schema: preprocess again",
+        )
+    return met, counts
+
+
+def _add(held: Held, piece: _Piece, schema: Schema) -> None:
+    for feature in schema.features:
+        name = feature.name
+        if name in piece.lengths:
+            before, now = held.lengths.get(name, np.zeros(0, np.int64)), piece.lengths[name]
+            total = np.zeros(max(len(before), len(now)), np.int64)
+            total[: len(before)] += before
+            total[: len(now)] += now
+            held.lengths[name] = total
+        if name in piece.met:
+            met, counts = piece.met[name]
+            held.counts.setdefault(name, np.zeros(feature.num_embeddings, np.int64))[met] += counts
+        if name in piece.numbers:
+            held.numbers.setdefault(name, []).append(piece.numbers[name])

@@ -1,0 +1,167 @@
+"""The `inspect` verb: what a data set holds, as JSON, as a table, and as a page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from escm2rec.config import SPLITS, Split
+from escm2rec.errors import ConfigError, DataError
+from escm2rec.inspection.held import Held, held_by, is_counted
+from escm2rec.inspection.table import print_tables
+from escm2rec.preprocess.ragged import Float64s, Int64s
+from escm2rec.reader.dataset import Dataset
+from escm2rec.schema import Feature
+
+Record = dict[str, Any]
+MOST_SHOWN = 1_000
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+NUMERIC_QUANTILES = {"min": 0.0, "p1": 0.01, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p99": 0.99, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class _Top:
+    """How often training meets the values of a table, the most frequent first; only the first `values` are there.
+
+    total  values in training, those out of vocabulary included
+    rows   of the table
+    """
+
+    values: list[Any]
+    counts: Int64s
+    total: int
+    rows: int
+
+    def record(self, most: int) -> Record:
+        shares = self.counts / max(self.total, 1)
+        shown = zip(self.values[:most], self.counts[:most].tolist(), shares[:most].tolist(), strict=False)
+        top = [{"value": value, "count": count, "share": share} for value, count, share in shown]
+        return {"top": top, "concentration": float(shares[: max(self.rows // 100, 1)].sum())}
+
+
+def inspect(data: Path, top: int = 10, html: Path | None = None, overwrite: bool = False) -> Record:
+    """Say what the data set folder `data` holds; with `html` also write a page there, with plots.
+
+    Returns
+
+    splits    of each: rows, clicks, conversions, ctr, cvr (of the clicked) and ctcvr, weighted where rows have weights; files, row_groups
+              and bytes
+    features  of each: kind, column, and by split coverage (share of the impressions with a value), in the order of the config;
+              tables: encoding, table_rows, values (those with a row of their own), oov by split (share of the values without one);
+              lists: lengths by split (mean, p50, p90, p99, max of the values an impression);
+              the `top` most frequent: value (or row of a hashed table), count and share of all training values;
+              concentration: share of the training values that fall on the most frequent hundredth of the rows;
+              numeric: mean and std of training, and quantiles by split, in the units of the log, missing numbers standing at the mean
+    rejected, negative_keep_rate, negatives_left_out, schema_hash   as preprocess wrote them
+
+    Raises DataError when the data set is absent, incomplete or damaged, ConfigError when `html` may not be written.
+    """
+    _check_page(html, overwrite)
+    dataset = Dataset.open(data)
+    held = held_by(dataset)
+    tops = {feature.name: _top_counts(dataset, feature, held) for feature in dataset.schema.tables}
+    features = {feature.name: _feature(dataset, feature, held, tops.get(feature.name), top) for feature in dataset.schema.features}
+    manifest = dataset.manifest
+    record: Record = {
+        "data": str(data),
+        **{name: manifest[name] for name in ("schema_hash", "negative_keep_rate", "negatives_left_out")},
+        "rejected": {reason: entry["rows"] for reason, entry in manifest["rejected"].items()},
+        "splits": {split: _split(dataset, split) for split in SPLITS if manifest["splits"].get(split, {}).get("rows")},
+        "features": features,
+    }
+    print_tables(record)
+    if html is not None:
+        from escm2rec.inspection.html import write_inspection
+
+        counts = {name: top_of.counts for name, top_of in tops.items() if top_of is not None}
+        write_inspection(record, dataset.schema.features, held, counts, html)
+        record["html"] = str(html)
+    return record
+
+
+def _check_page(html: Path | None, overwrite: bool) -> None:
+    if html is None:
+        return
+    if html.exists() and not (overwrite and html.is_file()):
+        hint = "choose another file" if html.is_dir() else "choose another, or pass --overwrite to replace it"
+        raise ConfigError(f"the page {html} exists", hint)
+    if not html.parent.is_dir():
+        raise ConfigError(f"no folder {html.parent} for the page", "make it first, or choose another place")
+
+
+def _split(dataset: Dataset, split: Split) -> Record:
+    counts, weighted = dataset.split_counts(split), dataset.weighted_counts(split)
+    files = dataset.manifest["splits"][split]["files"]
+    return {
+        **counts,
+        "ctr": weighted["clicks"] / weighted["rows"],
+        "cvr": weighted["conversions"] / weighted["clicks"] if weighted["clicks"] else None,
+        "ctcvr": weighted["conversions"] / weighted["rows"],
+        "files": len(files),
+        "row_groups": len(dataset.row_groups(split)),
+        "bytes": sum(file["bytes"] for file in files),
+    }
+
+
+def _feature(dataset: Dataset, feature: Feature, held: dict[Split, Held], top: _Top | None, most: int) -> Record:
+    told = dataset.manifest["features"][feature.name]
+    record: Record = {
+        "kind": feature.kind,
+        "column": feature.column,
+        "coverage": {split: None if told["missing"][split] is None else 1 - told["missing"][split] for split in held},
+    }
+    if feature.kind == "numeric":
+        quantiles = {split: _number_quantiles(feature, np.concatenate(each.numbers[feature.name])) for split, each in held.items()}
+        return record | {"log1p": feature.log1p, "mean": feature.mean, "std": feature.std, "quantiles": quantiles}
+    record |= {"encoding": feature.encoding, "table_rows": feature.num_embeddings}
+    if feature.encoding == "vocabulary":
+        record |= {"values": feature.num_embeddings - feature.oov_rows, "oov": {split: told["oov"][split] for split in held}}
+    if feature.kind != "categorical":
+        record["lengths"] = {split: length_quantiles(each.lengths[feature.name]) for split, each in held.items()}
+    if top is not None:
+        record |= top.record(most)
+    return record
+
+
+def _top_counts(dataset: Dataset, feature: Feature, held: dict[Split, Held]) -> _Top | None:
+    """Of a vocabulary what it was fitted with; of a hashed table what the pass counted, its rows standing for values."""
+    if feature.encoding == "hash":
+        if not is_counted(feature):
+            return None
+        counts = held["train"].counts[feature.name]
+        order = np.argsort(-counts, kind="stable")
+        order = order[counts[order] > 0]
+        return _Top(order[:MOST_SHOWN].tolist(), counts[order], int(counts.sum()), feature.num_embeddings)
+    path = dataset.path / "vocabulary" / f"{feature.name}.parquet"
+    try:
+        table = pq.read_table(path, columns=["value", "count"])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"cannot read the vocabulary {path}: {error}", "the data set is damaged: preprocess again") from error
+    told = dataset.manifest["features"][feature.name]
+    total = round(told["pooling_factor"] * dataset.split_counts("train")["rows"])
+    return _Top(table["value"].slice(0, MOST_SHOWN).to_pylist(), table["count"].to_numpy(), total, feature.num_embeddings)
+
+
+def length_quantiles(histogram: Int64s) -> Record:
+    """Mean, quantiles and maximum of lengths of which `histogram` counts 0, 1, 2, ...; a quantile is the least length that reaches it."""
+    reached = np.cumsum(histogram)
+    mean = float((histogram * np.arange(len(histogram))).sum() / reached[-1])
+    return {"mean": mean, **{name: int(np.searchsorted(reached, share * reached[-1])) for name, share in QUANTILES.items()}} | {
+        "max": len(histogram) - 1
+    }
+
+
+def _number_quantiles(feature: Feature, encoded: Any) -> Record:
+    raw = raw_numbers(feature, encoded)
+    return dict(zip(NUMERIC_QUANTILES, np.quantile(raw, list(NUMERIC_QUANTILES.values())).tolist(), strict=True))
+
+
+def raw_numbers(feature: Feature, encoded: Any) -> Float64s:
+    """Encoded numbers in the units of the log."""
+    raw: Float64s = encoded.astype(np.float64) * feature.std + feature.mean
+    return np.expm1(raw) if feature.log1p else raw

@@ -1,0 +1,63 @@
+"""Plots of `inspect`, as self-contained SVG images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from escm2rec.evaluation.plots import BLUE, GREY, image
+from escm2rec.preprocess.ragged import Float64s, Int64s
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SIZE = (3.5, 2.4)
+POINTS = 200
+BINS = 60
+
+
+def skew_plot(reached: Int64s, rows: int, total: float) -> str:
+    """Share of `total` values that fall on the most frequent rows of a table of `rows`; `reached` is their running count."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    places = np.unique(np.geomspace(1, len(reached), POINTS).round().astype(np.int64))
+
+    def draw(axes: Axes) -> None:
+        axes.plot(places / rows, reached[places - 1] / total, color=BLUE, linewidth=1.6)
+        axes.set(xscale="log", xlim=(min(1 / rows, 0.5), 1), ylim=(0, 1.02))
+        axes.set(xlabel="share of the table's rows", ylabel="share of the values")
+        axes.xaxis.set_major_locator(LogLocator(numticks=7))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+
+    return image(draw, SIZE)
+
+
+def lengths_plot(histogram: Int64s) -> str:
+    """Share of the impressions that have so many values; lengths far out in a thin tail are one last bar."""
+    shares = histogram / histogram.sum()
+    last = int(np.searchsorted(np.cumsum(shares), 0.999))
+    bars = np.append(shares[: last + 1], shares[last + 1 :].sum())
+
+    def draw(axes: Axes) -> None:
+        axes.set_axisbelow(True)
+        axes.bar(np.arange(len(bars)), bars, width=0.85, color=[BLUE] * (len(bars) - 1) + [GREY])
+        axes.set(xlabel=f"values (grey: more than {last:,}, up to {len(histogram) - 1:,})", ylabel="share of impressions")
+
+    return image(draw, SIZE)
+
+
+def histogram_plot(numbers: Float64s) -> str:
+    """How numbers are distributed between their 0.1% and 99.9% quantiles; what lies beyond counts in the outer bins."""
+    low, high = np.quantile(numbers, [0.001, 0.999])
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    counts, edges = np.histogram(np.clip(numbers, low, high), bins=BINS, range=(low, high))
+
+    def draw(axes: Axes) -> None:
+        axes.set_axisbelow(True)
+        axes.stairs(counts / len(numbers), edges, fill=True, color=BLUE)
+        axes.set(xlabel="", ylabel="share of impressions", xlim=(low, high))
+
+    return image(draw, SIZE)

@@ -1,0 +1,92 @@
+"""The tables of `inspect`, for people, on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Record = dict[str, Any]
+WIDTH = 150  # where no terminal says
+
+
+def print_tables(record: Record) -> None:
+    """Print splits and features, a line each."""
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
+    console.print(_splits(record["splits"]))
+    console.print(_features(record))
+
+
+def _table(title: str, text: list[str], numbers: list[str], longest: int) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in text:
+        table.add_column(name, overflow="fold", min_width=min(12, longest))
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _splits(splits: Record) -> Table:
+    table = _table("Splits", ["split"], ["rows", "clicks", "conversions", "CTR", "CVR of clicks", "CTCVR", "files", "MB"], 10)
+    for split, told in splits.items():
+        counts = [f"{told[name]:,}" for name in ("rows", "clicks", "conversions")]
+        rates = [percent(told[name]) for name in ("ctr", "cvr", "ctcvr")]
+        table.add_row(split, *counts, *rates, f"{told['files']:,}", f"{told['bytes'] / 1e6:,.1f}")
+    return table
+
+
+def _features(record: Record) -> Table:
+    splits = list(record["splits"])
+    by_split = " / ".join(splits)
+    heads = [
+        "table\nrows",
+        f"coverage\n{by_split}",
+        f"out of vocabulary\n{by_split}",
+        "values an impression\nmean, p99, max",
+        "most frequent",
+    ]
+    table = _table("Features", ["feature", "kind"], heads, max(len(name) for name in record["features"]))
+    for name, told in record["features"].items():
+        rows = f"{told['table_rows']:,}" if "table_rows" in told else "–"
+        table.add_row(name, kind_of(told), rows, shares(told["coverage"]), shares(told.get("oov")), lengths_of(told), most_frequent(told))
+    return table
+
+
+def kind_of(told: Record) -> str:
+    """Kind of a feature, and that it is hashed."""
+    return f"{told['kind']}, hashed" if told.get("encoding") == "hash" else str(told["kind"])
+
+
+def shares(by_split: Record | None) -> str:
+    """Shares of the splits, in percent."""
+    return "–" if by_split is None else " / ".join(percent(share) for share in by_split.values())
+
+
+def lengths_of(told: Record) -> str:
+    """Of a list, training's mean, p99 and longest; of a number, training's median and 99th percentile."""
+    if "lengths" in told:
+        lengths = told["lengths"]["train"]
+        return f"{lengths['mean']:.1f}, {lengths['p99']:,}, {lengths['max']:,}"
+    return "–"
+
+
+def most_frequent(told: Record) -> str:
+    """The most frequent value with its share; of a number its range in training."""
+    if told.get("top"):
+        first = told["top"][0]
+        of_row = "row " if told["encoding"] == "hash" else ""
+        text = str(first["value"])
+        return f"{of_row}{text if len(text) <= 24 else text[:23] + '…'}: {percent(first['share'])}"
+    if "quantiles" in told:
+        quantiles = told["quantiles"]["train"]
+        return f"{quantiles['p1']:.3g} to {quantiles['p99']:.3g} (p1 to p99)"
+    return "–"
+
+
+def percent(share: float | None) -> str:
+    """A share in percent, with three digits; a dash where there is none."""
+    if share is None:
+        return "–"
+    return f"{100 * share:.2f}%" if share < 0.0995 else f"{100 * share:.1f}%"

@@ -1,0 +1,196 @@
+"""What `inspect` says of a data set, against the raw rows that it was made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from escm2rec.cli import main
+from escm2rec.config import parse_config
+from escm2rec.errors import ConfigError, DataError
+from escm2rec.inspection import held
+from escm2rec.inspection.inspect import inspect, length_quantiles
+from escm2rec.preprocess import preprocess
+from escm2rec.reader.dataset import Dataset
+from tests.raw_tables import FEATURES, raw_table
+from tests.test_evaluation_html import Page
+
+ROWS = 4_000
+HASHED = {"name": "hashed", "kind": "list", "column": "tags", "hash_size": 16}
+SPLIT = {"by": "file", "train": "a*.parquet", "test": "b*.parquet"}
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, pa.Table]:
+    return {"train": raw_table(ROWS, 1, labels=True), "test": raw_table(500, 2, labels=True)}
+
+
+@pytest.fixture(scope="module")
+def data(tables: dict[str, pa.Table], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inspected")
+    (folder / "logs").mkdir()
+    pq.write_table(tables["train"], folder / "logs" / "a.parquet")
+    pq.write_table(tables["test"], folder / "logs" / "b.parquet")
+    tree = {"source": {"kind": "table"}, "features": [*FEATURES, HASHED], "split": SPLIT, "rows_per_file": 1_500, "rows_per_group": 400}
+    preprocess(parse_config({"data": tree}).data, folder / "logs", folder / "data")
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def record(data: Path) -> dict[str, Any]:
+    return inspect(data, top=5)
+
+
+def test_splits_are_those_with_rows_and_their_rates(record: dict[str, Any], tables: dict[str, pa.Table]) -> None:
+    assert list(record["splits"]) == ["train", "test"]
+    for split, table in tables.items():
+        told, click, conversion = record["splits"][split], table["click"].to_numpy(), table["conversion"].to_numpy()
+        assert (told["rows"], told["clicks"], told["conversions"]) == (len(table), click.sum(), conversion.sum())
+        assert told["ctr"] == pytest.approx(click.mean())
+        assert told["cvr"] == pytest.approx(conversion[click == 1].mean())
+        assert told["ctcvr"] == pytest.approx(conversion.mean())
+    assert (record["splits"]["train"]["files"], record["splits"]["train"]["row_groups"]) == (3, 11)
+
+
+def test_coverage_and_vocabulary_are_those_of_the_log(record: dict[str, Any], tables: dict[str, pa.Table]) -> None:
+    user, known = record["features"]["user"], set(tables["train"]["user"].drop_null().to_pylist())
+    for split, table in tables.items():
+        values = table["user"].drop_null().to_pylist()
+        assert user["coverage"][split] == pytest.approx(len(values) / len(table))
+        assert user["oov"][split] == pytest.approx(sum(value not in known for value in values) / len(values))
+    assert (user["values"], user["table_rows"]) == (len(known), len(known) + 1)
+    shops = Counter(tables["train"]["shop"].to_pylist())
+    kept = sum(count for count in shops.values() if count >= 2)
+    assert record["features"]["shop"]["oov"]["train"] == pytest.approx(1 - kept / ROWS)
+
+
+def test_frequent_values_come_with_their_share_of_all_values(record: dict[str, Any], tables: dict[str, pa.Table]) -> None:
+    for name in ("shop", "tags"):
+        column = tables["train"][name].combine_chunks()
+        values = (column.flatten() if name == "tags" else column).to_pylist()
+        counts = Counter(values)
+        top = record["features"][name]["top"]
+        assert len(top) == 5
+        assert [entry["count"] for entry in top] == sorted(counts.values(), reverse=True)[:5]
+        assert all(counts[entry["value"]] == entry["count"] for entry in top)
+        assert [entry["share"] for entry in top] == pytest.approx([entry["count"] / len(values) for entry in top])
+    users = Counter(tables["train"]["user"].drop_null().to_pylist())
+    assert len(users) == 200
+    first_hundredth = sorted(users.values(), reverse=True)[:2]
+    assert record["features"]["user"]["concentration"] == pytest.approx(sum(first_hundredth) / sum(users.values()))
+
+
+def test_rows_of_a_hashed_table_are_counted(record: dict[str, Any], data: Path, tables: dict[str, pa.Table]) -> None:
+    told = record["features"]["hashed"]
+    counts = np.bincount(pq.read_table(data / "train")["hashed"].combine_chunks().flatten().to_numpy(), minlength=16)
+    assert counts.sum() == len(tables["train"]["tags"].combine_chunks().flatten())
+    assert [(entry["value"], entry["count"]) for entry in told["top"]] == [
+        (int(row), int(counts[row])) for row in np.argsort(-counts, kind="stable")[:5]
+    ]
+    assert "oov" not in told
+    assert "values" not in told
+
+
+def test_a_hashed_table_too_large_to_count_is_not(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(held, "MAX_COUNTED_ROWS", 15)
+    told = inspect(data, html=tmp_path / "page.html")["features"]["hashed"]
+    assert told["table_rows"] == 16
+    assert "top" not in told
+    assert told["lengths"]["train"]["max"] == 3
+
+
+def test_list_lengths_are_those_of_the_log(record: dict[str, Any], tables: dict[str, pa.Table]) -> None:
+    for name in ("tags", "history", "hashed"):
+        for split, table in tables.items():
+            lengths = np.sort(np.diff(table["tags"].combine_chunks().offsets.to_numpy()))
+            told = record["features"][name]["lengths"][split]
+            assert told["mean"] == pytest.approx(lengths.mean())
+            assert told["max"] == lengths.max()
+            for quantile, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+                assert told[quantile] == lengths[int(np.ceil(share * len(lengths))) - 1]
+
+
+def test_quantiles_of_lengths_are_reached() -> None:
+    assert length_quantiles(np.array([9, 0, 0, 1])) == {"mean": 0.3, "p50": 0, "p90": 0, "p99": 3, "max": 3}
+    assert length_quantiles(np.array([0, 1])) == {"mean": 1.0, "p50": 1, "p90": 1, "p99": 1, "max": 1}
+
+
+def test_numbers_are_told_in_the_units_of_the_log(record: dict[str, Any], tables: dict[str, pa.Table]) -> None:
+    price, told = tables["train"]["price"].to_numpy(), record["features"]["price"]
+    assert told["mean"] == pytest.approx(np.log1p(price).mean())
+    for name, share in (("min", 0.0), ("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
+        assert told["quantiles"]["train"][name] == pytest.approx(np.quantile(price, share), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("most", [1, 7, 4_000, 10_000])
+def test_a_sample_takes_every_kth_row_wherever_groups_begin(data: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "SAMPLE_ROWS", most)
+    step = -(-ROWS // most)
+    numbers = np.concatenate(held.held_by(Dataset.open(data))["train"].numbers["price"])
+    assert np.array_equal(numbers, pq.read_table(data / "train")["price"].to_numpy()[::step])
+
+
+def test_the_command_prints_json_and_tables_for_people(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: dict[str, Any]
+) -> None:
+    page = tmp_path / "page.html"
+    with pytest.raises(SystemExit, match="0"):
+        main(["inspect", str(data), "--html", str(page), "--top", "5"])
+    seen = capsys.readouterr()
+    assert json.loads(seen.out) == {**record, "html": str(page)}
+    assert [line.split()[0] for line in seen.err.splitlines() if line.split()[0] in (*record["features"], *record["splits"])] == [
+        "train",
+        "test",
+        *record["features"],
+    ]
+    html = page.read_text(encoding="utf-8")
+    parsed = Page(html)
+    assert parsed.outside == []
+    assert parsed.headings[0] == "What the data set holds"
+    assert len(parsed.images) == 5 + 3 + 1  # tables of a vocabulary or hashed, lists, numbers
+    assert main_refuses(data, page, capsys) == f"error: the page {page} exists"
+
+
+def main_refuses(data: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", str(data), "--html", str(page)])
+    return capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_page_that_may_not_be_written_is_refused_before_anything_is_read(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no folder .*absent for the page"):
+        inspect(tmp_path / "no data", html=tmp_path / "absent" / "page.html")
+    with pytest.raises(ConfigError, match=r"the page .* exists"):
+        inspect(data, html=tmp_path, overwrite=True)
+    page = tmp_path / "page.html"
+    page.write_text("old", encoding="utf-8")
+    inspect(data, html=page, overwrite=True)
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_what_is_no_data_set_or_damaged_is_told(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no data set at .*nowhere"):
+        inspect(tmp_path / "nowhere")
+    damaged = Path(shutil.copytree(data, tmp_path / "damaged"))
+    part = damaged / "train" / "part-00000.parquet"
+    table = pq.read_table(part)
+    lists = table["hashed"].combine_chunks()
+    outside = pa.ListArray.from_arrays(lists.offsets, pa.array(np.full(len(lists.values), 16, np.int32)))
+    pq.write_table(table.set_column(table.column_names.index("hashed"), "hashed", outside), part, row_group_size=400)
+    with pytest.raises(DataError, match=r"row group 0, column hashed: id 16 is out of range, its table has rows 0 to 15"):
+        inspect(damaged)
+    pq.write_table(table.drop_columns(["price"]), part, row_group_size=400)
+    with pytest.raises(DataError, match="row group 0: no column 'price'"):
+        inspect(damaged)
+    broken = Path(shutil.copytree(data, tmp_path / "broken"))
+    (broken / "vocabulary" / "shop.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"cannot read the vocabulary .*shop.parquet"):
+        inspect(broken)
