@@ -90,6 +90,9 @@ def preprocess(
     config: ConfigFile,
     input: Annotated[Path, typer.Option("--input", help="Folder with the raw logs.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="Folder for the data set.", show_default=False)],
+    memory_gib: Annotated[
+        float, typer.Option("--memory-gib", min=0.5, help="What counts, sorts and lookups may take, beside 300 MB.")
+    ] = 4.0,
     overrides: Overrides = [],  # noqa: B006
     overwrite: Overwrite = False,
 ) -> Result:
@@ -103,7 +106,7 @@ def preprocess(
     from escm2rec.config import load_config
     from escm2rec.preprocess import preprocess
 
-    return preprocess(load_config(config, overrides).data, input, out, overwrite)
+    return preprocess(load_config(config, overrides).data, input, out, overwrite, memory_gib)
 
 
 @app.command()

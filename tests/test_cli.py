@@ -112,7 +112,7 @@ CALLS: list[tuple[str, str, list[str], Callable[[Config], list[Any]]]] = [
         "preprocess",
         "escm2rec.preprocess",
         ["--config", "CONFIG", "--input", "i", "--out", "o"],
-        lambda config: [config.data, Path("i"), Path("o"), False],
+        lambda config: [config.data, Path("i"), Path("o"), False, 4.0],
     ),
     (
         "train",

@@ -41,8 +41,8 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
         ["--out", "o", "--impressions", "7", "--seed", "0", "--format", "parquet", "--config", "c.yaml", "--set", "simulation.ctr=0.1"],
     ),
     "preprocess": (
-        ["--config", "c.yaml", "--input", "i", "--out", "o", "--overwrite", "True"],
-        ["--config", "c.yaml", "--input", "i", "--out", "o", "--overwrite"],
+        ["--config", "c.yaml", "--input", "i", "--out", "o", "--memory_gib", "1.5", "--overwrite", "True"],
+        ["--config", "c.yaml", "--input", "i", "--out", "o", "--memory-gib", "1.5", "--overwrite"],
     ),
     "study": (
         ["--out", "o", "--preset", "full", "--objectives", "esmm,escm2-ips", "--seeds", "3"],
@@ -112,12 +112,14 @@ def test_torchx_lint_passes(verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_component_takes_the_options_of_its_verb(verb: str, components: ModuleType) -> None:
     commands: Any = typer.main.get_command(app)
-    options = {option.removeprefix("--") for parameter in commands.commands[verb].params for option in parameter.opts} - {"help"}
+    options = {option.removeprefix("--").replace("-", "_") for parameter in commands.commands[verb].params for option in parameter.opts} - {
+        "help"
+    }
     parameters = inspect.signature(getattr(components, verb)).parameters
     job = JOB_ARGUMENTS | (RANK_ARGUMENTS if verb in DISTRIBUTED else set())
     assert set(parameters) == options | job
     for parameter in commands.commands[verb].params:
-        default = parameters[parameter.opts[0].removeprefix("--")].default
+        default = parameters[parameter.opts[0].removeprefix("--").replace("-", "_")].default
         assert (default is inspect.Parameter.empty) == parameter.required
 
 

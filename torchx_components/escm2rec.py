@@ -65,6 +65,7 @@ def preprocess(
     config: str,
     input: str,
     out: str,
+    memory_gib: float = 4.0,
     set: Optional[str] = None,
     overwrite: bool = False,
     image: str = torchx.IMAGE,
@@ -82,6 +83,7 @@ def preprocess(
         config: YAML config file
         input: folder with the raw logs
         out: folder for the data set
+        memory_gib: what counts, sorts and lookups may take, beside 300 MB
         set: config overrides, as a.b=value,c.d=value
         overwrite: replace what is at out
         image: container image, or the directory to run in on schedulers without containers
@@ -93,7 +95,7 @@ def preprocess(
         max_retries: how often the scheduler may start it again
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
-    arguments = _options(config=config, input=input, out=out, set=_overrides(set), overwrite=overwrite)
+    arguments = _options(config=config, input=input, out=out, memory_gib=memory_gib, set=_overrides(set), overwrite=overwrite)
     resource = specs.resource(cpu=cpu, memMB=memory_mb, h=h)
     return _single_process("preprocess", arguments, image, name, resource, env, max_retries, mounts)
 
@@ -332,10 +334,11 @@ def _distributed(
     return job
 
 
-def _options(**values: Union[bool, int, str, List[str], None]) -> List[str]:
-    """The verb's command line: nothing for None and False, a bare flag for True, a list's option repeated."""
+def _options(**values: Union[bool, int, float, str, List[str], None]) -> List[str]:
+    """The verb's command line: nothing for None and False, a bare flag for True, a list's option repeated, - for _ in a name."""
     arguments: List[str] = []
-    for option, value in values.items():
+    for name, value in values.items():
+        option = name.replace("_", "-")
         if value is True:
             arguments.append(f"--{option}")
         elif value is not None and value is not False:

@@ -14,9 +14,10 @@ import pyarrow as pa
 from escm2rec.config import KEPT_PREFIX, WEIGHT_SUFFIX
 from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawBlock, RawColumn
-from escm2rec.preprocess.common import CommonRecords, SpilledColumn
+from escm2rec.preprocess.common import CommonRecords
 from escm2rec.preprocess.ragged import Float64s, Int64s, Ragged, concat_rows
 from escm2rec.preprocess.shares import held
+from escm2rec.preprocess.spilled import SpilledColumn
 from escm2rec.preprocess.vocabulary import load_rows, value_type_of
 from escm2rec.schema import Feature, Schema
 
@@ -39,10 +40,11 @@ class EncodedCommon:
 class Encoder:
     """Encodes raw columns by a schema and its vocabulary; the same in preprocess and in score."""
 
-    def __init__(self, schema: Schema, vocabulary: Path, keep: Sequence[str] | None = None) -> None:
+    def __init__(self, schema: Schema, vocabulary: Path, workspace: Path, memory_bytes: int, keep: Sequence[str] | None = None) -> None:
+        """`workspace` is for what is looked up; sorting it takes up to `memory_bytes`."""
         self.schema = schema
         self.kept = tuple(schema.keep if keep is None else keep)
-        self._rows = {feature.name: load_rows(feature, vocabulary) for feature in schema.tables}
+        self._rows = {feature.name: load_rows(feature, vocabulary, workspace, memory_bytes) for feature in schema.tables}
         self._nullable = {feature.name for feature in schema.features if feature.kind == "categorical"}
 
     def column(self, feature: Feature, raw: RawColumn, where: str) -> Encoded:

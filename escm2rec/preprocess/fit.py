@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from escm2rec.config import MAX_TABLE_ROWS, AliccpSource, DataConfig, FeatureConfig, TableSource
+from escm2rec.config import AliccpSource, DataConfig, FeatureConfig, TableSource
 from escm2rec.errors import DataError
 from escm2rec.folder import sha256_of
 from escm2rec.preprocess.block import RawBlock, RawColumn
@@ -23,7 +23,8 @@ from escm2rec.preprocess.ragged import Int64s, Ragged
 from escm2rec.preprocess.rejections import Rejected, Rejection
 from escm2rec.preprocess.sources import OpenFile, common_of
 from escm2rec.preprocess.splits import TRAIN, split_numbers
-from escm2rec.preprocess.vocabulary import ValueCounter, count_values, fit_vocabulary
+from escm2rec.preprocess.value_counts import ValueCounter, count_values
+from escm2rec.preprocess.vocabulary import fit_vocabulary
 from escm2rec.progress import Progress
 from escm2rec.schema import Feature, Schema
 
@@ -79,11 +80,14 @@ class Fitter:
 
     Of unclicked ones that `negative_keep_rate` leaves out nothing is counted, and no weight is: a vocabulary has the values that training
     meets, `min_count` is of rows that train, and moments are of the numbers that the model reads.
+
+    Counts take an eighth of `memory_bytes` (a merge of them three times that), and go to `folder` beyond.
     """
 
-    def __init__(self, config: DataConfig, progress: Progress) -> None:
+    def __init__(self, config: DataConfig, progress: Progress, folder: Path, memory_bytes: int) -> None:
         self._config, self._progress = config, progress
-        self._counters = {f.name: ValueCounter() for f in config.features if f.kind != "numeric" and f.hash_size is None}
+        self._memory_bytes = memory_bytes
+        self._counters = {f.name: ValueCounter(f.name, folder) for f in config.features if f.kind != "numeric" and f.hash_size is None}
         self._moments = {f.name: Moments() for f in config.features if f.kind == "numeric"}
         self._types: dict[str, Any] = {}
         self.rows = 0
@@ -139,6 +143,17 @@ class Fitter:
                 )
             if name in self._counters:
                 self._counters[name].add(part)
+        if sum(counter.bytes for counter in self._counters.values()) > self._memory_bytes // 8:
+            self._spill()
+
+    def _spill(self) -> None:
+        """Move the largest counters to disk, until half of what they may take is free."""
+        held = sum(counter.bytes for counter in self._counters.values())
+        for counter in sorted(self._counters.values(), key=lambda counter: -counter.bytes):
+            if held <= self._memory_bytes // 16:
+                return
+            held -= counter.bytes
+            counter.spill()
 
     def _add_common(self, common: CommonRecords, times: Int64s, workers: int) -> None:
         """Count the values of common records as many times as training rows refer to them."""
@@ -156,6 +171,8 @@ class Fitter:
     def finish(self, vocabulary: Path) -> Schema:
         """Write the vocabularies and return the schema."""
         vocabulary.mkdir()
+        for counter in self._counters.values():
+            counter.spill()
         config = self._config
         features = tuple(self._fitted(feature, vocabulary) for feature in config.features)
         source = config.source
@@ -174,18 +191,13 @@ class Fitter:
         value_type = "string" if self._types.get(feature.name) == pl.String else "int64"
         if feature.hash_size is not None:
             return drafted.model_copy(update={"value_type": value_type, "encoding": "hash", "num_embeddings": feature.hash_size})
-        frame = fit_vocabulary(feature, self._counters[feature.name].total)
         path = vocabulary / f"{feature.name}.parquet"
-        frame.write_parquet(path, use_pyarrow=True)
-        if feature.oov_rows + len(frame) > MAX_TABLE_ROWS:
-            raise DataError(
-                f"feature {feature.name!r} has {len(frame):,} values, a table holds {MAX_TABLE_ROWS:,} rows", "set max_size or hash_size"
-            )
+        size = fit_vocabulary(feature, self._counters[feature.name], path, self._memory_bytes // 2)
         return drafted.model_copy(
             update={
                 "value_type": value_type,
                 "encoding": "vocabulary",
-                "num_embeddings": feature.oov_rows + len(frame),
+                "num_embeddings": feature.oov_rows + size,
                 "oov_rows": feature.oov_rows,
                 "vocabulary_sha256": sha256_of(path),
             }
@@ -204,10 +216,10 @@ def draft(feature: FeatureConfig) -> Feature:
     )
 
 
-def fit(config: DataConfig, opened: Iterable[OpenFile], vocabulary: Path, workers: int) -> Schema:
+def fit(config: DataConfig, opened: Iterable[OpenFile], vocabulary: Path, workspace: Path, memory_bytes: int, workers: int) -> Schema:
     """Count the training rows of these files and fit the schema; DataError when there are none."""
     with Progress("count", None) as progress:
-        fitter = Fitter(config, progress)
+        fitter = Fitter(config, progress, workspace, memory_bytes)
         for file in opened:
             fitter.add_file(file, workers)
     if not fitter.rows:

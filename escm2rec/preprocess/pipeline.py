@@ -30,15 +30,19 @@ from escm2rec.preprocess.sources import Opener, OpenFile, common_of
 from escm2rec.preprocess.splits import TRAIN, file_may_train, split_column, split_numbers
 from escm2rec.progress import Progress
 
+DEFAULT_MEMORY_GIB = 4.0
 WORKSPACE = "work"  # inside the unfinished folder, removed before it is complete
 
 
-def preprocess(config: DataConfig, input: Path, out: Path, overwrite: bool = False) -> dict[str, Any]:
+def preprocess(
+    config: DataConfig, input: Path, out: Path, overwrite: bool = False, memory_gib: float = DEFAULT_MEMORY_GIB
+) -> dict[str, Any]:
     """Make a data set folder `out` from the raw logs at `input` (a folder, or one file), and return what is in it.
 
     The folder holds `schema.json`, `manifest.json`, `vocabulary/<feature>.parquet` (value, count, row) and the Parquet parts of `train/`,
-    `validation/` and `test/`; it is complete or absent. Everything that is fitted is fitted on the training split. Memory is bounded by
-    distinct values and common records, not by rows. The same input and config give the same bytes.
+    `validation/` and `test/`; it is complete or absent. Everything that is fitted is fitted on the training split. What is counted,
+    sorted and looked up takes `memory_gib` at most, beside some 300 MB, and lies on disk beyond; Ali-CCP's common records take 40 bytes
+    each, and 8 a list feature, of the largest file. The same input and config give the same bytes, with any memory.
 
     With `negative_keep_rate` below 1 every split has weights: those of `keep_negatives` in training; validation and test stay whole, so
     that what is measured there is of impressions as they come, without the variance of weights, and can be ranked.
@@ -51,7 +55,7 @@ def preprocess(config: DataConfig, input: Path, out: Path, overwrite: bool = Fal
     refuse_overlap(out, [input])
     files = raw_files(config.source, input)
     with new_folder(out, "data set", overwrite) as folder:
-        manifest = _Job(config, files, folder).run()
+        manifest = _Job(config, files, folder, round(memory_gib * 2**30)).run()
         manifest["seconds"] = round(time.monotonic() - began, 2)
         write_manifest(folder, "data set", manifest)
     return {
@@ -89,7 +93,8 @@ class _EncodedBlock:
 class _Job:
     """One run of preprocess into an unfinished folder."""
 
-    def __init__(self, config: DataConfig, files: list[RawFile], folder: Path) -> None:
+    def __init__(self, config: DataConfig, files: list[RawFile], folder: Path, memory_bytes: int) -> None:
+        self._memory_bytes = memory_bytes
         self._config, self._files, self._folder = config, files, folder
         self._workers = default_workers()
         self._rejected = Rejected(config.bad_rows == "refuse")
@@ -102,7 +107,8 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         """Fit, encode and write; the content of the manifest."""
-        self._workspace.mkdir()
+        counts = self._workspace / "counts"
+        counts.mkdir(parents=True)
         vocabulary = self._folder / "vocabulary"
         opened: dict[RawFile, OpenFile] = {}
 
@@ -111,9 +117,10 @@ class _Job:
             return opened[file]
 
         training = [file for file in self._files if file_may_train(self._config.split, file)]
-        schema = fit(self._config, (training_file(file) for file in training), vocabulary, self._workers)
+        schema = fit(self._config, (training_file(file) for file in training), vocabulary, counts, self._memory_bytes, self._workers)
         schema.save(self._folder / "schema.json")
-        encoder, shares = Encoder(schema, vocabulary), Shares(schema)
+        encoder = Encoder(schema, vocabulary, self._workspace / "vocabulary", self._memory_bytes // 2)
+        shares = Shares(schema)
         config = self._config
         writers = {split: SplitWriter(self._folder / split, config.rows_per_file, config.rows_per_group) for split in SPLITS}
         with Progress("encode", None) as progress:

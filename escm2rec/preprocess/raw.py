@@ -19,6 +19,9 @@ from escm2rec.preprocess.rejections import Rejected, Rejection
 from escm2rec.preprocess.sources import Opener, common_of
 from escm2rec.schema import Schema
 
+MEMORY_BYTES = 1 << 30
+"""For sorting a vocabulary, once, before the first row."""
+
 
 @dataclass(frozen=True)
 class EncodedBlock:
@@ -41,11 +44,11 @@ def encode_raw(
     A block has at most `block_rows` rows of one file; a file without rows gives no block. Labels, weights and truth are read only with
     `labels`, and then as they are in the file. A bad row is a DataError: a score for every row, or none.
     """
-    encoder = Encoder(schema, vocabulary_dir, keep)
     request = Request(schema.features, tuple(dict.fromkeys(keep)), labels)
     workers = default_workers()
     rejected = Rejected(refuse=True)
     with tempfile.TemporaryDirectory(prefix="escm2rec-") as workspace:
+        encoder = Encoder(schema, vocabulary_dir, Path(workspace) / "vocabulary", MEMORY_BYTES, keep)
         for number, file in enumerate(inputs):
             folder = Path(workspace) / str(number)
             opened = Opener(schema.source, request, folder, rejected, workers, block_rows).open(file)

@@ -1,25 +1,33 @@
-"""Which values have a row of their own: counted on training impressions, kept in Parquet, looked up in columns."""
+"""Values to table rows: by a vocabulary that is fitted on training rows, or by stable hash.
+
+A vocabulary is looked up in files that are made from its Parquet and read in place, so memory does not grow with it. Strings are found
+by their 64-bit hash: one that is out of vocabulary takes the row of a known one with chance `values / 2^64`, and of two known ones with
+the same hash the more frequent has the row.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from escm2rec.config import FeatureConfig
+from escm2rec.config import MAX_TABLE_ROWS, FeatureConfig
 from escm2rec.errors import DataError
 from escm2rec.folder import sha256_of
+from escm2rec.preprocess.external import query
 from escm2rec.preprocess.ragged import Int32s, Int64s
+from escm2rec.preprocess.spilled import ColumnFile
 from escm2rec.preprocess.stable_hash import distinct, hash64
+from escm2rec.preprocess.value_counts import TABLE_ROWS, ValueCounter
 from escm2rec.schema import Feature
 
 ValueType = Literal["int64", "string"]
-MERGE_ROWS = 1 << 20  # partial counts held before they are merged
-DENSE_SPAN = 1 << 22  # a table over the range of the values is used up to this, or 16 entries a value
+SORT_ROWS = 1 << 22  # sorted in memory up to this, on disk beyond
+DENSE_SPAN = 1 << 22  # a table over the range of the values is used up to this, or 4 entries a value
 
 
 def value_type_of(values: Any) -> ValueType:
@@ -27,119 +35,133 @@ def value_type_of(values: Any) -> ValueType:
     return "string" if isinstance(values, pa.Array) else "int64"
 
 
-def count_values(values: Any, times: Int64s | None = None) -> pl.DataFrame:
-    """Distinct values and how often each occurs, an occurrence counting `times`."""
-    if times is not None:
-        held = np.flatnonzero(times)
-        values, times = values[held], times[held]
-    if not len(values):
-        return pl.DataFrame(schema={"value": pl.String if isinstance(values, pa.Array) else pl.Int64, "count": pl.Int64})
-    if isinstance(values, pa.Array):
-        counted = pc.value_counts(values)
-        return pl.DataFrame({"value": pl.from_arrow(counted.field("values")), "count": pl.from_arrow(counted.field("counts"))})
-    low, high = int(values.min()), int(values.max())
-    if high - low < max(1024, 4 * len(values)):
-        counts = np.bincount(values - low, weights=times)
-        held = np.flatnonzero(counts)
-        return pl.DataFrame({"value": held + low, "count": counts[held].astype(np.int64)})
-    frame = pl.DataFrame({"value": values, "count": np.ones(len(values), dtype=np.int64) if times is None else times})
-    return frame.group_by("value").agg(pl.col("count").sum())
+def fit_vocabulary(feature: FeatureConfig, counter: ValueCounter, path: Path, memory_bytes: int) -> int:
+    """Write the columns value, count and row, the most frequent first, then by value; rows follow the OOV rows. How many there are.
+
+    DataError when a table cannot hold them.
+    """
+    writer: pq.ParquetWriter | None = None
+    row = feature.oov_rows
+    empty = pa.table({"value": pa.array([], pa.int64()), "count": pa.array([], pa.int64())})
+    tables = counter.by_count(feature.min_count, feature.max_size, memory_bytes)
+    try:
+        for table in tables:
+            if row + len(table) > MAX_TABLE_ROWS:
+                raise DataError(
+                    f"feature {feature.name!r} has more values than the {MAX_TABLE_ROWS:,} rows of a table", "set max_size or hash_size"
+                )
+            writer = _write(writer, path, table, row)
+            row += len(table)
+        writer = _write(writer, path, empty, row) if writer is None else writer
+    finally:
+        if writer is not None:
+            writer.close()
+    return row - feature.oov_rows
 
 
-class ValueCounter:
-    """Adds up partial counts; memory grows with the distinct values only."""
-
-    def __init__(self) -> None:
-        self._total: pl.DataFrame | None = None
-        self._parts: list[pl.DataFrame] = []
-        self._waiting = 0
-
-    def add(self, counts: pl.DataFrame, where: str = "") -> None:
-        """Add what `count_values` gave; DataError when the type of the values differs from earlier ones."""
-        known = self._total if self._total is not None else self._parts[0] if self._parts else None
-        if known is not None and known.schema["value"] != counts.schema["value"]:
-            if not len(counts):
-                return
-            raise DataError(f"{where}: values are of type {counts.schema['value']}, in earlier files they are {known.schema['value']}")
-        self._parts.append(counts)
-        self._waiting += len(counts)
-        if self._waiting > max(MERGE_ROWS, len(self._total) if self._total is not None else 0):
-            self._merge()
-
-    def _merge(self) -> None:
-        parts = self._parts if self._total is None else [self._total, *self._parts]
-        self._total = pl.concat(parts).group_by("value").agg(pl.col("count").sum())
-        self._parts, self._waiting = [], 0
-
-    @property
-    def total(self) -> pl.DataFrame:
-        """Columns value and count, in no particular order."""
-        if self._parts or self._total is None:
-            if not self._parts:
-                return pl.DataFrame(schema={"value": pl.Int64, "count": pl.Int64})
-            self._merge()
-        assert self._total is not None
-        return self._total
-
-
-def fit_vocabulary(feature: FeatureConfig, counts: pl.DataFrame) -> pl.DataFrame:
-    """Columns value, count, row: the most frequent first, then by value (strings by their bytes); rows follow the OOV rows."""
-    ordered = counts.filter(pl.col("count") >= feature.min_count).sort(["count", "value"], descending=[True, False])
-    if feature.max_size is not None:
-        ordered = ordered.head(feature.max_size)
-    rows = pl.Series("row", np.arange(feature.oov_rows, feature.oov_rows + len(ordered), dtype=np.int32))
-    return ordered.select("value", "count").with_columns(rows)
+def _write(writer: pq.ParquetWriter | None, path: Path, table: pa.Table, first: int) -> pq.ParquetWriter:
+    rows = pa.array(np.arange(first, first + len(table), dtype=np.int32))
+    table = table.append_column("row", rows)
+    writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+    writer.write_table(table, row_group_size=TABLE_ROWS)
+    return writer
 
 
 class Vocabulary:
     """Finds the table row of each value: its own, or one of the shared rows by stable hash."""
 
-    def __init__(self, frame: pl.DataFrame, value_type: ValueType, oov_rows: int) -> None:
-        self._oov_rows = np.uint64(oov_rows)
-        self._frame = frame.select("value", "row") if value_type == "string" else None
-        self._dense: Int32s | None = None
-        if value_type == "int64":
-            values, rows = frame["value"].to_numpy(), frame["row"].to_numpy().astype(np.int32)
-            self._low = int(values.min()) if len(values) else 0
-            self._span = int(values.max()) - self._low + 1 if len(values) else 0
-            if self._span <= max(DENSE_SPAN, 16 * len(values)):
-                self._dense = np.full(self._span + 1, -1, dtype=np.int32)
-                self._dense[values - self._low] = rows
-            else:
-                order = np.argsort(values)
-                self._values, self._rows = values[order], rows[order]
+    def __init__(self, path: Path, feature: Feature, folder: Path, memory_bytes: int) -> None:
+        self._oov_rows = np.uint64(feature.oov_rows)
+        self._low, self._dense = 0, None
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = folder / feature.name
+        if feature.value_type == "int64":
+            self._low, high, count = _range_of(path)
+            self._span = high - self._low + 1 if count else 0
+            if self._span <= max(DENSE_SPAN, 4 * count):
+                self._dense = _dense_rows(path, stem, self._low, self._span)
+                return
+        self._keys, self._rows = _sorted_rows(path, stem, memory_bytes)
 
     def rows(self, values: Any) -> Int32s:
         """Table row of each int64 or string value."""
-        if self._frame is not None:
-            return self._string_rows(values)
-        if self._dense is not None:
-            # Below the range wraps to a huge unsigned number: one comparison finds both ends, and the last slot says -1.
-            places = np.minimum((values - np.int64(self._low)).view(np.uint64), np.uint64(self._span)).view(np.int64)
-            rows: Int32s = self._dense[places]
-        else:
-            places = np.minimum(np.searchsorted(self._values, values), len(self._values) - 1)
-            rows = np.where(self._values[places] == values, self._rows[places], np.int32(-1))
-        missing = np.flatnonzero(rows < 0)
-        if len(missing):
-            rows[missing] = self._shared(values[missing])
-        return rows
-
-    def _string_rows(self, values: pa.Array) -> Int32s:
         if not len(values):
             return np.empty(0, dtype=np.int32)
-        words, index = distinct(values)
-        assert self._frame is not None
-        looked_up = pl.DataFrame({"value": pl.from_arrow(words)}).join(self._frame, on="value", how="left", maintain_order="left")
-        rows = looked_up["row"].fill_null(-1).to_numpy().astype(np.int32)
+        if isinstance(values, pa.Array):
+            words, index = distinct(values)
+            return self._by_key(hash64(words).view(np.int64), None)[index]
+        if self._dense is None:
+            return self._by_key(values, values)
+        # Below the range wraps to a huge unsigned number: one comparison finds both ends, and the last slot says -1.
+        places = np.minimum((values - np.int64(self._low)).view(np.uint64), np.uint64(self._span)).view(np.int64)
+        return self._with_shared(self._dense[places], values, None)
+
+    def _by_key(self, keys: Int64s, values: Any) -> Int32s:
+        if not len(self._keys):
+            return self._with_shared(np.full(len(keys), -1, dtype=np.int32), values, keys)
+        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return self._with_shared(np.where(self._keys[places] == keys, self._rows[places], np.int32(-1)), values, keys)
+
+    def _with_shared(self, rows: Int32s, values: Any, hashes: Int64s | None) -> Int32s:
+        """Rows with -1 replaced by a shared one: by the hash of the values, or by `hashes` of strings, where there are no values."""
         missing = np.flatnonzero(rows < 0)
         if len(missing):
-            rows[missing] = self._shared(words.take(pa.array(missing)))
-        return rows[index]
+            hashed = hash64(values[missing]) if values is not None else np.asarray(hashes)[missing].view(np.uint64)
+            rows[missing] = (hashed % self._oov_rows).astype(np.int32)
+        return rows
 
-    def _shared(self, values: Any) -> Int32s:
-        shared: Int32s = (hash64(values) % self._oov_rows).astype(np.int32)
-        return shared
+
+def _tables(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(TABLE_ROWS, columns=columns)
+
+
+def _range_of(path: Path) -> tuple[int, int, int]:
+    """Least and greatest int64 value, and how many there are; 0, 0, 0 of none."""
+    low, high, count = 0, 0, 0
+    for batch in _tables(path, ["value"]):
+        values = batch["value"].to_numpy()
+        if len(values):
+            least, most = int(values.min()), int(values.max())
+            low, high = (min(low, least), max(high, most)) if count else (least, most)
+            count += len(values)
+    return low, high, count
+
+
+def _dense_rows(path: Path, stem: Path, low: int, span: int) -> Int32s:
+    """The row of each value from `low` on, -1 where there is none, and one slot more."""
+    file = stem.with_name(f"{stem.name}.dense")
+    dense: Any = np.memmap(file, dtype=np.int32, mode="w+", shape=(span + 1,))
+    dense[:] = -1
+    for batch in _tables(path, ["value", "row"]):
+        dense[batch["value"].to_numpy() - low] = batch["row"].to_numpy()
+    dense.flush()
+    return np.asarray(np.memmap(file, dtype=np.int32, mode="r"))
+
+
+def _sorted_rows(path: Path, stem: Path, memory_bytes: int) -> tuple[Int64s, Int32s]:
+    """Sorted keys (values, or the hashes of strings) and the row of each; of equal keys the first row counts."""
+    with pq.ParquetFile(path) as file:
+        count = file.metadata.num_rows
+    schema = pa.schema([("key", pa.int64()), ("row", pa.int32())])
+    batches = (
+        pa.RecordBatch.from_arrays([_keys(batch["value"]), batch["row"]], schema=schema) for batch in _tables(path, ["value", "row"])
+    )
+    reader = pa.RecordBatchReader.from_batches(schema, batches)
+    if count <= SORT_ROWS:
+        ordered: Iterator[pa.Table] = iter([reader.read_all().sort_by([("key", "ascending"), ("row", "ascending")])])
+    else:
+        folder = stem.with_name(f"{stem.name}.sort")
+        ordered = query('SELECT key, "row" FROM rows ORDER BY key, "row"', reader, folder, memory_bytes, TABLE_ROWS)
+    keys, rows = (ColumnFile(stem.with_name(f"{stem.name}.{what}"), kind) for what, kind in (("keys", np.int64), ("rows", np.int32)))
+    for table in ordered:
+        keys.append(table["key"].to_numpy())
+        rows.append(table["row"].to_numpy())
+    return np.asarray(keys.finish()), np.asarray(rows.finish())
+
+
+def _keys(values: pa.Array) -> pa.Array:
+    return values if values.type == pa.int64() else pa.array(hash64(values).view(np.int64))
 
 
 class HashedValues:
@@ -158,16 +180,15 @@ class HashedValues:
         return (hash64(values) % self._num_rows).astype(np.int32)
 
 
-def load_rows(feature: Feature, folder: Path) -> Vocabulary | HashedValues:
-    """The lookup of a table feature, from `<folder>/<feature>.parquet` unless it is hashed."""
+def load_rows(feature: Feature, folder: Path, workspace: Path, memory_bytes: int) -> Vocabulary | HashedValues:
+    """The lookup of a table feature, from `<folder>/<feature>.parquet` unless it is hashed; its files are made under `workspace`."""
     if feature.encoding == "hash":
         return HashedValues(feature.num_embeddings)
     path = folder / f"{feature.name}.parquet"
     try:
-        frame = pl.read_parquet(path, use_pyarrow=True)
+        found = pq.read_metadata(path).num_rows == feature.num_embeddings - feature.oov_rows
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"cannot read the vocabulary {path}: {error}", "the data set or run is damaged: make it again") from error
-    if sha256_of(path) != feature.vocabulary_sha256:
+    if not found or sha256_of(path) != feature.vocabulary_sha256:
         raise DataError(f"{path} is not the vocabulary that the schema was made with", "preprocess again")
-    assert feature.value_type is not None
-    return Vocabulary(frame, feature.value_type, feature.oov_rows)
+    return Vocabulary(path, feature, workspace, memory_bytes)

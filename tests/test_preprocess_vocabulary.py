@@ -1,0 +1,196 @@
+"""Vocabularies beyond memory: the same values, order and rows as in it, whatever went to disk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from escm2rec.config import FeatureConfig
+from escm2rec.errors import DataError
+from escm2rec.preprocess import external, fit, value_counts, vocabulary
+from escm2rec.preprocess.stable_hash import hash64
+from escm2rec.preprocess.value_counts import ValueCounter, count_values
+from escm2rec.preprocess.vocabulary import Vocabulary, fit_vocabulary
+from escm2rec.schema import Feature
+from tests.preprocess_logs import made, table_config, write_parquet
+
+MEMORY = 1 << 30
+
+
+def fitted(folder: Path, blocks: list[list[Any]], spill_every: int | None, **settings: Any) -> Path:
+    """A vocabulary of these blocks; counts go to disk after every so many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counter = ValueCounter("v", folder)
+    for number, block in enumerate(blocks, 1):
+        counter.add(count_values(pa.array(block, pa.string()) if isinstance(block[0], str) else np.array(block, np.int64)))
+        if spill_every and number % spill_every == 0:
+            counter.spill()
+            assert counter.bytes == 0
+    path = folder / "v.parquet"
+    size = fit_vocabulary(FeatureConfig(name="v", kind="categorical", **settings), counter, path, MEMORY)
+    assert size == pq.read_metadata(path).num_rows
+    assert [entry.name for entry in folder.iterdir() if entry.suffix == ".parquet"] == ["v.parquet"], "runs are removed"
+    return path
+
+
+def expected(blocks: list[list[Any]], min_count: int, max_size: int | None, oov_rows: int) -> list[tuple[Any, int, int]]:
+    counts = Counter(value for block in blocks for value in block)
+    kept = [(value, count) for value, count in counts.items() if count >= min_count]
+    kept.sort(key=lambda entry: (-entry[1], entry[0].encode() if isinstance(entry[0], str) else entry[0]))
+    return [(value, count, oov_rows + place) for place, (value, count) in enumerate(kept[:max_size])]
+
+
+INTEGERS = st.lists(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3), min_size=1, max_size=12), min_size=1, max_size=6)
+STRINGS = st.lists(st.lists(st.text(max_size=4) | st.sampled_from("abé\x00"), min_size=1, max_size=12), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    blocks=INTEGERS | STRINGS,
+    spill_every=st.none() | st.integers(1, 3),
+    min_count=st.integers(1, 3),
+    max_size=st.none() | st.integers(1, 5),
+    oov_rows=st.integers(1, 3),
+)
+def test_a_vocabulary_is_that_of_a_plain_count(
+    tmp_path_factory: pytest.TempPathFactory,
+    blocks: list[list[Any]],
+    spill_every: int | None,
+    min_count: int,
+    max_size: int | None,
+    oov_rows: int,
+) -> None:
+    path = fitted(tmp_path_factory.mktemp("fitted"), blocks, spill_every, min_count=min_count, max_size=max_size, oov_rows=oov_rows)
+    table = pq.read_table(path)
+    found = list(zip(*(table[name].to_pylist() for name in ("value", "count", "row")), strict=True))
+    assert found == expected(blocks, min_count, max_size, oov_rows)
+
+
+def test_what_went_to_disk_does_not_show(tmp_path: Path) -> None:
+    blocks = [np.random.default_rng(seed).integers(0, 500, 300).tolist() for seed in range(9)]
+    files = [fitted(tmp_path / str(every), blocks, every).read_bytes() for every in (None, 1, 2, 4)]
+    assert len(set(files)) == 1
+
+
+def test_the_whole_job_is_the_same_when_counts_go_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    rows = {"c": rng.integers(0, 2**40, 2_000).tolist(), "t": [f"w{number}" for number in rng.zipf(1.5, 2_000)]}
+    source = tmp_path / "logs"
+    source.mkdir()
+    for name, half in (("a", slice(0, 1_000)), ("b", slice(1_000, None))):
+        write_parquet(source / f"{name}.parquet", {column: values[half] for column, values in rows.items()})
+    config = table_config([{"name": name, "kind": "categorical"} for name in rows])
+    whole, _ = made(config, source, tmp_path / "whole")
+    spilled, spill = Counter[str](), ValueCounter.spill
+
+    def counted(counter: ValueCounter) -> None:
+        spilled[counter._name] += bool(counter._parts)
+        spill(counter)
+
+    monkeypatch.setattr(ValueCounter, "spill", counted)
+    monkeypatch.setattr(fit.Fitter, "__init__", _with_memory(fit.Fitter.__init__, 1_000))
+    monkeypatch.setattr(vocabulary, "SORT_ROWS", 10)
+    monkeypatch.setattr(vocabulary, "DENSE_SPAN", 0)
+    on_disk, _ = made(config, source, tmp_path / "on-disk")
+    assert set(spilled) == {"c", "t"}
+    assert max(spilled.values()) > 1, "more than once, so that runs are merged"
+    for path in (*(whole / "vocabulary").iterdir(), *(whole / "train").iterdir()):
+        assert path.read_bytes() == (on_disk / path.relative_to(whole)).read_bytes()
+
+
+def _with_memory(init: Any, memory_bytes: int) -> Any:
+    return lambda self, config, progress, folder, _: init(self, config, progress, folder, memory_bytes)
+
+
+def looked_up(path: Path, folder: Path, value_type: Any, oov_rows: int) -> Vocabulary:
+    size = pq.read_metadata(path).num_rows
+    feature = Feature(name="v", kind="categorical", column="v", value_type=value_type, num_embeddings=size + oov_rows, oov_rows=oov_rows)
+    return Vocabulary(path, feature, folder, MEMORY)
+
+
+@pytest.mark.parametrize("sort_rows", [vocabulary.SORT_ROWS, 3])
+@pytest.mark.parametrize("dense_span", [vocabulary.DENSE_SPAN, 0])
+@pytest.mark.parametrize("kind", ["narrow", "wide", "strings"])
+def test_values_are_found_and_others_share_rows_by_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dense_span: int, sort_rows: int
+) -> None:
+    monkeypatch.setattr(vocabulary, "SORT_ROWS", sort_rows)
+    monkeypatch.setattr(vocabulary, "DENSE_SPAN", dense_span)
+    rng = np.random.default_rng(1)
+    known: list[Any] = rng.integers(-50, 50, 40).tolist() if kind == "narrow" else rng.integers(-(2**62), 2**62, 40).tolist()
+    asked: Any = np.array([*known, -(2**63), 2**63 - 1, 0, 51, -51], np.int64)
+    if kind == "strings":
+        known = [f"word {value}" for value in known]
+        asked = pa.array([*known, "", "word", "wörd"])
+    path = fitted(tmp_path / "fitted", [known], None, oov_rows=5)
+    found = looked_up(path, tmp_path / "lookup", "string" if kind == "strings" else "int64", 5).rows(asked)
+    rows = {value: row for value, _, row in expected([known], 1, None, 5)}
+    hashes = (hash64(asked) % np.uint64(5)).tolist()
+    assert found.dtype == np.int32
+    values = asked.tolist()
+    assert found.tolist() == [rows.get(value, shared) for value, shared in zip(values, hashes, strict=True)]
+    assert sum(value in rows for value in values) >= 40
+
+
+def test_a_vocabulary_without_values_shares_all(tmp_path: Path) -> None:
+    for value_type, values in (("int64", np.array([1, 2], np.int64)), ("string", pa.array(["a", "b"]))):
+        folder = tmp_path / value_type
+        folder.mkdir()
+        path = folder / "v.parquet"
+        assert fit_vocabulary(FeatureConfig(name="v", kind="categorical", oov_rows=7), ValueCounter("v", folder), path, MEMORY) == 0
+        found = looked_up(path, folder / "lookup", value_type, 7).rows(values)
+        assert found.tolist() == (hash64(values) % np.uint64(7)).tolist()
+
+
+def test_of_two_words_with_one_hash_the_more_frequent_has_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fitted(tmp_path / "fitted", [["b", "b", "a"]], None)
+    monkeypatch.setattr(vocabulary, "hash64", lambda values: np.zeros(len(values), np.uint64))
+    assert looked_up(path, tmp_path / "lookup", "string", 1).rows(pa.array(["a", "b"])).tolist() == [1, 1]
+
+
+def test_a_table_that_cannot_hold_the_values_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "MAX_TABLE_ROWS", 3)
+    with pytest.raises(DataError, match="feature 'v' has more values than the 3 rows of a table") as caught:
+        fitted(tmp_path, [[1, 2, 3]], None)
+    assert caught.value.hint == "set max_size or hash_size"
+
+
+def test_the_largest_counters_go_first(tmp_path: Path) -> None:
+    counters = {name: ValueCounter(name, tmp_path) for name in ("small", "large")}
+    for name, counter in counters.items():
+        counter.add(pl.DataFrame({"value": np.arange(10 if name == "small" else 10_000), "count": 1}))
+    assert 0 < counters["small"].bytes < counters["large"].bytes
+    config = table_config([{"name": name, "kind": "categorical"} for name in counters])
+    fitter = fit.Fitter(config, None, tmp_path, 16 * counters["small"].bytes)  # type: ignore[arg-type]
+    fitter._counters = counters
+    fitter._spill()
+    assert counters["large"].bytes == 0
+    assert counters["small"].bytes > 0
+
+
+def test_a_sort_beyond_memory_comes_in_tables_of_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(external, "LEAST_BYTES", 0)
+    values = np.random.default_rng(2).permutation(700_000)
+    table = pa.table({"key": values, "text": [f"{value:>60}" for value in values]})
+    tables = list(external.query("SELECT * FROM rows ORDER BY key", table.to_reader(50_000), tmp_path / "sort", 48 << 20, 100_001))
+    assert [len(each) for each in tables] == [100_001] * 6 + [99_994]
+    found = pa.concat_tables(tables)
+    assert found["key"].to_pylist() == list(range(700_000))
+    assert not list((tmp_path / "sort").iterdir())
+
+
+def test_counts_merge_before_they_take_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(value_counts, "MERGE_ROWS", 100)
+    counter = ValueCounter("v", tmp_path)
+    for _ in range(50):
+        counter.add(count_values(np.arange(60)))
+    assert counter.bytes < 5 * 60 * 16
