@@ -5,11 +5,12 @@ Paths are arguments of the verbs, not config. A default is written here and nowh
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -353,8 +354,8 @@ class ImputationConfig(Section):
 
     predicts: Literal["error", "label"] = Field(
         "label",
-        description="label: m = sigmoid(tower), delta_hat = BCE(eta_hat, m). error: delta_hat = softplus(tower), as the ESCM2 paper has it; "
-        "its CVR tower learns exactly what IPS teaches it.",
+        description="label: m = sigmoid(tower), delta_hat = BCE(eta_hat, m), by a loss that has no lower bound unless clip_pseudo_labels. "
+        "error: delta_hat = softplus(tower), as the ESCM2 paper has it; all but the imputation tower then learns what IPS teaches.",
     )
     weighting: Literal["dr-jl", "mrdr", "dr-bias", "dr-mse"] = Field(
         "dr-jl", description="v of the imputation loss: 1/q, (1-q)/q^2, (1-q)^2/q^3, or a mixture of the last two."
@@ -375,6 +376,11 @@ class ImputationConfig(Section):
     )
     cvr_steps: int = Field(1, ge=1, description="CVR steps before each imputation step, when alternating.")
     trains_embedding: bool = Field(False, description="Let the imputation loss reach the shared part and the embeddings.")
+
+    @property
+    def default_loss(self) -> Literal["squared", "bce"]:
+        """The loss where none is said."""
+        return "bce" if self.predicts == "label" else "squared"
 
 
 class LambdaRamp(Section):
@@ -596,20 +602,39 @@ def _problem(problem: ErrorDetails, root: type[BaseModel]) -> tuple[str, str]:
         missing = problem["type"] == "union_tag_not_found"
         return path, "required, missing" if missing else _unknown(path, context["tag"], context["expected_tags"])
     if problem["type"] in ("model_type", "model_attributes_type"):
-        kind = f", such as {{kind: {seen}}}" if isinstance(seen, str) and path.rpartition(".")[2] in OF_KINDS else ""
-        return path, f"takes a section of keys{kind}, got {json.dumps(seen, default=str)}"
+        return path, f"takes a section of keys{_such_as(path, seen)}, got {json.dumps(seen, default=str)}"
+    if problem["type"] == "list_type" and isinstance(seen, str | int | float):
+        return path, f"takes a list, such as [{seen}], got {json.dumps(seen)}"
     shown = json.dumps(seen, default=str)
     return path, problem["msg"].removeprefix("Value error, ") + (f" (got {shown})" if len(shown) <= 60 else "")
 
 
-OF_KINDS = ("source", "backbone", "objective")
+OF_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "source": ("kind", ("aliccp", "table", "matrix")),
+    "backbone": ("kind", ("shared_bottom", "mmoe", "ple", "dcn_v2")),
+    "split": ("by", ("file", "column", "hash")),
+    "objective": ("kind", get_args(ObjectiveKind)),
+    "objectives": ("kind", get_args(ObjectiveKind)),
+}
+"""Of sections, and lists of sections, that come in kinds: the key that says which, and what it may say."""
+
+
+def _such_as(path: str, seen: Any) -> str:
+    """What may have been meant by a word in the place of a section of some kind; else which kinds there are."""
+    name = next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
+    if name not in OF_KINDS:
+        return ""
+    key, known = OF_KINDS[name]
+    near = difflib.get_close_matches(str(seen), known, n=1)
+    return f", such as {{{key}: {near[0]}}}" if near else f" with {key}: {', '.join(known)}"
 
 
 def _unknown(path: str, seen: Any, expected: str) -> str:
     """Of a value that is none of the names that pydantic lists."""
     known = re.findall(r"'([^']*)'", expected)
     near = did_you_mean(str(seen), known)
-    return f"unknown {'kind' if path.endswith('.kind') else 'value'} {seen!r}{near + ' ' if near else '; '}known: {', '.join(known)}"
+    shown = "null" if seen is None else repr(seen)
+    return f"unknown {'kind' if path.endswith('.kind') else 'value'} {shown}{near + ' ' if near else '; '}known: {', '.join(known)}"
 
 
 def _readable_path(loc: tuple[int | str, ...]) -> str:

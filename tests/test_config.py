@@ -248,6 +248,23 @@ def test_what_an_override_brought_is_told_as_set() -> None:
             ["model.backbone=mmoe"],
             ["--set has 1 problem(s):", '  --set model.backbone: takes a section of keys, such as {kind: mmoe}, got "mmoe"'],
         ),
+        ({}, ["objective=banana"], ["--set has 1 problem(s):", "  --set objective: takes a section of keys with kind: esmm, naive, "]),
+        (
+            {},
+            ["data.split=hash"],
+            ["--set has 1 problem(s):", '  --set data.split: takes a section of keys, such as {by: hash}, got "hash"'],
+        ),
+        (
+            {},
+            ["choice.objectives=[escm2-ip]"],
+            ["--set has 1 problem(s):", "  --set choice.objectives.0: takes a section of keys, such as {kind: escm2-ips}, got"],
+        ),
+        ({}, ["data.features=user"], ["--set has 1 problem(s):", '  --set data.features: takes a list, such as [user], got "user"']),
+        (
+            {},
+            ["objective.imputation.predicts=null"],
+            ["--set has 1 problem(s):", "  --set objective.imputation.predicts: unknown value null; known: "],
+        ),
         ({}, ["training=[3]"], ["--set has 1 problem(s):", "  --set training: takes a section of keys, got [3]"]),
         ({}, ["data.split.train=0.5"], ["c.yaml with its --set has 1 problem(s):", "  data.split: train + validation + test must be 1"]),
     ]

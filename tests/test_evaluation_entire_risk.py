@@ -94,10 +94,20 @@ def test_what_does_not_exist_is_none() -> None:
     assert unclicked.dr is not None
 
 
-def test_one_click_has_no_standard_error() -> None:
+def test_few_clicks_in_effect_have_no_standard_error() -> None:
+    """Nine clicks of equal weight say as little of their spread as 500 of which one has nearly all the weight; of DR too."""
+    q, ones = torch.full((ROWS,), 0.2), torch.ones(ROWS)
     click = torch.zeros(ROWS)
     click[7] = 1
-    one = risk_estimates(risk_sums(Z, click, click, WEIGHT, TRUE_Q, M))
+    one = risk_estimates(risk_sums(Z, click, click, ones, q, M))
     assert one.snips == pytest.approx(bce_losses(Z, click)[7].item())
-    assert one.snips_standard_error is None
-    assert one.dr_standard_error is not None
+    for number in (1, 9, 10, 500):
+        click = (torch.arange(ROWS) < number).float()
+        told = risk_estimates(risk_sums(Z, click, click, ones, q, M))
+        assert (told.snips_standard_error is None) == (told.dr_standard_error is None) == (number < 10)
+        assert told.dr is not None
+    heavy = torch.where(torch.arange(ROWS) == 3, 1e-4, 0.2)
+    told = risk_estimates(risk_sums(Z, click, click, ones, heavy, M))
+    assert (told.snips_standard_error, told.dr_standard_error) == (None, None)
+    none = risk_estimates(risk_sums(Z, torch.zeros(ROWS), click, ones, q, M))
+    assert (none.snips, none.dr_standard_error) == (None, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from escm2rec.objectives.imputation import pseudo_label_counts, share_outside
+from escm2rec.objectives.imputation import outside, pseudo_label_counts
 from escm2rec.objectives.propensity import PropensitySums, propensity, propensity_report, propensity_sums
 
 Q = torch.tensor([0.1, 0.2, 0.5, 0.1])
@@ -84,8 +84,8 @@ def test_true_propensity_makes_a_mean_weight_of_one() -> None:
     assert report.mean_weight == pytest.approx(1, abs=0.01)
 
 
-def test_pseudo_labels_outside_are_counted() -> None:
-    counts = pseudo_label_counts(torch.tensor([-0.1, 0.0, 0.5, 1.0, 3.0])) + pseudo_label_counts(torch.tensor([0.5]))
-    assert counts.tolist() == [2, 6]
-    assert share_outside(counts) == pytest.approx(1 / 3)
-    assert share_outside(pseudo_label_counts(torch.zeros(0))) == 0
+def test_pseudo_labels_outside_are_counted_and_measured() -> None:
+    counts = pseudo_label_counts(torch.tensor([-0.25, 0.0, 0.5, 1.0, 3.0])) + pseudo_label_counts(torch.tensor([0.5]))
+    assert counts.tolist() == [2, 2.25, 6]
+    assert outside(counts) == pytest.approx((1 / 3, (0.25 + 2.0) / 2))
+    assert outside(pseudo_label_counts(torch.zeros(0))) == (0, 0)

@@ -46,7 +46,7 @@ def test_every_verb_is_told_with_its_options() -> None:
     assert {"simulate", "preprocess", "train", "evaluate", "score", "study", "doctor"} == set(told)
     for verb, options in told.items():
         known = {option for parameter in commands.commands[verb].params for option in parameter.opts}  # type: ignore[attr-defined]
-        assert set(re.findall(r"--[a-z]+", options)) <= known
+        assert set(re.findall(r"--[a-z-]+", options)) <= known
 
 
 def test_no_place_is_left_unfilled() -> None:

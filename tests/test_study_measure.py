@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from escm2rec.evaluation.entire_risk import JUDGE_FLOOR
 from escm2rec.study import cell
 from escm2rec.study.candidates import CANDIDATES
 from escm2rec.study.cell import Draw, draw_world, train
-from escm2rec.study.measure import JUDGE_FLOOR, measure, priority_slope
+from escm2rec.study.measure import measure, priority_slope
 from escm2rec.study.presets import BASE
 from tests.study_cells import one_thread  # noqa: F401
 

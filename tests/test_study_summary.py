@@ -120,6 +120,9 @@ def test_choosers_are_judged_by_the_truth() -> None:
     counts = {name: (each["kl_within_5_percent"], each["risk_within_5_percent"], each["of_worlds"]) for name, each in choosers.items()}
     expected = {"SNIPS risk": (2, 2, 2), "DR risk": (0, 2, 2), "AUC, clicked": (0, 2, 2)}
     expected |= {f"{by} risk, flexible judge": (2, 2, 2) for by in ("SNIPS", "DR")}
+    expected |= {"always naive": (0, 2, 2), "always escm2-ips": (2, 2, 2)}
+    assert (choosers["always naive"]["kl_geometric_mean"], choosers["always naive"]["kl_worst"]) == pytest.approx((2, 2))
+    assert "always oracle" not in choosers, "no log could train it"
     cautious = {name for name, chooser in CHOOSERS.items() if chooser.cautious}
     assert {name: counts[name] for name in counts if name not in cautious} == expected
 

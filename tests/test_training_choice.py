@@ -116,6 +116,15 @@ def test_what_was_taken_is_kept_as_a_run(chosen: dict[int, Path]) -> None:
         assert Run.open(out / "candidates" / name).manifest["steps"] == run.manifest["steps"]
 
 
+def test_the_judge_does_not_weigh_by_the_floor_of_what_it_judges(data: Path, chosen: dict[int, Path], tmp_path: Path) -> None:
+    """A floor of 0.9 makes all weights alike, and would favour a model that corrects nothing."""
+    settings = ["objective={kind: escm2-ips, propensity: {floor: 0.9}}", "choice.objectives=[{kind: esmm}]", SETTINGS[-1]]
+    choice = train_on_ranks(data, tmp_path / "run", tmp_path / "ranks", 1, overrides=settings)["choice"]
+    before = json.loads((chosen[1] / "choice.json").read_text())
+    assert choice["estimated_risk"]["1-esmm"] == before["estimated_risk"]["1-esmm"]
+    assert choice["estimated_risk"]["0-escm2-ips"] != before["estimated_risk"]["0-escm2-ips"]
+
+
 def test_ranks_estimate_the_same_risk(chosen: dict[int, Path]) -> None:
     first, second = (json.loads((chosen[world_size] / "choice.json").read_text()) for world_size in (1, 2))
     for name in NAMES[1:]:
@@ -163,7 +172,8 @@ def test_a_choice_that_was_cut_off_goes_on(data: Path, chosen: dict[int, Path], 
 def test_a_choice_needs_clicks_to_judge_by(tmp_path: Path) -> None:
     made = write_dataset(tmp_path / "set", {"train": 500})
     refused = train(made, tmp_path / "run", tmp_path / "ranks")
-    assert "choice.objectives are judged on the validation split" in refused["message"]
+    assert "choice.objectives are judged on the clicks of the validation split: that of" in refused["message"]
+    assert "has 0 impressions and none" in refused["message"]
     assert not (tmp_path / "run").exists()
 
 

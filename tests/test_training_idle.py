@@ -84,6 +84,10 @@ IDLE: dict[str, tuple[str, list[str]]] = {
             "escm2-snips, escm2-dr, stable-dr, dcmt, two-space"
         ],
     ),
+    "a warm-up of a propensity that is given": (
+        "{kind: escm2-ips, propensity: {cross_fit: true, warmup_fraction: 0.2}}",
+        ["  objective.propensity.warmup_fraction: acts only with propensity.cross_fit: false"],
+    ),
     "the pace of no calibration": (
         "{kind: escm2-ips, propensity: {calibration_every_steps: 5}}",
         ["  objective.propensity.calibration_every_steps: acts only with propensity.calibration"],
@@ -114,6 +118,21 @@ def test_what_a_choice_does_not_read_is_told() -> None:
         "  choice.objectives.1: the same as objective, which is trained already",
         "  choice.objectives.2: the same as choice.objectives.0, which is trained already",
     ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("{kind: escm2-dr}", "{kind: escm2-dr, imputation: {predicts: label, loss: bce}}", True),
+        ("{kind: escm2-dr}", "{kind: escm2-dr, imputation: {loss: squared}}", False),
+        ("{kind: escm2-ips}", "{kind: escm2-ips, ctcvr_detach_ctr: true}", True),
+        ("{kind: esmm}", "{kind: esmm, ctcvr_detach_ctr: false}", True),
+        ("{kind: esmm}", "{kind: esmm, ctcvr_detach_ctr: true}", False),
+    ],
+)
+def test_a_default_that_is_written_out_is_the_same_model(first: str, second: str, same: bool) -> None:
+    told = ["  choice.objectives.0: the same as objective, which is trained already"]
+    assert problems(f"objective={first}", f"choice.objectives=[{second}]") == (told if same else [])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,3 +42,25 @@ def test_a_floor_that_binds_for_most_is_told_once(
     for message in said:
         assert message.startswith("up to step 1 the floor of the propensity bound for 100% of the clicked impressions")
         assert message.endswith("lower objective.propensity.floor, or make it relative (floor_kind)")
+
+
+@pytest.mark.parametrize(("clip", "scale", "warnings"), [(False, 50.0, 1), (True, 50.0, 0), (False, 0.0, 0)])
+def test_a_loss_below_zero_is_told_once(
+    group: dist.ProcessGroup, caplog: pytest.LogCaptureFixture, clip: bool, scale: float, warnings: int
+) -> None:
+    """Of rows learned by heart: with pseudo-labels that are not clipped their loss falls without end."""
+    metrics = TrainingMetrics(Runtime(0, 1, 1, torch.device("cpu"), group), weighs=True)
+    objective = make_objective("escm2-dr", predicts="label", loss="bce", alternate=False, floor=0.01, clip_pseudo_labels=clip)
+    loss, rows = Loss(objective, group), make_batch()
+    batch = Batch(None, None, torch.zeros(len(rows.click), 0), rows.click, rows.conversion, rows.weight, num_rows=len(rows.click))
+    learned = torch.where(rows.click > 0, scale * (2 * rows.conversion - 1), 0.0)
+    predictions = rows.predictions._replace(cvr_logit=learned.to(rows.predictions.cvr_logit))
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2):
+            metrics.add(loss(predictions, batch)[1])
+            record = metrics.record(step, 0)
+            assert (record["loss_cvr_least"] < 0) == bool(warnings)
+            assert record["pseudo_labels_excess"] > 0
+    said = [record.getMessage() for record in caplog.records if "CVR loss" in record.getMessage()]
+    assert len(said) == warnings
+    assert all("set objective.imputation.clip_pseudo_labels: true" in message for message in said)

@@ -13,8 +13,10 @@ from escm2rec.objectives.estimators.escm2_ips import ips_losses
 
 MARGIN = 1.0
 """A model takes the place of another when its risk is below the other's by more standard errors of the difference than this."""
-LEAST_EFFECTIVE = 1.5
-"""(sum b)^2 / sum b^2 of so few rows says nothing of their spread: one click alone would have an error of 0."""
+LEAST_EFFECTIVE = 10.0
+"""Clicked impressions in effect, (sum w/q)^2 / sum (w/q)^2, from which on their spread is told: of ten it is known to a quarter."""
+JUDGE_FLOOR = 0.1
+"""Floor of the propensity that judges, times the base CTR, whatever floor the judged were trained with: one would favour its own."""
 
 
 class RiskEstimates(NamedTuple):
@@ -23,8 +25,8 @@ class RiskEstimates(NamedTuple):
     snips   sum w (o/q) delta / sum w o/q
     dr      (1/N) sum w [delta_hat + o (delta - delta_hat) / q]
 
-    Each with its standard error, impressions taken for independent, q and the imputed labels for known; None where one row has all the
-    weight.
+    Each with its standard error, impressions taken for independent, q and the imputed labels for known; None of fewer clicked
+    impressions in effect than `LEAST_EFFECTIVE`.
     """
 
     snips: float | None
@@ -55,7 +57,9 @@ def risk_sums(
 
 def risk_estimates(sums: Tensor) -> RiskEstimates:
     """The estimates of sums that were added over all rows."""
-    snips, dr = (_ratio(*each) for each in sums.tolist())
+    (_, weights, _, _, squares), _ = sums.tolist()
+    told = squares > 0 and weights * weights / squares >= LEAST_EFFECTIVE
+    snips, dr = (_ratio(each, told) for each in sums.tolist())
     return RiskEstimates(*snips, *dr)
 
 
@@ -63,12 +67,13 @@ def _ratio_sums(above: Tensor, below: Tensor) -> Tensor:
     return torch.stack([above.sum(), below.sum(), (above**2).sum(), (above * below).sum(), (below**2).sum()])
 
 
-def _ratio(above: float, below: float, squared: float, product: float, squares: float) -> tuple[float | None, float | None]:
-    """sum a / sum b and its standard error, sqrt(sum (a - ratio b)^2) / sum b; None of fewer than `LEAST_EFFECTIVE` rows in effect."""
+def _ratio(sums: list[float], told: bool) -> tuple[float | None, float | None]:
+    """sum a / sum b and, if it is told, its standard error, sqrt(sum (a - ratio b)^2) / sum b."""
+    above, below, squared, product, squares = sums
     if not below:
         return None, None
     ratio = above / below
-    if below * below / squares < LEAST_EFFECTIVE:
+    if not told:
         return ratio, None
     spread = squared - 2 * ratio * product + ratio * ratio * squares
     return ratio, max(spread, 0.0) ** 0.5 / below

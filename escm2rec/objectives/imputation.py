@@ -41,7 +41,7 @@ class Imputation:
 def imputation_weights(q: Tensor, weighting: Weighting, mse_mixture: float) -> Tensor:
     """v, [B], of propensities q [B].
 
-    dr-jl 1/q (Wang et al., ICML 2019); mrdr (1-q)/q^2, for which the loss is the variance of DR (Guo et al., SIGIR 2021);
+    dr-jl 1/q (Wang et al., ICML 2019); mrdr (1-q)/q^2, for which the squared loss is the variance of DR (Guo et al., SIGIR 2021);
     dr-bias (1-q)^2/q^3; dr-mse a mixture of the last two, `mse_mixture` the share of dr-bias.
     """
     if weighting == "dr-jl":
@@ -68,12 +68,14 @@ def imputation_losses(imputation_logit: Tensor, cvr_logit: Tensor, conversion: T
 
 
 def pseudo_label_counts(labels: Tensor) -> Tensor:
-    """Counts of the pseudo-labels [B] outside [0, 1] and of all, [2]: to be added over ranks and steps."""
-    outside = (labels < 0) | (labels > 1)
-    return torch.stack([outside.sum(), torch.full_like(outside.sum(), labels.numel())])
+    """How many pseudo-labels [B] are outside [0, 1], by how much together, and how many there are, [3] in float64: to be added over
+    ranks and steps."""
+    beyond = (labels - labels.clamp(0, 1)).abs().double()
+    return torch.stack([(beyond > 0).sum().double(), beyond.sum(), torch.full_like(beyond.sum(), labels.numel())])
 
 
-def share_outside(counts: Tensor) -> float:
-    """Share of pseudo-labels outside [0, 1], of added `pseudo_label_counts`; 0 of none."""
-    outside, rows = counts.tolist()
-    return float(outside / rows) if rows else 0.0
+def outside(counts: Tensor) -> tuple[float, float]:
+    """Of added `pseudo_label_counts`: the share outside [0, 1] (of all with labels: where clicked, nearly always), and how far outside
+    those are on average, about 1/q - 1; 0 of none."""
+    number, beyond, rows = counts.tolist()
+    return (float(number / rows) if rows else 0.0), (float(beyond / number) if number else 0.0)

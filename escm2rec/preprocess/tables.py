@@ -78,7 +78,13 @@ class TableFile:
                     yield pa.Table.from_batches([batch]), np.arange(row, row + len(batch), dtype=np.int64), []
                     row += len(batch)
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{self.file.path} is not a Parquet file, or is damaged: {error}", "other tables must end in .csv") from error
+            size = f"{self.file.path.stat().st_size:,} bytes"
+            hint = (
+                f"was the copy or the export cut off? it has {size}"
+                if self.file.path.suffix == ".parquet"
+                else "CSV tables must end in .csv"
+            )
+            raise DataError(f"{self.file.path} is not a Parquet file, or is damaged: {error}", hint) from error
 
     def _csv_batches(self) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
         path = self.file.path

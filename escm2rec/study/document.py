@@ -19,7 +19,7 @@ from escm2rec.study.findings import findings
 from escm2rec.study.html import TITLE
 from escm2rec.study.presets import PRESETS
 
-ON_THE_PAGE_ALONE = ("The remedy", "Imputation", "What does not work")
+ON_THE_PAGE_ALONE = ("Imputation", "What does not work")
 """Leads of the findings whose tables are too long for a document."""
 
 

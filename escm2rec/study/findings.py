@@ -28,7 +28,7 @@ from escm2rec.study.finding import (
     ratio_of,
     spread,
 )
-from escm2rec.study.summary import BASELINES, WITHIN, trainable
+from escm2rec.study.summary import ALWAYS, BASELINES, WITHIN, trainable
 
 REFERENCES = ("escm2-ips true q", "escm2-dr true q", "oracle")
 PRICED = ("capacity right", "selection 0", "clicks at random", "hidden", "ids flexible", "ids small")
@@ -74,7 +74,7 @@ def _in_short(tree: Tree, made: Sequence[Finding]) -> Finding:
         f"{counted(len(names), 'candidate')} {were} trained in {counted(len(tree['means']), 'simulated world')}, with {often} seeds each. "
         "In them the CVR of every impression is known, so a prediction can be judged where nobody clicked. The judge is KL: the mean "
         f"divergence of predicted from true CVR over {tree['settings']['constants']['FRESH_ROWS']:,} fresh impressions, clicked or not; "
-        "0 is perfect."
+        "0 is perfect. lambda_c is 1 where a name says nothing else; the library's default is 0.5."
     )
     few = min(tree["seeds"].values())
     caution = [f"Few seeds: With {few} a difference must be large to be shown: “level” and “no difference” leave open which is better."]
@@ -274,26 +274,43 @@ def _choosers(tree: Tree) -> Finding:
             "A log holds no truth to choose by. Choosers take, seed by seed, the candidate of least SNIPS or DR risk, or of greatest "
             f"AUC on clicked impressions, on a held-out log. Cautious ones keep {INCUMBENT}, unless some candidates are below it by more "
             f"than {MARGIN:g} standard error of the difference: of those the one of least risk, as train does. The risk takes propensity "
-            "and imputed labels from a judge: a model of the world's own towers, or of flexible ones. Mean KL, and mean risk, of what was "
-            "taken over the least of any candidate in the world; ✓ is within 5%."
+            "and imputed labels from a judge: a model of the world's own towers, or of flexible ones. Beside them choosers that look at no "
+            "log and always take the same: the one that is oftenest near the best, which only a study knows, and plain ones. Mean "
+            "KL, and mean risk, of what was taken over the least of any candidate in the world: what each world gives is in study.json."
         ),
     )
     choosers = {name: each for name, each in tree["choosers"].items() if each["of_worlds"]}
     if not choosers:
         return Finding(title, "The remedy", how, ["No candidate of this study could be trained on a log."])
-    counts = [f"{name} {each['kl_within_5_percent']} and {each['risk_within_5_percent']}" for name, each in choosers.items()]
-    worlds = counted(max(each["of_worlds"] for each in choosers.values()), "world")
-    found = [f"Within 5% of the world's best in KL, and in risk, of {worlds}: {'; '.join(counts)}."]
+    constant = {name: each for name, each in choosers.items() if name.startswith(ALWAYS)}
+    looking = {name: each for name, each in choosers.items() if name not in constant}
+    shown = {**looking, **{name: constant[name] for name in _best_constants(constant)}}
+    worlds = counted(max(each["of_worlds"] for each in shown.values()), "world")
+    first, fixed = next(iter(looking)), list(shown)[len(looking)]
+    told = [f"{name} in {shown[name]['kl_within_5_percent']} (worst {number(shown[name]['kl_worst'], 3)})" for name in (first, fixed)]
+    incumbent = f"{ALWAYS}{INCUMBENT}"
+    if incumbent in shown and incumbent != fixed:
+        told.append(f"{incumbent} in {shown[incumbent]['kl_within_5_percent']} (worst {number(shown[incumbent]['kl_worst'], 3)})")
+    found = [f"Within 5% of the best KL, of {worlds}: {'; '.join(told)}. The worst is its KL over the best's where that is greatest."]
     rows = []
-    for world in tree["means"]:
-        cells = []
-        for chooser in choosers.values():
-            of_world = chooser["worlds"].get(world)
-            parts = [(of_world[metric], digits) for metric, digits in (("kl", 2), ("true_risk", 3))] if of_world else []
-            cells.append("\n".join(f"{ratio:.{digits}f}{' ✓' if ratio <= WITHIN else ''}" for ratio, digits in parts) or "–")
-        rows.append([world, *cells])
-    head = ("World", *(name.replace(", ", ",\n") for name in choosers))
-    return Finding(title, "The remedy", how, found, Table(head, rows))
+    for name, each in shown.items():
+        ends = [f"{each[f'{metric}_within_5_percent']} of {each['of_worlds']}" for metric in ("kl", "risk")]
+        rows.append([name, ends[0], number(each["kl_geometric_mean"], 3), number(each["kl_worst"], 3), ends[1]])
+    head = (
+        "What is taken",
+        "KL within 5%\nof the best",
+        "KL / best,\ngeometric mean",
+        "KL / best,\nworst world",
+        "Risk within 5%\nof the best",
+    )
+    return Finding(title, "The remedy", how, found, Table(head, rows, (0,)))
+
+
+def _best_constants(constant: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The best of always taking one candidate, by how often it is near the best, and the baselines and plain corrections."""
+    best = max(constant, key=lambda name: (constant[name]["kl_within_5_percent"], -constant[name]["kl_geometric_mean"]))
+    plain = [f"{ALWAYS}{name}" for name in (IPS, DR, *BASELINES)]
+    return list(dict.fromkeys([best, *(name for name in plain if name in constant)]))
 
 
 def _alternation(tree: Tree) -> Finding:

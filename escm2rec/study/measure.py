@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from escm2rec.evaluation import metrics
-from escm2rec.evaluation.entire_risk import risk_estimates, risk_sums
+from escm2rec.evaluation.entire_risk import JUDGE_FLOOR, risk_estimates, risk_sums
 from escm2rec.models.predictions import Predictions
 from escm2rec.objectives.propensity import propensity, propensity_report, propensity_sums
 from escm2rec.objectives.reduction import local_sums, reduce_terms
@@ -18,7 +18,6 @@ from escm2rec.study.cell import Draw, Rows, Trained
 from escm2rec.study.worlds import Sample
 
 Floats = NDArray[np.float64]
-JUDGE_FLOOR = 0.1  # of the base CTR, as training has it
 LEAST_RATE = 1e-12
 
 

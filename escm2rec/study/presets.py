@@ -34,8 +34,9 @@ WORLDS = [
     replace(IDS, name="ids flexible", title="sparse ids, flexible towers", towers="flexible"),
     replace(IDS, name="ids small", title="sparse ids, CVR tower too small"),
 ]
-JUDGED = ("selection +0.8", "selection -0.8", "clicks at random")
-"""Worlds with more seeds, the fresh ones judging what the others chose. Where nothing selects, a price of 5% wants a short interval."""
+JUDGED = ("selection +0.8", "selection -0.8", "selection 0", "clicks at random")
+"""Worlds with more seeds, the fresh ones judging what the others chose. Where nothing selects, a price of 5% wants a short interval: both
+such worlds were given these seeds after ten had left the second open (docs/decisions/0007)."""
 
 
 @dataclass(frozen=True)

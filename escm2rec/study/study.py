@@ -19,7 +19,7 @@ from escm2rec.study.finding import counted
 from escm2rec.study.html import write_study_page
 from escm2rec.study.presets import PRESETS, Preset
 from escm2rec.study.run import default_workers, read_cells, run_cells
-from escm2rec.study.summary import summarise
+from escm2rec.study.summary import ALWAYS, summarise
 
 SETTINGS = "settings.json"
 CONSTANTS = (
@@ -78,7 +78,11 @@ def study(
         "candidates": len(plan[0][2]),
         **content,
         "chosen": result["chosen"],
-        "choosers": {name: {key: value for key, value in each.items() if key != "worlds"} for name, each in result["choosers"].items()},
+        "choosers": {
+            name: {key: value for key, value in each.items() if key != "worlds"}
+            for name, each in result["choosers"].items()
+            if each["of_worlds"] and not name.startswith(ALWAYS)
+        },
     }
 
 
@@ -91,16 +95,18 @@ def _plan(preset: Preset, objectives: Sequence[str], worlds: Sequence[str], seed
     known = [world.name for world in preset.worlds]
     for name in worlds:
         if name not in known:
-            raise ConfigError(f"the preset has no world named {name!r}{did_you_mean(name, known)}", _worlds_of(preset, name))
+            raise ConfigError(f"the preset has no world named {name!r}{did_you_mean(name, known)}", _worlds_of(name))
     names = tuple(dict.fromkeys(objectives)) or preset.candidates
     taken = [world for world in preset.worlds if not worlds or world.name in worlds]
     return [(world, seeds or preset.seeds_of(world), names) for world in taken]
 
 
-def _worlds_of(preset: Preset, missing: str) -> str:
+def _worlds_of(missing: str) -> str:
     elsewhere = next((name for name, other in PRESETS.items() if missing in [world.name for world in other.worlds]), None)
-    there = f"; --preset {elsewhere} has it" if elsewhere else ""
-    return f"its worlds are: {', '.join(world.name for world in preset.worlds)}{there}"
+    if elsewhere:
+        return f"--preset {elsewhere} has it"
+    of_presets = [f"--preset {name}: {', '.join(repr(world.name) for world in each.worlds)}" for name, each in PRESETS.items()]
+    return f"the worlds of {'; of '.join(of_presets)}"
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -150,7 +156,8 @@ def _refuse_less(out: Path, plan: Plan) -> None:
         for name in tree["means"][world]:
             if asked.get((world, name), 0) < count:
                 raise ConfigError(
-                    f"{out} holds a finished study of more than this: {name} in world {world!r} with {counted(count, 'seed')}",
+                    f"the finished study in {out} has {name} in world {world!r} with {counted(count, 'seed')}, you ask for "
+                    f"{asked.get((world, name), 0) or 'none'}",
                     "ask for at least what it holds to extend it, choose another --out, or pass --overwrite to drop it",
                 )
 

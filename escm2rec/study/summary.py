@@ -18,10 +18,14 @@ from escm2rec.study.run import FLEXIBLE_JUDGE, Values
 BASELINES = ("esmm", "naive", "naive+ctcvr")
 LEAST_JUDGING_SEEDS = 10
 WITHIN = 1.05
+ALWAYS = "always "
+"""Before the name of a candidate: a chooser that looks at no log and takes it everywhere."""
 ALTERNATION = (
     ("escm2-dr alternating", "escm2-dr"),
     ("escm2-dr 3:1", "escm2-dr"),
     ("stable-dr alternating", "stable-dr"),
+    ("escm2-dr mrdr squared", "escm2-dr mrdr"),
+    ("stable-dr error", "stable-dr"),
     ("escm2-dr", "escm2-ips"),
     ("multi-dr", "multi-ipw"),
 )
@@ -194,28 +198,37 @@ def _best_of(of_world: Mapping[str, Sequence[Values]], names: Sequence[str]) -> 
 
 
 def _choosers(cells: Cells) -> dict[str, Any]:
-    """By chooser and world: mean KL and risk of what it took seed by seed, over the least of any candidate."""
+    """By chooser and world: mean KL and risk of what it took seed by seed, over the least of any candidate; a chooser that looks at no
+    log, `always NAME`, beside them for every candidate that all worlds have."""
     found: dict[str, Any] = {}
-    for name, chooser in CHOOSERS.items():
-        worlds: dict[str, dict[str, Any]] = {}
-        for world, of_world in cells.items():
-            if not (pool := trainable(of_world)) or (chooser.cautious and INCUMBENT not in pool):
-                continue
-            taken = _taken(chooser, {name: of_world[name] for name in pool})
-            ratios: dict[str, float] = {}
-            for metric in ("kl", "true_risk"):
-                table = np.array([_column(of_world[each], metric) for each in pool])
-                ratios[metric] = float(table[taken, np.arange(table.shape[1])].mean() / table.mean(axis=1).min())
-            places, counts = np.unique(taken, return_counts=True)
-            best = pool[int(np.array([_column(of_world[each], "kl") for each in pool]).mean(axis=1).argmin())]
-            worlds[world] = {**ratios, "best": best, "taken": {pool[int(i)]: int(n) for i, n in zip(places, counts, strict=True)}}
+    pools = {world: {name: of_world[name] for name in trainable(of_world)} for world, of_world in cells.items()}
+    everywhere = [name for name in next(iter(pools.values()), ()) if all(name in pool for pool in pools.values())]
+    choosers: dict[str, Chooser | str] = {**CHOOSERS, **{f"{ALWAYS}{name}": name for name in everywhere}}
+    for name, chooser in choosers.items():
+        cautious = isinstance(chooser, Chooser) and chooser.cautious
+        worlds = {world: _outcome(chooser, pool) for world, pool in pools.items() if pool and (not cautious or INCUMBENT in pool)}
+        ratios = [each["kl"] for each in worlds.values()]
         found[name] = {
             "worlds": worlds,
-            "kl_within_5_percent": sum(each["kl"] <= WITHIN for each in worlds.values()),
+            "kl_within_5_percent": sum(ratio <= WITHIN for ratio in ratios),
             "risk_within_5_percent": sum(each["true_risk"] <= WITHIN for each in worlds.values()),
             "of_worlds": len(worlds),
+            "kl_geometric_mean": math.exp(float(np.log(ratios).mean())) if ratios else None,
+            "kl_worst": max(ratios, default=None),
         }
     return found
+
+
+def _outcome(chooser: Chooser | str, pool: Mapping[str, Sequence[Values]]) -> dict[str, Any]:
+    """Of a world: mean KL and risk of what was taken over the least of the pool, the best, and how often each was taken."""
+    names = list(pool)
+    seeds = len(next(iter(pool.values())))
+    taken = np.full(seeds, names.index(chooser)) if isinstance(chooser, str) else _taken(chooser, pool)
+    tables = {metric: np.array([_column(each, metric) for each in pool.values()]) for metric in ("kl", "true_risk")}
+    ratios = {metric: float(table[taken, np.arange(seeds)].mean() / table.mean(axis=1).min()) for metric, table in tables.items()}
+    places, counts = np.unique(taken, return_counts=True)
+    best = names[int(tables["kl"].mean(axis=1).argmin())]
+    return {**ratios, "best": best, "taken": {names[int(i)]: int(n) for i, n in zip(places, counts, strict=True)}}
 
 
 def _taken(chooser: Chooser, pool: Mapping[str, Sequence[Values]]) -> NDArray[np.int64]:

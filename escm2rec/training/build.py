@@ -74,7 +74,7 @@ def build_objective(config: ObjectiveConfig, base_ctr: float) -> Objective:
     if objective.counts_pseudo_labels and not config.imputation.clip_pseudo_labels and isinstance(objective.lambda_c, Learned):
         raise ConfigError(
             f"objective.lambda_c: learned does not go with the pseudo-labels of {config.kind}, whose loss has no lower bound",
-            "give lambda_c a number, set objective.imputation.clip_pseudo_labels: true, or predicts: error",
+            "give lambda_c a number, or set objective.imputation.clip_pseudo_labels: true, or objective.imputation.predicts: error",
         )
     return objective
 
@@ -99,12 +99,15 @@ def _imputation(config: ObjectiveConfig) -> Imputation:
         raise ConfigError(f"objective.imputation.predicts: error teaches the CVR tower of {config.kind} nothing", "set it to label")
     for name, asked in (("loss: bce", imputation.loss == "bce"), ("clip_pseudo_labels: true", imputation.clip_pseudo_labels)):
         if asked and predicts == "error" and "imputation" in estimator.towers:
-            raise ConfigError(f"objective.imputation.{name} needs predicts: label", "an error is neither a probability nor a label")
+            raise ConfigError(
+                f"objective.imputation.{name} needs predicts: label: an error is neither a probability nor a label",
+                "set objective.imputation.predicts: label, or leave this out",
+            )
     return Imputation(
         predicts=predicts,
         weighting=imputation.weighting,
         mse_mixture=imputation.mse_mixture,
-        loss=imputation.loss or ("bce" if predicts == "label" else "squared"),
+        loss=imputation.loss or imputation.default_loss,
         normalise=imputation.normalise,
         clip_pseudo_labels=imputation.clip_pseudo_labels,
         alternate=imputation.alternate,

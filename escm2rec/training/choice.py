@@ -24,7 +24,7 @@ from torch import Tensor
 
 from escm2rec.config import ChoiceConfig, Config, ObjectiveConfig
 from escm2rec.errors import ConfigError, DataError
-from escm2rec.evaluation.entire_risk import MARGIN, RiskEstimates, risk_estimates, risk_sums
+from escm2rec.evaluation.entire_risk import JUDGE_FLOOR, MARGIN, RiskEstimates, risk_estimates, risk_sums
 from escm2rec.folder import MANIFEST, read_manifest, refuse_existing, refuse_overlap, write_json
 from escm2rec.models.predictions import Predictions
 from escm2rec.objectives.propensity import propensity
@@ -68,7 +68,7 @@ def train_and_choose(config: Config, data: Path, out: Path, runtime: Runtime, re
         _tell(runtime, "choice: the judge")
         train_objective(_judge(config), data, out / CANDIDATES / JUDGE, runtime, resume=True, overwrite=False)
         _tell(runtime, f"choice: the risk of {len(runs)} objectives on the validation split")
-        estimates = _estimate(config, data, out, list(runs), runtime)
+        estimates = _estimate(data, out, list(runs), runtime)
         told = {name: _written(objective) for name, objective in runs.items()}
         on_main(runtime, lambda: write_json(out / CHOICE, _choice(config.choice.by, estimates) | {"objectives": told}))
     return on_main(runtime, lambda: _keep(out))
@@ -105,9 +105,11 @@ def _open(config: Config, data: Path, out: Path, resume: bool, overwrite: bool) 
     """Make the folder ready; what a finished run says of itself when there is nothing left to do."""
     check_choice(config)
     dataset = Dataset.open(data)
-    if not dataset.manifest["splits"].get("validation", {}).get("clicks"):
+    validation = dataset.manifest["splits"].get("validation", {})
+    if not validation.get("clicks"):
         raise DataError(
-            f"choice.objectives are judged on the validation split, and {data} has no click in it",
+            f"choice.objectives are judged on the clicks of the validation split: that of {data} has {validation.get('rows', 0):,} "
+            "impressions and none",
             "give data.split a share for validation and preprocess again, or leave choice.objectives empty",
         )
     refuse_overlap(out, [data])
@@ -136,11 +138,11 @@ def _tell(runtime: Runtime, said: str) -> None:
         logger.info(said)
 
 
-def _estimate(config: Config, data: Path, out: Path, names: list[str], runtime: Runtime) -> dict[str, Estimated]:
+def _estimate(data: Path, out: Path, names: list[str], runtime: Runtime) -> dict[str, Estimated]:
     """The risk of each run on the validation split. Memory: three logits a row of it, over the ranks."""
     opened = on_main(runtime, lambda: {name: Run.open(out / CANDIDATES / name) for name in [*names, JUDGE]})
     dataset = on_main(runtime, lambda: Dataset.open(data))
-    floor = build_objective(config.objective, opened[JUDGE].rates.ctr).floor
+    floor = JUDGE_FLOOR * opened[JUDGE].rates.ctr
     judged = [predictions for _, predictions in _predictions(opened[JUDGE], dataset, runtime)]
     first: list[Tensor] = []
     found = {}

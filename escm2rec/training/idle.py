@@ -30,6 +30,7 @@ Where q weighs nothing, floor and calibration still make the propensity that `ev
 NEEDS: dict[str, tuple[Callable[[ObjectiveConfig], bool], str]] = {
     "imputation.cvr_steps": (lambda section: section.imputation.alternate, "imputation.alternate: true"),
     "imputation.mse_mixture": (lambda section: section.imputation.weighting == "dr-mse", "imputation.weighting: dr-mse"),
+    "propensity.warmup_fraction": (lambda section: not section.propensity.cross_fit, "propensity.cross_fit: false"),
     "propensity.calibration_every_steps": (lambda section: section.propensity.calibration != "none", "propensity.calibration"),
 }
 """Of a key that acts beside another alone: whether that is there, and what it is."""
@@ -47,7 +48,7 @@ def refuse_idle(config: Config) -> None:
         found += [f"choice.{key}: nothing is chosen, choice.objectives is empty" for key in _written(config.choice)]
     places = list(sections)
     for number, place in enumerate(places):
-        same = next((other for other in places[:number] if sections[other] == sections[place]), None)
+        same = next((other for other in places[:number] if _resolved(sections[other]) == _resolved(sections[place])), None)
         if same is not None:
             found.append(f"{place}: the same as {same}, which is trained already")
     if found:
@@ -55,6 +56,13 @@ def refuse_idle(config: Config) -> None:
         raise ConfigError(
             f"{what} no effect:\n" + "\n".join(f"  {line}" for line in found), "leave out what has no effect, or choose what reads it"
         )
+
+
+def _resolved(section: ObjectiveConfig) -> ObjectiveConfig:
+    """The section with what its kind makes of the values that were left open, so that equal ones train alike."""
+    detach = estimator_of(section.kind).weighs if section.ctcvr_detach_ctr is None else section.ctcvr_detach_ctr
+    loss = section.imputation.loss or section.imputation.default_loss
+    return section.model_copy(update={"ctcvr_detach_ctr": detach, "imputation": section.imputation.model_copy(update={"loss": loss})})
 
 
 def _idle(section: ObjectiveConfig) -> Iterator[str]:

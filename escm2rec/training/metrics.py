@@ -19,7 +19,7 @@ from torch import Tensor
 
 from escm2rec.errors import RunError
 from escm2rec.evaluation import metrics
-from escm2rec.objectives.imputation import share_outside
+from escm2rec.objectives.imputation import outside
 from escm2rec.objectives.propensity import PropensityReport, PropensitySums, propensity_report
 from escm2rec.sharding.runtime import Runtime
 from escm2rec.training.step import StepOutput
@@ -38,6 +38,7 @@ class TrainingMetrics:
     def __init__(self, runtime: Runtime, weighs: bool) -> None:
         self._runtime = runtime
         self._may_warn = weighs and runtime.is_main
+        self._may_warn_of_negative = runtime.is_main
         self._rows_by_rank = WINDOW_ROWS // runtime.world_size
         self._losses: dict[str, list[Tensor]]
         self._rows: deque[Tensor]  # [5, rows of a step]: CTR and CVR logit, click, conversion, weight
@@ -69,6 +70,7 @@ class TrainingMetrics:
         self._refuse_divergence(losses, step)
         report, pseudo_labels, num_rows = self._reduced()
         self._warn_of_floor(report, step)
+        self._warn_of_negative(losses.get("loss_cvr", 0.0), step)
         propensity = {f"propensity_{name}": float(value) for name, value in report._asdict().items() if value is not None}
         rows = self._gathered_rows()
         seconds = time.perf_counter() - self._since
@@ -77,7 +79,8 @@ class TrainingMetrics:
             record |= losses | _quality(rows) | propensity
             record |= {f"lambda_{name}": float(weight) for name, weight in self._term_weights.items()}
             if pseudo_labels is not None:
-                record["pseudo_labels_outside"] = pseudo_labels
+                record["pseudo_labels_outside"], record["pseudo_labels_excess"] = pseudo_labels
+                record["loss_cvr_least"] = min((float(value) for value in self._losses.get("cvr", [])), default=0.0)
         self._restart()
         return {name: value for name, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
 
@@ -102,6 +105,17 @@ class TrainingMetrics:
                 100 * (report.floor_share or 0.0),
             )
 
+    def _warn_of_negative(self, mean: float, step: int) -> None:
+        if self._may_warn_of_negative and mean < 0:
+            self._may_warn_of_negative = False
+            logger.warning(
+                "up to step %d the mean CVR loss was %.3g, and it has no lower bound: where rows can be learned by heart, as in several "
+                "epochs over sparse ids, logits of clicked impressions grow without end; raise objective.propensity.floor, train for fewer "
+                "epochs, or set objective.imputation.clip_pseudo_labels: true",
+                step,
+                mean,
+            )
+
     def _restart(self) -> None:
         self._losses = {}
         self._rows = deque()
@@ -112,10 +126,10 @@ class TrainingMetrics:
         self._term_weights = {}
         self._since = time.perf_counter()
 
-    def _reduced(self) -> tuple[PropensityReport, float | None, int]:
+    def _reduced(self) -> tuple[PropensityReport, tuple[float, float] | None, int]:
         assert self._propensity is not None
         added, largest = self._propensity.added.clone(), self._propensity.largest.clone()
-        counts = torch.zeros(3, dtype=torch.float64, device=self._runtime.device)
+        counts = torch.zeros(4, dtype=torch.float64, device=self._runtime.device)
         counts[0] = self._num_rows
         if self._pseudo_labels is not None:
             counts[1:] = self._pseudo_labels.double()
@@ -123,7 +137,7 @@ class TrainingMetrics:
         dist.all_reduce(counts, group=self._runtime.group)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._runtime.group)
         report = propensity_report(PropensitySums(added, largest))
-        return report, share_outside(counts[1:]) if self._pseudo_labels is not None else None, int(counts[0])
+        return report, outside(counts[1:]) if self._pseudo_labels is not None else None, int(counts[0])
 
     def _gathered_rows(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         mine = torch.cat(list(self._rows), dim=1).cpu().numpy()

@@ -113,7 +113,7 @@ class Trainer:
             return finished
         rows_left = self._rows(self.total_steps) - self._rows(self.step)
         on_main(self.runtime, self._prepare)
-        if self.objective.estimator.weighs and self.warm_up_steps >= self.total_steps:
+        if self.objective.estimator.weighs and not self.objective.given and self.warm_up_steps >= self.total_steps:
             logger.warning(
                 "all %d steps are warm-up: the base CTR stays the propensity; train on more, or in smaller batches", self.total_steps
             )

@@ -1,8 +1,9 @@
 """StableDR (Li et al., ICLR 2023, arXiv 2205.04701): a propensity that keeps the doubly robust loss bounded; without L_CTCVR.
 
-A cycle of three steps: imputation, sum w o (delta - delta_hat)^2 / q (`imputation.py`); propensity, this file; prediction, the
-self-normalised loss, which equals the self-normalised doubly robust one, mean delta_hat + sum (o/q)(delta - delta_hat) / sum o/q,
-where the propensity meets the constraint.
+Three losses, in one step or in a cycle of three: imputation (`imputation.py`; the paper's sum w o (delta - delta_hat)^2 / q with
+`predicts: error`, by default the BCE of labels over q); propensity, this file; prediction, the self-normalised loss, which equals the
+self-normalised doubly robust one, mean delta_hat + sum (o/q)(delta - delta_hat) / sum o/q, where the propensity meets the
+constraint.
 """
 
 from __future__ import annotations
