@@ -29,7 +29,7 @@ def test_a_full_study_fits_a_document(tmp_path: Path) -> None:
     assert lines[2].startswith("2026-01-02, commit abc1234, 1,234 trained models: `escm2rec study --preset full --seeds 20 --out STUDY`.")
     assert len([line for line in lines if line.startswith("## ")]) == 11
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.M)
-    assert len(tables) == 7
+    assert len(tables) == 8
     for table in tables:
         assert len({row.count("|") for row in table.splitlines()}) == 1
     best = tree["level"]["selection +0.8"]["best"]
