@@ -415,7 +415,11 @@ class ObjectiveConfig(Section):
     kind: ObjectiveKind = Field("escm2-dr", description="Which CVR loss.")
     lambda_c: Lambda = Field(0.5, description="Weight of the CVR loss: a number, a ramp (start, end, until), or learned.")
     lambda_g: Lambda = Field(1.0, description="Weight of the CTCVR loss: a number, a ramp, or learned.")
-    lambda_imp: float = Field(1.0, gt=0, description="Weight of the imputation loss.")
+    lambda_imp: float = Field(
+        1.0,
+        gt=0,
+        description="Weight of the imputation loss; it tells where imputation.trains_embedding, as AdamW does not see the scale of a tower's only loss.",
+    )
     ctcvr_detach_ctr: bool | None = Field(
         None, description="Keep L_CTCVR from training the CTR head; by default true where q weighs impressions, false for esmm and naive."
     )

@@ -6,9 +6,15 @@ import json
 import re
 from pathlib import Path
 
+import yaml
 from typer.main import get_command
 
 from escm2rec.cli import app
+from escm2rec.config import parse_config
+from escm2rec.study.candidates import CANDIDATES
+from escm2rec.study.presets import PRESETS
+from escm2rec.training.choice import check_choice
+from escm2rec.training.idle import refuse_idle
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,3 +77,25 @@ def test_figures_are_those_of_the_results() -> None:
         against = chosen[world]
         assert ", ".join(f"{against[name]['ratio']:.2f}" for name in ("esmm", "naive", "naive+ctcvr")) in README
         assert max(each["p_holm"] for each in against.values()) < 0.01
+
+
+def test_the_study_of_the_docs_is_the_full_preset_of_this_code() -> None:
+    """As many models, worlds and candidates as `study --preset full` trains, and no candidate that it does not know."""
+    preset, study = PRESETS["full"], json.loads((ROOT / "docs" / "results" / "study.json").read_text(encoding="utf-8"))
+    cells = sum(preset.seeds_of(world) for world in preset.worlds) * len(preset.candidates)
+    assert (study["worlds"], study["candidates"], study["cells"]) == (len(preset.worlds), len(CANDIDATES), cells)
+    assert f"{len(CANDIDATES)} candidates in {len(preset.worlds)} worlds, {cells:,} models" in README
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    assert f"{cells:,} trained models" in page
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) [\d.×⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+ \|", page.partition("## World by world")[2].partition("## ")[0], re.M))
+    assert len(rows) == len(preset.worlds)
+    assert {*rows.values(), *(each["candidate"] for each in study["chosen"])} <= set(CANDIDATES)
+
+
+def test_the_configs_of_the_readme_hold_together() -> None:
+    first, second = (yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", README, re.S | re.M))
+    for tree in (first, {**first, **second}):
+        config = parse_config(tree)
+        refuse_idle(config)
+        check_choice(config)
+    assert len(config.choice.objectives) == 3
