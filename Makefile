@@ -2,7 +2,7 @@
 # test      ruff, mypy and pytest, as .ci/run does
 # demo      simulate, preprocess, train, evaluate and score in .demo
 # bench     the speed benchmarks; each prints JSON
-# prove     the long proofs: the full study, an hour and a half on 2 idle cores (goes on where it was cut off); writes docs/study.md
+# prove     the long proofs: the full study, just under two hours on 2 idle cores (goes on where it was cut off); writes docs/study.md
 # wheel     build dist/*.whl
 # clean     remove what these made, but not .venv
 
