@@ -153,7 +153,7 @@ def test_records_hold_what_the_method_asks_for(runs: Runs) -> None:
     record = runs[("escm2-dr", "planner", 2)][-1]
     expected = {"ctr_auc", "ctr_calibration", "cvr_clicked_auc", "cvr_clicked_calibration", "ctcvr_auc", "ctcvr_calibration"}
     expected |= {"propensity_floor_share", "propensity_effective_sample_size", "propensity_mean_weight", "propensity_largest_share"}
-    expected |= {"rows_per_s", "pseudo_labels_outside", "pseudo_labels_excess", "loss_cvr_least"}
+    expected |= {"rows_per_s", "pseudo_labels_outside", "pseudo_labels_excess", "least_loss_cvr"}
     assert expected <= record.keys()
 
 

@@ -59,7 +59,7 @@ def test_a_loss_below_zero_is_told_once(
         for step in (1, 2):
             metrics.add(loss(predictions, batch)[1])
             record = metrics.record(step, 0)
-            assert (record["loss_cvr_least"] < 0) == bool(warnings)
+            assert (record["least_loss_cvr"] < 0) == bool(warnings)
             assert record["pseudo_labels_excess"] > 0
     said = [record.getMessage() for record in caplog.records if "CVR loss" in record.getMessage()]
     assert len(said) == warnings

@@ -80,7 +80,7 @@ class TrainingMetrics:
             record |= {f"lambda_{name}": float(weight) for name, weight in self._term_weights.items()}
             if pseudo_labels is not None:
                 record["pseudo_labels_outside"], record["pseudo_labels_excess"] = pseudo_labels
-                record["loss_cvr_least"] = min((float(value) for value in self._losses.get("cvr", [])), default=0.0)
+                record["least_loss_cvr"] = min((float(value) for value in self._losses.get("cvr", [])), default=0.0)
         self._restart()
         return {name: value for name, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
 
