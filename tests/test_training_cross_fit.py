@@ -17,7 +17,7 @@ from tests.encoded import write_dataset
 from tests.ranks import run_ranks, train_on_ranks
 
 ROWS = 3_000
-SETTINGS = ["objective.kind=escm2-ips", "objective.propensity={cross_fit: true, warmup_fraction: 0}", "training.log_every_steps=1"]
+SETTINGS = ["objective.kind=escm2-ips", "objective.propensity={cross_fit: true}", "training.log_every_steps=1"]
 train = functools.partial(train_on_ranks, overrides=SETTINGS)
 
 

@@ -117,6 +117,12 @@ class Trainer:
             logger.warning(
                 "all %d steps are warm-up: the base CTR stays the propensity; train on more, or in smaller batches", self.total_steps
             )
+        if self.calendar.never_calibrates:
+            logger.warning(
+                "no step calibrates: the %d steps of training end before the first one; lower propensity.calibration_every_steps (%d)",
+                self.calendar.training,
+                self.calendar.every,
+            )
         with MetricsLog(self.out, self.runtime, first_step) as log, Progress("train", rows_left, self.runtime.is_main) as progress:
             for record in self.records():
                 log.write(record)
@@ -223,6 +229,11 @@ class Calendar(NamedTuple):
     def total(self) -> int:
         """All steps, of both kinds."""
         return self.training + ((self.training - 1) // self.every if self.every is not None else 0)
+
+    @property
+    def never_calibrates(self) -> bool:
+        """Whether calibration is asked for and its first step never comes."""
+        return self.every is not None and self.total == self.training
 
     def calibrates(self, step: int) -> bool:
         """Whether step 0, 1, ... is one of calibration."""
