@@ -26,8 +26,7 @@ import polars as pl
 
 from benchmarks.machine import facts
 from escm2rec.config import SimulationConfig, load_config
-from escm2rec.preprocess.aliccp_text import FieldCodes, Lines, Needs, TextBlock, text_blocks
-from escm2rec.preprocess.common import BLOCK_BYTES
+from escm2rec.preprocess.aliccp_text import BLOCK_BYTES, FieldCodes, Lines, Needs, TextBlock, text_blocks
 from escm2rec.preprocess.parallel import default_workers, ordered_map
 from escm2rec.simulate import simulate
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from escm2rec.config import TableSource
 from escm2rec.folder import new_folder, sha256_of, write_manifest
-from escm2rec.preprocess.parts import PARQUET
+from escm2rec.preprocess.write import PARQUET
 from escm2rec.schema import Feature, Schema
 
 TABLE_ROWS = 1_000_000

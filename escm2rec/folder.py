@@ -6,49 +6,142 @@ it is whole, so nothing that looks complete ever is not.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from escm2rec.errors import ConfigError, DataError
+from escm2rec.errors import ConfigError, DataError, Escm2Error
 
 MANIFEST = "manifest.json"
+JOB = "job"  # in an unfinished folder that can be taken up: what it is made from
 RUN_CONFIG = "config.json"  # what an unfinished run has
 LAYOUT_VERSION = 1
 MAKERS = {"data set": "preprocess", "run": "train", "study": "study"}
 MARKS = {"data set": ("schema.json", "train"), "run": (RUN_CONFIG, "checkpoints", "candidates")}
 """What an unfinished folder of a kind already has; of the other kinds nothing is known."""
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def new_folder(path: Path, kind: str, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its place when the block ends well, and is removed when it fails.
 
-    Raises ConfigError when `path` exists and may not be overwritten, or cannot be written.
+    Raises ConfigError when `path` exists and may not be overwritten, cannot be written, or another job is writing it.
     """
     path = path.absolute()
-    refuse_existing(path, kind, overwrite)
+    with _locked_partial(path, kind, overwrite) as partial:
+        _empty(partial)
+        try:
+            yield partial
+            _take_place(partial, path, overwrite)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def resumable_folder(path: Path, kind: str, overwrite: bool, identity: str) -> Iterator[Path]:
+    """The same, but a folder that a killed job of the same `identity` left is yielded as it is.
+
+    An Escm2Error removes it, any other exception leaves it to be taken up. `JOB` in it holds the identity, and goes before it takes its
+    place; a complete folder has the identity as `made_from` in its manifest.
+    """
+    path = path.absolute()
+    with _locked_partial(path, kind, overwrite) as partial:
+        if _identity_of(partial) != identity:
+            _empty(partial)
+            (partial / JOB).write_text(identity, encoding="utf-8")
+        elif any(partial.iterdir()):
+            logger.info("going on with what %s holds", partial)
+        try:
+            yield partial
+            (partial / JOB).unlink(missing_ok=True)
+            _take_place(partial, path, overwrite)
+        except Escm2Error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _identity_of(partial: Path) -> str | None:
+    """Of the job that left a folder; None when there was none, or it cannot be told."""
+    try:
+        return (partial / JOB).read_text(encoding="utf-8")
+    except OSError:
+        pass
+    try:
+        manifest = json.loads((partial / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(manifest.get("made_from"))
+
+
+@contextmanager
+def _locked_partial(path: Path, kind: str, overwrite: bool) -> Iterator[Path]:
+    """The folder beside `path` that is to take its place, held by this process alone until it ends, however it ends."""
     partial = path.with_name(f".{path.name}.partial")
+    while True:
+        refuse_existing(path, kind, overwrite)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # another job finished in between
+        except OSError as error:
+            hint = "choose another --out or mend its permissions"
+            raise ConfigError(f"cannot write to {path.parent}: {error.strerror or error}", hint) from error
+        try:
+            _lock(lock, path)
+            if not _is(partial, lock):
+                continue  # it took its place before it was locked here
+            try:
+                refuse_existing(path, kind, overwrite)  # another job may have finished in between
+            except ConfigError:
+                with suppress(OSError):
+                    partial.rmdir()
+                raise
+            yield partial
+            return
+        finally:
+            os.close(lock)
+
+
+def _lock(lock: int, path: Path) -> None:
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {path.parent}: {error.strerror or error}", "choose another --out or mend its permissions"
-        ) from error
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"another job is writing {path}", "wait for it, or choose another --out") from error
+    except OSError as error:  # a file system without locks
+        logger.warning("%s cannot be locked (%s): see that no other job writes it", path, error.strerror)
+
+
+def _is(partial: Path, lock: int) -> bool:
     try:
-        yield partial
-        if overwrite and path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        return os.path.samestat(partial.stat(), os.fstat(lock))
+    except FileNotFoundError:
+        return False
+
+
+def _empty(folder: Path) -> None:
+    """Remove all that is in a folder."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _take_place(partial: Path, path: Path, overwrite: bool) -> None:
+    if overwrite and path.exists():
+        shutil.rmtree(path)
+    os.replace(partial, path)
 
 
 def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,8 @@ import pytest
 
 from escm2rec.config import DataConfig
 from escm2rec.preprocess import preprocess
+from escm2rec.preprocess.read import order_of
+from escm2rec.preprocess.stable_hash import row_hash
 
 Features = Sequence[tuple[str, int | str, float | str]]
 
@@ -54,6 +57,9 @@ def write_aliccp(folder: Path, skeleton: str, common: str, part: str = "train") 
     return folder
 
 
+SMALL_RECORDS = [0, 0, 1, 2, 0]
+
+
 def small_aliccp(folder: Path, part: str = "train") -> Path:
     """Three users and five impressions, repeats apart from each other, fields missing."""
     common = [
@@ -92,10 +98,23 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
     return path
 
 
-def read_split(folder: Path, split: str = "train") -> list[dict[str, Any]]:
-    """Rows of a split of a data set."""
+def read_split(folder: Path, split: str = "train", **places: int | Sequence[int]) -> list[dict[str, Any]]:
+    """Rows of a split of a data set, as they lie there; with `places`, in the order of the input, of which they are all.
+
+    `places` names tables (without .parquet) with how many rows they have, or common files (without .csv) with each impression's record.
+    """
     files = sorted((folder / split).glob("*.parquet"))
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    if not places:
+        return rows
+    order = np.argsort(np.concatenate([_keys(name, numbers) for name, numbers in places.items()]), kind="stable")
+    return [rows[place] for place in np.argsort(order)]
+
+
+def _keys(name: str, numbers: int | Sequence[int]) -> Any:
+    if isinstance(numbers, int):
+        return order_of(row_hash(f"{name}.parquet", np.arange(numbers)))
+    return order_of(row_hash(f"{name}.csv", np.array(numbers)))
 
 
 def values_of(folder: Path, feature: str) -> dict[int, Any]:

@@ -12,10 +12,11 @@ import pytest
 
 from escm2rec.config import SimulationConfig
 from escm2rec.errors import ConfigError, DataError
-from escm2rec.preprocess import aliccp, common, preprocess
+from escm2rec.preprocess import aliccp, preprocess, records
 from escm2rec.schema import Schema
 from escm2rec.simulate import simulate
 from tests.preprocess_logs import (
+    SMALL_RECORDS,
     aliccp_config,
     common_line,
     key,
@@ -34,7 +35,7 @@ COMMON = common_line(key(1), [("101", 11, 1.0)])
 def test_every_feature_of_both_sides_arrives(tmp_path: Path) -> None:
     config = aliccp_config(keep=["sample_id", "common_feature_index", "101"])
     out, result = made(config, small_aliccp(tmp_path / "logs"), tmp_path / "out")
-    rows = read_split(out)
+    rows = read_split(out, common_features_train=SMALL_RECORDS)
     names = {feature: values_of(out, feature) | {None: None} for feature in ("user", "shops", "item", "words")}
     assert [names["user"][row["user"]] for row in rows] == [11, 11, 12, None, 11]
     assert [names["item"][row["item"]] for row in rows] == [21, 22, None, None, 21]
@@ -90,16 +91,16 @@ def many_lines(users: int, rows: int) -> tuple[list[str], list[str]]:
 
 
 def test_ungrouped_skeletons_and_small_blocks_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    impressions, records = many_lines(50, 400)
+    impressions, commons = many_lines(50, 400)
     config = aliccp_config(keep=["sample_id"])
-    grouped, _ = made(config, write_aliccp(tmp_path / "a", "".join(impressions), "".join(records)), tmp_path / "grouped")
+    grouped, _ = made(config, write_aliccp(tmp_path / "a", "".join(impressions), "".join(commons)), tmp_path / "grouped")
     monkeypatch.setattr(aliccp, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(common, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(records, "BLOCK_BYTES", 300)
     order = np.random.default_rng(1).permutation(400)
     shuffled = [impressions[row] for row in order]
-    ungrouped, _ = made(config, write_aliccp(tmp_path / "b", "".join(shuffled), "".join(reversed(records))), tmp_path / "ungrouped")
-    expected = read_split(grouped)
-    assert sorted(read_split(ungrouped), key=lambda row: row["kept.sample_id"]) == expected
+    ungrouped, _ = made(config, write_aliccp(tmp_path / "b", "".join(shuffled), "".join(reversed(commons))), tmp_path / "ungrouped")
+    of_grouped, expected = (sorted(read_split(out), key=lambda row: row["kept.sample_id"]) for out in (ungrouped, grouped))
+    assert of_grouped == expected
     assert len(expected) == 400
     assert (ungrouped / "schema.json").read_bytes() == (grouped / "schema.json").read_bytes()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ import polars as pl
 import pytest
 
 from escm2rec.errors import DataError
-from escm2rec.preprocess import aliccp, pipeline
+from escm2rec.preprocess import aliccp, pipeline, read, sources
 from escm2rec.preprocess.block import RawBlock
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.negatives import keep_negatives
-from escm2rec.preprocess.sources import Opener
 from escm2rec.preprocess.stable_hash import row_hash, split_points
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
@@ -56,12 +54,16 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def kept_of(block: RawBlock) -> RawBlock:
+    return keep_negatives(block, RATE, np.ones(len(block), np.bool_))
+
+
 @pytest.mark.parametrize("rate", [0.02, 0.1, 0.5, 1.0])
 def test_clicked_rows_stay_and_the_others_at_the_rate(rate: float) -> None:
     rng = np.random.default_rng(0)
     rows, click = np.arange(ROWS), (rng.random(ROWS) < 0.05).astype(np.uint8)
     own = rng.uniform(0.5, 2.0, ROWS).astype(np.float32)
-    kept = keep_negatives(block_of(rows, click, weight=own), rate)
+    kept = keep_negatives(block_of(rows, click, weight=own), rate, np.ones(ROWS, np.bool_))
     negative = kept.labels["click"] == 0
     assert set(rows[click == 1]) <= set(kept.rows)
     expected, spread = (click == 0).sum() * rate, ((click == 0).sum() * rate * (1 - rate)) ** 0.5
@@ -76,18 +78,18 @@ def test_clicked_rows_stay_and_the_others_at_the_rate(rate: float) -> None:
 def test_what_is_kept_does_not_depend_on_the_blocks() -> None:
     rng = np.random.default_rng(0)
     rows, click = np.arange(ROWS), (rng.random(ROWS) < 0.05).astype(np.uint8)
-    whole = keep_negatives(block_of(rows, click), RATE).rows.tolist()
+    whole = kept_of(block_of(rows, click)).rows.tolist()
     for size in (1_000, 7_777):
         parts = [block_of(rows[start : start + size], click[start : start + size]) for start in range(0, ROWS, size)]
-        assert [row for part in parts for row in keep_negatives(part, RATE).rows.tolist()] == whole
-    assert keep_negatives(block_of(rows, click, "b.parquet"), RATE).rows.tolist() != whole, "each file has rows of its own"
+        assert [row for part in parts for row in kept_of(part).rows.tolist()] == whole
+    assert kept_of(block_of(rows, click, "b.parquet")).rows.tolist() != whole, "each file has rows of its own"
 
 
 @pytest.mark.parametrize("salt", ["", "negatives"])
 def test_what_is_kept_does_not_depend_on_a_split_by_the_same_place(salt: str) -> None:
     rows = np.arange(ROWS)
     training = rows[split_points(row_hash("a.parquet", rows), salt) < 0.5]
-    kept = keep_negatives(block_of(training, np.zeros(len(training), np.uint8)), RATE)
+    kept = kept_of(block_of(training, np.zeros(len(training), np.uint8)))
     assert len(kept) / len(training) == pytest.approx(RATE, abs=0.012), "4 standard deviations; a shared hash would keep 0.2"
 
 
@@ -96,8 +98,9 @@ def test_a_data_set_is_the_same_for_any_blocks_and_workers(tmp_path: Path, monke
     config = table_config(FEATURES, keep=["row"], split=HALVES, negative_keep_rate=RATE, rows_per_file=700, rows_per_group=300)
     first = made(config, source, tmp_path / "first")[0]
     again = made(config, source, tmp_path / "again")[0]
-    monkeypatch.setattr(pipeline, "Opener", functools.partial(Opener, block_rows=777))
-    monkeypatch.setattr(pipeline, "default_workers", lambda: 5)
+    monkeypatch.setattr(sources, "BLOCK_ROWS", 777)
+    monkeypatch.setattr(read, "SPILL_BYTES", 100_000)
+    monkeypatch.setattr(pipeline, "BUCKET_ROWS", 100)
     other = made(config, source, tmp_path / "other")[0]
     names = sorted(path.relative_to(first) for path in first.rglob("*.parquet"))
     assert len(names) >= 3 + 1 + 12

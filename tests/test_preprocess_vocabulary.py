@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import polars as pl
@@ -16,10 +17,10 @@ from hypothesis import strategies as st
 
 from escm2rec.config import FeatureConfig
 from escm2rec.errors import DataError
-from escm2rec.preprocess import external, fit, value_counts, vocabulary
+from escm2rec.preprocess import external, preprocess, read, value_counts, vocabulary
 from escm2rec.preprocess.stable_hash import hash64
-from escm2rec.preprocess.value_counts import ValueCounter, count_values
-from escm2rec.preprocess.vocabulary import Vocabulary, fit_vocabulary
+from escm2rec.preprocess.value_counts import ValueCounter, count_values, spill_largest
+from escm2rec.preprocess.vocabulary import Vocabulary, fit_vocabulary, write_lookup
 from escm2rec.schema import Feature
 from tests.preprocess_logs import made, table_config, write_parquet
 
@@ -38,7 +39,6 @@ def fitted(folder: Path, blocks: list[list[Any]], spill_every: int | None, **set
     path = folder / "v.parquet"
     size = fit_vocabulary(FeatureConfig(name="v", kind="categorical", **settings), counter, path, MEMORY)
     assert size == pq.read_metadata(path).num_rows
-    assert [entry.name for entry in folder.iterdir() if entry.suffix == ".parquet"] == ["v.parquet"], "runs are removed"
     return path
 
 
@@ -57,6 +57,7 @@ STRINGS = st.lists(st.lists(st.text(max_size=4) | st.sampled_from("abé\x00"), m
 @given(
     blocks=INTEGERS | STRINGS,
     spill_every=st.none() | st.integers(1, 3),
+    in_memory=st.booleans(),
     min_count=st.integers(1, 3),
     max_size=st.none() | st.integers(1, 5),
     oov_rows=st.integers(1, 3),
@@ -65,11 +66,14 @@ def test_a_vocabulary_is_that_of_a_plain_count(
     tmp_path_factory: pytest.TempPathFactory,
     blocks: list[list[Any]],
     spill_every: int | None,
+    in_memory: bool,
     min_count: int,
     max_size: int | None,
     oov_rows: int,
 ) -> None:
-    path = fitted(tmp_path_factory.mktemp("fitted"), blocks, spill_every, min_count=min_count, max_size=max_size, oov_rows=oov_rows)
+    config = {"min_count": min_count, "max_size": max_size, "oov_rows": oov_rows}
+    with mock.patch.object(value_counts, "IN_MEMORY_ROWS", value_counts.IN_MEMORY_ROWS if in_memory else 0):
+        path = fitted(tmp_path_factory.mktemp("fitted"), blocks, spill_every, **config)
     table = pq.read_table(path)
     found = list(zip(*(table[name].to_pylist() for name in ("value", "count", "row")), strict=True))
     assert found == expected(blocks, min_count, max_size, oov_rows)
@@ -97,24 +101,23 @@ def test_the_whole_job_is_the_same_when_counts_go_to_disk(tmp_path: Path, monkey
         spill(counter)
 
     monkeypatch.setattr(ValueCounter, "spill", counted)
-    monkeypatch.setattr(fit.Fitter, "__init__", _with_memory(fit.Fitter.__init__, 1_000))
+    monkeypatch.setattr(read, "SPILL_BYTES", 1_000)
+    monkeypatch.setattr(value_counts, "IN_MEMORY_ROWS", 0)
     monkeypatch.setattr(vocabulary, "SORT_ROWS", 10)
     monkeypatch.setattr(vocabulary, "DENSE_SPAN", 0)
-    on_disk, _ = made(config, source, tmp_path / "on-disk")
-    assert set(spilled) == {"c", "t"}
+    preprocess(config, source, on_disk := tmp_path / "on-disk", memory_gib=1e-6)
+    assert set(spilled) == {"c", "t", "count-00000-c", "count-00000-t"}
     assert max(spilled.values()) > 1, "more than once, so that runs are merged"
     for path in (*(whole / "vocabulary").iterdir(), *(whole / "train").iterdir()):
         assert path.read_bytes() == (on_disk / path.relative_to(whole)).read_bytes()
 
 
-def _with_memory(init: Any, memory_bytes: int) -> Any:
-    return lambda self, config, progress, folder, _: init(self, config, progress, folder, memory_bytes)
-
-
 def looked_up(path: Path, folder: Path, value_type: Any, oov_rows: int) -> Vocabulary:
     size = pq.read_metadata(path).num_rows
     feature = Feature(name="v", kind="categorical", column="v", value_type=value_type, num_embeddings=size + oov_rows, oov_rows=oov_rows)
-    return Vocabulary(path, feature, folder, MEMORY)
+    folder.mkdir(exist_ok=True)
+    write_lookup(path, feature, folder, MEMORY)
+    return Vocabulary(feature, folder)
 
 
 @pytest.mark.parametrize("sort_rows", [vocabulary.SORT_ROWS, 3])
@@ -169,10 +172,7 @@ def test_the_largest_counters_go_first(tmp_path: Path) -> None:
     for name, counter in counters.items():
         counter.add(pl.DataFrame({"value": np.arange(10 if name == "small" else 10_000), "count": 1}))
     assert 0 < counters["small"].bytes < counters["large"].bytes
-    config = table_config([{"name": name, "kind": "categorical"} for name in counters])
-    fitter = fit.Fitter(config, None, tmp_path, 16 * counters["small"].bytes)  # type: ignore[arg-type]
-    fitter._counters = counters
-    fitter._spill()
+    spill_largest(counters.values(), 2 * counters["small"].bytes)
     assert counters["large"].bytes == 0
     assert counters["small"].bytes > 0
 

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 
 from escm2rec.errors import DataError
 from escm2rec.preprocess.aliccp_columns import ABSENT, INDEX_BYTES, AliccpColumns, SideColumns, common_keys, key_text, present
-from escm2rec.preprocess.aliccp_text import Lines, TextBlock, text_blocks
-from escm2rec.preprocess.block import RawBlock, take_rows
-from escm2rec.preprocess.common import BLOCK_BYTES, CommonRecords
+from escm2rec.preprocess.aliccp_text import BLOCK_BYTES, Lines, TextBlock, text_blocks
+from escm2rec.preprocess.block import RawBlock
 from escm2rec.preprocess.digits import whole_numbers
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.ragged import Float64s, Int64s
+from escm2rec.preprocess.records import CommonRecords
 from escm2rec.preprocess.rejections import IDENTIFIER, LABEL, MISSING_COMMON, SEVERAL, TRUTH
 
 HEADER = 5  # sample_id, click, buy, common_feature_index, feature_num
@@ -32,13 +32,11 @@ class SkeletonFile:
         self._columns = columns
         self._read_truth = file.truth is not None and columns.request.labels
 
-    def tasks(self) -> Iterator[Callable[[], RawBlock]]:
-        """One task a block of text, in order; each parses it."""
-        truth = _TruthRows(self.file) if self._read_truth else None
-        for block in text_blocks(self.file.path, BLOCK_BYTES):
+    def tasks(self, start: int = 0, stop: int | None = None, first_row: int = 0) -> Iterator[Callable[[], RawBlock]]:
+        """One task a block of text, in order; each parses it. Of the whole file, or of a range of bytes and its first row."""
+        truth = _TruthRows(self.file, first_row) if self._read_truth else None
+        for block in text_blocks(self.file.path, BLOCK_BYTES, start, stop, first_row):
             yield self._task(block, truth.take(block.lines) if truth is not None else None)
-        if truth is not None:
-            truth.finish()
 
     def _task(self, block: TextBlock, truth: pa.Table | None) -> Callable[[], RawBlock]:
         return lambda: self._parse(block, truth)
@@ -81,7 +79,7 @@ class SkeletonFile:
             if feature.kind in ("categorical", "numeric"):
                 here = present(side.features[feature.name]) & (records >= 0)
                 if here.any():
-                    here[here] = present(take_rows(self.common.features[feature.name], records[here]))
+                    here[here] = self.common.held[feature.name][records[here]]
                     lines.bad.mark(here, SEVERAL, feature.column, lambda rows: ["one here and one in the common record"] * len(rows))
 
     def _extras(self, side: SideColumns, keys: Int64s, records: Int64s, samples: Int64s) -> dict[str, pa.Array]:
@@ -104,38 +102,45 @@ def _fixed_strings(data: bytes, width: int, count: int) -> pa.Array:
     return pa.StringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(data))
 
 
-class _TruthRows:
-    """Reads the truth file beside a skeleton, so many rows at a time."""
+def check_truth(file: RawFile, lines: int) -> None:
+    """DataError when the truth file beside a skeleton has not as many rows as that has lines."""
+    rows = _open_truth(file).metadata.num_rows
+    if rows != lines:
+        more = "fewer" if rows < lines else "more"
+        raise DataError(f"{file.truth} has {more} rows than {file.path}: {rows} and {lines}", "truth goes row by row with the skeleton")
 
-    def __init__(self, file: RawFile) -> None:
-        assert file.truth is not None
-        self.path, self._skeleton = file.truth, file.path
-        try:
-            parquet = pq.ParquetFile(self.path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{self.path} is not a Parquet file: {error}", "fetch or simulate it again") from error
-        missing = [name for name in TRUTH_COLUMNS if name not in parquet.schema_arrow.names]
-        if missing:
-            raise DataError(f"{self.path} has no column {missing[0]!r}", f"a truth file has {', '.join(TRUTH_COLUMNS)}")
-        self._batches = parquet.iter_batches(columns=list(TRUTH_COLUMNS))
-        self._rest: pa.Table | None = None
+
+def _open_truth(file: RawFile) -> pq.ParquetFile:
+    try:
+        parquet = pq.ParquetFile(file.truth)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file.truth} is not a Parquet file: {error}", "fetch or simulate it again") from error
+    missing = [name for name in TRUTH_COLUMNS if name not in parquet.schema_arrow.names]
+    if missing:
+        raise DataError(f"{file.truth} has no column {missing[0]!r}", f"a truth file has {', '.join(TRUTH_COLUMNS)}")
+    return parquet
+
+
+class _TruthRows:
+    """Reads the truth file beside a skeleton from a row on, so many rows at a time."""
+
+    def __init__(self, file: RawFile, first: int) -> None:
+        parquet = _open_truth(file)
+        group = 0
+        while group < parquet.num_row_groups and (rows := parquet.metadata.row_group(group).num_rows) <= first:
+            group, first = group + 1, first - rows
+        self._batches = parquet.iter_batches(row_groups=range(group, parquet.num_row_groups), columns=list(TRUTH_COLUMNS))
+        self._rest = pa.table({name: [] for name in TRUTH_COLUMNS}, schema=parquet.schema_arrow.empty_table().select(TRUTH_COLUMNS).schema)
+        self.take(first)
 
     def take(self, rows: int) -> pa.Table:
-        """The next rows; DataError when there are fewer."""
-        parts = [self._rest] if self._rest is not None else []
+        """The next rows."""
+        parts = [self._rest]
         while sum(len(part) for part in parts) < rows:
-            batch = next(self._batches, None)
-            if batch is None:
-                raise DataError(f"{self.path} has fewer rows than {self._skeleton}", "truth goes row by row with the skeleton")
-            parts.append(pa.Table.from_batches([batch]))
+            parts.append(pa.Table.from_batches([next(self._batches)]))
         table = pa.concat_tables(parts)
         self._rest = table.slice(rows)
         return table.slice(0, rows)
-
-    def finish(self) -> None:
-        """DataError when rows are left."""
-        if (self._rest is not None and len(self._rest)) or next(self._batches, None) is not None:
-            raise DataError(f"{self.path} has more rows than {self._skeleton}", "truth goes row by row with the skeleton")
 
 
 def _truth_labels(file: RawFile, lines: Lines, samples: Int64s, truth: pa.Table) -> dict[str, Any]:

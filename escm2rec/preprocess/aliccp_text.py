@@ -18,6 +18,7 @@ from escm2rec.preprocess.digits import MAX_FLOAT32, PAD, decimals, first_bytes, 
 from escm2rec.preprocess.ragged import Bools, Bytes, Float64s, Int64s, Ragged, UInt64s, offsets_of
 from escm2rec.preprocess.rejections import FEATURE_NUM, IDENTIFIER, MALFORMED, NUMBER, TRUNCATED, BadRows, Reason
 
+BLOCK_BYTES = 4 << 20  # a compromise of cache, cost a block, and memory: docs/decisions/0001
 MAX_FIELD_BYTES = 8  # of a field id: a word holds it
 _SLOT_BITS = 12
 
@@ -34,13 +35,15 @@ class TextBlock:
     truncated: bool  # the last line has no newline; one was added
 
 
-def text_blocks(path: Path, block_bytes: int) -> Iterator[TextBlock]:
-    """Blocks of about `block_bytes`, cut at newlines. An empty file is a DataError."""
+def text_blocks(path: Path, block_bytes: int, start: int = 0, stop: int | None = None, first_line: int = 0) -> Iterator[TextBlock]:
+    """Blocks of about `block_bytes`, cut at newlines, of a range of bytes that holds whole lines. An empty file is a DataError."""
     size = os.path.getsize(path)
     if size == 0:
         raise DataError(f"{path} is empty (0 bytes)", "was the copy or the export interrupted?")
-    line, byte, carry = 0, 0, b""
+    size = size if stop is None else stop
+    line, byte, carry = first_line, start, b""
     with path.open("rb", buffering=0) as file:
+        file.seek(start)
         while byte + len(carry) < size:
             wanted = min(block_bytes, size - byte - len(carry))
             raw = np.empty(2 * PAD + len(carry) + wanted + 1, dtype=np.uint8)

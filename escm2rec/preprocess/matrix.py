@@ -42,8 +42,8 @@ class MatrixFile:
     def __init__(self, file: RawFile, source: MatrixSource, request: Request, block_rows: int) -> None:
         self.file = file
         self._source, self._request = source, request
-        self._shape = _shape_of(file.path, must_be_rated=request.labels)
-        if file.train is not None and (expected := _shape_of(file.train, must_be_rated=False)) != self._shape:
+        self._shape = shape_of(file.path, must_be_rated=request.labels)
+        if file.train is not None and (expected := shape_of(file.train, must_be_rated=False)) != self._shape:
             raise DataError(
                 f"{file.path} has {self._shape}, {file.train} has {expected}",
                 "both matrices need a row for every user and a column for every item, in one order",
@@ -68,8 +68,8 @@ class MatrixFile:
         said = f"did you mean {near[0]!r}?" if near else f"they have: {', '.join(names)}"
         raise DataError(f"the rating matrices have no column {column!r}", said)
 
-    def tasks(self) -> Iterator[Callable[[], RawBlock]]:
-        """One task so many users, in order. Without labels every pair is asked for, and no rating is read."""
+    def tasks(self, start: int = 0, stop: int | None = None, first_row: int = 0) -> Iterator[Callable[[], RawBlock]]:
+        """One task so many users, in order, of the whole file. Without labels every pair is asked for, and no rating is read."""
         if not self._request.labels:
             for first in range(0, self._shape.users, self._block_users):
                 yield self._unlabelled(first, min(self._block_users, self._shape.users - first))
@@ -128,7 +128,7 @@ class MatrixFile:
         return RawBlock(self.file, first * self._shape.items + pairs, users + 1, features, extras, labels, None, rejections)
 
 
-def _shape_of(path: Path, must_be_rated: bool) -> Shape:
+def shape_of(path: Path, must_be_rated: bool) -> Shape:
     """Rows of a matrix, and columns of its first one; DataError where there are none, or no rating."""
     users = items = 0
     rated = False

@@ -1,48 +1,63 @@
-"""Raw logs to a data set: two passes, one to count and one to encode and write."""
+"""Raw logs to a data set: read, fit, encode, write, each step as tasks that can run anywhere and be taken up again."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from escm2rec.config import SPLITS, DataConfig, Split
+from escm2rec import __version__
+from escm2rec.config import SPLITS, AliccpSource, DataConfig, TableSource
 from escm2rec.errors import DataError
-from escm2rec.folder import new_folder, refuse_existing, refuse_overlap, write_manifest
-from escm2rec.preprocess.block import RawBlock, Request
-from escm2rec.preprocess.encoder import EncodedCommon, Encoder
+from escm2rec.folder import MANIFEST, refuse_overlap, resumable_folder, write_manifest
+from escm2rec.preprocess.aliccp import check_truth
+from escm2rec.preprocess.block import Request
+from escm2rec.preprocess.engine import Engine, HereEngine, local_engine, ray_engine
 from escm2rec.preprocess.files import RawFile, raw_files
-from escm2rec.preprocess.fit import draft, fit
-from escm2rec.preprocess.labels import apply_click_rule
-from escm2rec.preprocess.negatives import keep_negatives
-from escm2rec.preprocess.parallel import default_workers, ordered_map
-from escm2rec.preprocess.parts import SplitWriter
-from escm2rec.preprocess.ragged import Int64s
-from escm2rec.preprocess.rejections import NO_SPLIT, Rejected, Rejection
+from escm2rec.preprocess.fit import add_times, draft, fit
+from escm2rec.preprocess.portions import Range, count_lines, other_ranges, portions_of, text_cuts, text_ranges
+from escm2rec.preprocess.read import check_type, index_common, read, read_common
+from escm2rec.preprocess.rejections import Rejected
 from escm2rec.preprocess.shares import Shares
-from escm2rec.preprocess.sources import Opener, OpenFile, common_of
-from escm2rec.preprocess.splits import TRAIN, file_may_train, split_column, split_numbers
+from escm2rec.preprocess.splits import split_column
+from escm2rec.preprocess.steps import WORK, Job
+from escm2rec.preprocess.write import COUNTS, Spilled, encode_common, write
 from escm2rec.progress import Progress
+from escm2rec.schema import Schema
 
 DEFAULT_MEMORY_GIB = 4.0
-WORKSPACE = "work"  # inside the unfinished folder, removed before it is complete
+SMALL_BYTES = 16 << 20  # of input: with less, processes take longer to start than to work
+BUCKET_ROWS = 1 << 17
+BUCKET_BYTES = 64 << 20  # of input
 
 
 def preprocess(
-    config: DataConfig, input: Path, out: Path, overwrite: bool = False, memory_gib: float = DEFAULT_MEMORY_GIB
+    config: DataConfig,
+    input: Path,
+    out: Path,
+    overwrite: bool = False,
+    memory_gib: float = DEFAULT_MEMORY_GIB,
+    ray_address: str | None = None,
 ) -> dict[str, Any]:
     """Make a data set folder `out` from the raw logs at `input` (a folder, or one file), and return what is in it.
 
     The folder holds `schema.json`, `manifest.json`, `vocabulary/<feature>.parquet` (value, count, row) and the Parquet parts of `train/`,
-    `validation/` and `test/`; it is complete or absent. Everything that is fitted is fitted on the training split. What is counted,
-    sorted and looked up takes `memory_gib` at most, beside some 300 MB, and lies on disk beyond; Ali-CCP's common records take 40 bytes
-    each, and 8 a list feature, of the largest file. The same input and config give the same bytes, with any memory.
+    `validation/` and `test/`; it is complete or absent. Everything that is fitted is fitted on the training split. The rows of each split
+    come in the order of a stable hash of their place, those of one Ali-CCP common record together. The same input and config give the same
+    bytes, with any memory and engine.
+
+    A job that was killed is taken up by the same call where it stopped. Of two at once on one folder the second is a ConfigError.
+
+    Work is done by a process a core, or by the Ray cluster at `ray_address`, to which input and `out` must be the same paths. What is
+    counted, sorted and looked up takes `memory_gib` at most, beside some 300 MB a process, and lies on disk beyond; Ali-CCP's common
+    records take 40 bytes each of the largest file.
 
     With `negative_keep_rate` below 1 every split has weights: those of `keep_negatives` in training; validation and test stay whole, so
     that what is measured there is of impressions as they come, without the variance of weights, and can be ranked.
@@ -51,13 +66,17 @@ def preprocess(
     Raises DataError for bad input, ConfigError when `out` exists and may not be overwritten.
     """
     began = time.monotonic()
-    refuse_existing(out, "data set", overwrite)
     refuse_overlap(out, [input])
     files = raw_files(config.source, input)
-    with new_folder(out, "data set", overwrite) as folder:
-        manifest = _Job(config, files, folder, round(memory_gib * 2**30)).run()
-        manifest["seconds"] = round(time.monotonic() - began, 2)
-        write_manifest(folder, "data set", manifest)
+    made_from = _identity(config, files)
+    with resumable_folder(out, "data set", overwrite, made_from) as folder:
+        if not (folder / MANIFEST).is_file():
+            with _engine(files, ray_address) as engine:
+                manifest = _Maker(config, files, folder, memory_gib, engine).make()
+            manifest |= {"made_from": made_from, "seconds": round(time.monotonic() - began, 2)}
+            write_manifest(folder, "data set", manifest)
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        shutil.rmtree(folder / WORK, ignore_errors=True)
     return {
         "out": str(out),
         "schema_hash": manifest["schema_hash"],
@@ -71,127 +90,163 @@ def preprocess(
     }
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Encoded rows of one split, ready to be written."""
-
-    split: Split
-    table: pa.Table
-    held: dict[str, Int64s]
+def _identity(config: DataConfig, files: list[RawFile]) -> str:
+    """SHA-256 of all that a data set is made from: the version, the config, and names, sizes and times of the files."""
+    told = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for file in files for path in file.all_paths]
+    return hashlib.sha256(json.dumps([__version__, config.model_dump(mode="json"), told], sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class _EncodedBlock:
-    pieces: list[_Piece]
-    rejections: list[Rejection]
-    refusals: list[Rejection]
-    without_click: Rejection | None
-    no_split: Rejection | None
-    negatives_left_out: int
+def _engine(files: list[RawFile], ray_address: str | None) -> AbstractContextManager[Engine]:
+    if ray_address is not None:
+        return ray_engine(ray_address)
+    small = sum(path.stat().st_size for file in files for path in file.all_paths) < SMALL_BYTES
+    return nullcontext(HereEngine()) if small else local_engine()
 
 
-class _Job:
-    """One run of preprocess into an unfinished folder."""
+class _Maker:
+    """Makes one data set in an unfinished folder, step by step."""
 
-    def __init__(self, config: DataConfig, files: list[RawFile], folder: Path, memory_bytes: int) -> None:
-        self._memory_bytes = memory_bytes
-        self._config, self._files, self._folder = config, files, folder
-        self._workers = default_workers()
-        self._rejected = Rejected(config.bad_rows == "refuse")
-        self._without_click = self._negatives_left_out = 0
-        self._workspace = folder / WORKSPACE
+    def __init__(self, config: DataConfig, files: list[RawFile], folder: Path, memory_gib: float, engine: Engine) -> None:
+        self._config, self._files, self._folder, self._engine = config, files, folder, engine
+        self._rejected = Rejected(refuse=False)  # a task refuses by itself
+        (folder / WORK).mkdir(exist_ok=True)
+        for name in ("vocabulary", *SPLITS):
+            (folder / name).mkdir(exist_ok=True)
+        self._job = self._plan(round(memory_gib * 2**30 / engine.workers))
+
+    def make(self) -> dict[str, Any]:
+        """All steps; the content of the manifest."""
+        self._read_common()
+        told = self._read()
+        schema = self._fit(told)
+        if isinstance(self._config.source, AliccpSource):
+            self._run("encode", encode_common, range(len(schema.features)), "features")
+        shares = Shares(schema)
+        splits: dict[str, dict[str, Any]] = {split: {**dict.fromkeys(COUNTS, 0), "files": []} for split in SPLITS}
+        parts = Spilled.of(self._job).parts(self._job)
+        with Progress("write", sum(part.last - part.first for part in parts)) as progress:
+            for part, file in zip(parts, self._engine.map(partial(write, self._job), parts), strict=True):
+                weights, held = file.pop("weights"), file.pop("held")
+                shares.add(part.split, file["rows"], held)
+                _add_file(splits[part.split], file, weights)
+                progress.add(file["rows"], file["path"])
+        if not splits["train"]["rows"]:
+            raise DataError("no row belongs to the training split", "check data.split and data.conversion_without_click")
+        return self._manifest(schema.hash(), splits, shares, told)
+
+    # --- plan ---------------------------------------------------------------------------------------
+
+    def _plan(self, memory_bytes: int) -> Job:
+        """What is read in which portions. Texts are cut at newlines, which are counted, so that each row is told by its number."""
+        config, files = self._config, self._files
+        common: list[Range] = []
+        if isinstance(config.source, AliccpSource):
+            ranges = self._text_ranges([(file, file.path) for file in files])
+            common = self._text_ranges([(file, file.common) for file in files if file.common is not None])
+            for file in files:
+                if file.truth is not None:
+                    check_truth(file, sum(each.rows for each in ranges if each.file == file))
+        else:
+            ranges = [each for file in files for each in other_ranges(config.source, file)]
+        rows, size = sum(each.rows for each in ranges), sum(each.bytes for each in ranges)
+        buckets = max(1, -(-rows // min(BUCKET_ROWS, config.rows_per_file)), -(-size // BUCKET_BYTES))
+        self._total = rows
         column = split_column(config.split)
         extras = dict.fromkeys([*config.keep, *([column] if column is not None else [])])
         request = Request(tuple(draft(feature) for feature in config.features), tuple(extras))
-        self._opener = Opener(config.source, request, self._workspace, self._rejected, self._workers)
+        portions = tuple(portions_of(ranges))
+        return Job(config, request, self._folder, memory_bytes, tuple(files), tuple(portions_of(common)), portions, buckets)
 
-    def run(self) -> dict[str, Any]:
-        """Fit, encode and write; the content of the manifest."""
-        counts = self._workspace / "counts"
-        counts.mkdir(parents=True)
-        vocabulary = self._folder / "vocabulary"
-        opened: dict[RawFile, OpenFile] = {}
+    def _text_ranges(self, texts: list[tuple[RawFile, Path]]) -> list[Range]:
+        cuts = [text_cuts(path) for _, path in texts]
+        every = [(path, *cut) for (_, path), of_file in zip(texts, cuts, strict=True) for cut in of_file]
+        lines = iter(list(self._engine.map(count_lines, every)))
+        return list(chain.from_iterable(text_ranges(file, of_file, lines) for (file, _), of_file in zip(texts, cuts, strict=True)))
 
-        def training_file(file: RawFile) -> OpenFile:
-            opened[file] = self._opener.open(file)
-            return opened[file]
+    # --- steps --------------------------------------------------------------------------------------
 
-        training = [file for file in self._files if file_may_train(self._config.split, file)]
-        schema = fit(self._config, (training_file(file) for file in training), vocabulary, counts, self._memory_bytes, self._workers)
+    def _run(self, name: str, step: Callable[[Job, int], dict[str, Any]], numbers: range, unit: str) -> Iterator[dict[str, Any]]:
+        with Progress(name, len(numbers), unit=unit) as progress:
+            results = []
+            for result in self._engine.map(partial(step, self._job), numbers):
+                results.append(result)
+                progress.add(1)
+        return iter(results)
+
+    def _read_common(self) -> None:
+        if self._job.common:
+            for told in self._run("read common records", read_common, range(len(self._job.common)), "portions"):
+                self._rejected.merge(told["rejected"])
+            for told in self._run("index common records", index_common, range(len(self._files)), "files"):
+                self._rejected.merge(told["rejected"])
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Read every portion; what each told, types checked."""
+        results: list[dict[str, Any]] = []
+        types: dict[str, dict[str, str]] = {}
+        kept: dict[str, str] = {}
+        with Progress("read", self._total) as progress:
+            for portion, told in zip(
+                self._job.portions, self._engine.map(partial(read, self._job), range(len(self._job.portions))), strict=True
+            ):
+                self._rejected.merge(told["rejected"])
+                for name, found in told["types"].items():
+                    check_type(name, found, types)
+                for column, kind in told["kept_types"].items():
+                    if kept.setdefault(column, kind) != kind:
+                        raise DataError(
+                            f"{portion[0].file.path}: column {column!r} is of type {kind}, in earlier rows it is of type {kept[column]}",
+                            "use one type in all files, or do not keep the column",
+                        )
+                results.append(told)
+                progress.add(sum(each.rows for each in portion), portion[0].file.name)
+        return results
+
+    def _fit(self, told: list[dict[str, Any]]) -> Schema:
+        """Fit every feature; the schema, written."""
+        config, source = self._config, self._config.source
+        if not sum(each["training_rows"] for each in told):
+            raise DataError(
+                "no row belongs to the training split",
+                "has the input rows? then check data.split, and the rejected rows if data.bad_rows is count",
+            )
+        if isinstance(source, AliccpSource):
+            add_times(self._job)
+        fitted = self._run("fit", fit, range(len(config.features)), "features")
+        features = tuple(draft(feature).model_copy(update=update) for feature, update in zip(config.features, fitted, strict=True))
+        for feature in features:
+            vocabulary = self._job.work / f"{feature.name}.parquet"
+            if feature.encoding == "vocabulary":
+                shutil.copyfile(vocabulary, self._folder / "vocabulary" / vocabulary.name)
+        has_weight = config.negative_keep_rate < 1
+        has_truth = isinstance(source, AliccpSource) and source.truth is not None
+        if isinstance(source, TableSource):
+            has_weight, has_truth = has_weight or source.weight is not None, None not in (source.true_propensity, source.true_cvr)
+        schema = Schema(source=source, features=features, keep=tuple(config.keep), has_weight=has_weight, has_truth=has_truth)
         schema.save(self._folder / "schema.json")
-        encoder = Encoder(schema, vocabulary, self._workspace / "vocabulary", self._memory_bytes // 2)
-        shares = Shares(schema)
-        config = self._config
-        writers = {split: SplitWriter(self._folder / split, config.rows_per_file, config.rows_per_group) for split in SPLITS}
-        with Progress("encode", None) as progress:
-            for file in self._files:
-                self._encode(opened.pop(file) if file in opened else self._opener.open(file), encoder, shares, writers, progress)
-        splits = {split: writer.close() for split, writer in writers.items()}
-        shutil.rmtree(self._workspace)
-        if not splits["train"]["rows"]:
-            raise DataError("no row belongs to the training split", "check data.split and data.conversion_without_click")
-        return self._manifest(schema.hash(), splits, shares)
+        return schema
 
-    def _encode(self, opened: OpenFile, encoder: Encoder, shares: Shares, writers: dict[Split, SplitWriter], progress: Progress) -> None:
-        raw = common_of(opened)
-        folder = self._workspace / f"{opened.file.name}.encoded"
-        common = encoder.common(raw, folder) if raw is not None else None
-        for block in ordered_map((self._task(task, encoder, common) for task in opened.tasks()), self._workers):
-            self._rejected.add(block.rejections, block.refusals)
-            if block.without_click is not None:
-                self._without_click += block.without_click.count
-                if self._config.conversion_without_click == "drop":
-                    self._rejected.count(block.without_click)
-            if block.no_split is not None:
-                self._rejected.count(block.no_split)
-            self._negatives_left_out += block.negatives_left_out
-            for piece in block.pieces:
-                writers[piece.split].add(piece.table)
-                shares.add(piece.split, len(piece.table), piece.held)
-                progress.add(len(piece.table), opened.file.name)
-        if raw is not None:  # the maps stay valid until they are let go of
-            shutil.rmtree(folder)
-            shutil.rmtree(self._opener.folder(opened.file))
-
-    def _task(self, task: Callable[[], RawBlock], encoder: Encoder, common: EncodedCommon | None) -> Callable[[], _EncodedBlock]:
-        return lambda: self._encode_block(task(), encoder, common)
-
-    def _encode_block(self, block: RawBlock, encoder: Encoder, common: EncodedCommon | None) -> _EncodedBlock:
-        rejections = block.rejections
-        block, without_click, refusals = apply_click_rule(block, self._config.conversion_without_click)
-        numbers = split_numbers(self._config.split, block)
-        rate = self._config.negative_keep_rate
-        pieces, left_out = [], 0
-        for number, split in enumerate(SPLITS):
-            mine = block.take(np.flatnonzero(numbers == number))
-            if rate < 1:
-                before, mine = len(mine), keep_negatives(mine, rate if number == TRAIN else 1.0)
-                left_out += before - len(mine)
-            pieces += [_Piece(split, table, held) for table, held in encoder.tables(mine, common, self._config.rows_per_group)]
-        no_split = self._no_split(block, np.flatnonzero(numbers < 0))
-        return _EncodedBlock(pieces, rejections, refusals, without_click, no_split, left_out)
-
-    def _no_split(self, block: RawBlock, rows: Int64s) -> Rejection | None:
-        if not len(rows):
-            return None
-        column = split_column(self._config.split)
-        lines = block.lines[rows[:5]].tolist()
-        seen = (
-            [str(value) for value in block.extras[column].take(pa.array(rows[:5])).to_pylist()]
-            if column
-            else [block.file.name] * len(lines)
-        )
-        return Rejection(NO_SPLIT, str(block.file.path), column or "", len(rows), lines, seen)
-
-    def _manifest(self, schema_hash: str, splits: dict[Split, dict[str, Any]], shares: Shares) -> dict[str, Any]:
+    def _manifest(self, schema_hash: str, splits: dict[str, dict[str, Any]], shares: Shares, told: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = dict.fromkeys(path for file in self._files for path in file.all_paths)
+        config = self._config
         return {
             "schema_hash": schema_hash,
             "splits": splits,
-            "negative_keep_rate": self._config.negative_keep_rate,
-            "negatives_left_out": self._negatives_left_out,
+            "negative_keep_rate": config.negative_keep_rate,
+            "negatives_left_out": sum(each["negatives_left_out"] for each in told),
             "input": [{"path": str(path), "bytes": path.stat().st_size} for path in inputs],
             "rejected": self._rejected.reasons,
-            "conversion_without_click": {"rule": self._config.conversion_without_click, "rows": self._without_click},
+            "conversion_without_click": {"rule": config.conversion_without_click, "rows": sum(each["without_click"] for each in told)},
             "features": shares.by_feature(),
         }
+
+
+def _add_file(split: dict[str, Any], file: dict[str, Any], weights: dict[str, float] | None) -> None:
+    """Add a part to what the manifest says of its split."""
+    split["files"].append(file)
+    for name in COUNTS:
+        split[name] += file[name]
+    if weights is not None:
+        known = split.setdefault("weights", dict.fromkeys(COUNTS, 0.0))
+        for name in COUNTS:
+            known[name] += weights[name]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
 
 Array = npt.NDArray[Any]
@@ -40,9 +41,21 @@ class Ragged:
 
     def take(self, rows: Int64s) -> Ragged:
         """The rows at these positions, in this order; a position of -1 gives an empty row."""
+        if not len(self.values):
+            return Ragged(self.values, np.zeros(len(rows) + 1, dtype=np.int64), self.weights)
+        if isinstance(self.values, np.ndarray) and len(rows) and rows.min() >= 0:
+            values, offsets = _gather(self.values, self.offsets, rows)
+            return Ragged(values, offsets, None if self.weights is None else _gather(self.weights, self.offsets, rows)[0])
         offsets, index = ragged_index(self.offsets, rows)
         values = self.values.take(pa.array(index)) if isinstance(self.values, pa.Array) else self.values[index]
         return Ragged(values, offsets, None if self.weights is None else self.weights[index])
+
+
+def _gather(values: Array, offsets: Int64s, rows: Int64s) -> tuple[Array, Int64s]:
+    """By polars, which copies whole rows: 0.8 ns a value of lists of 270, where an index of each value costs 23 (docs/decisions/0009)."""
+    lists = pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))))
+    taken = lists.gather(rows).to_arrow()
+    return taken.values.to_numpy(), taken.offsets.to_numpy()
 
 
 def offsets_of(lengths: Array) -> Int64s:

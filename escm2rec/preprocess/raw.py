@@ -6,17 +6,22 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from escm2rec.errors import DataError
 from escm2rec.preprocess.block import Request
-from escm2rec.preprocess.encoder import Encoder
+from escm2rec.preprocess.encoder import Encoded, Encoder, Rows
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.parallel import default_workers, ordered_map
+from escm2rec.preprocess.records import CommonRecords, RecordWriter, common_tasks, encode_records, index_records, open_records
 from escm2rec.preprocess.rejections import Rejected, Rejection
-from escm2rec.preprocess.sources import Opener, common_of
+from escm2rec.preprocess.sources import Opener
+from escm2rec.preprocess.spilled import read_rows
+from escm2rec.preprocess.vocabulary import check_vocabulary, write_lookup
 from escm2rec.schema import Schema
 
 MEMORY_BYTES = 1 << 30
@@ -44,25 +49,47 @@ def encode_raw(
     A block has at most `block_rows` rows of one file; a file without rows gives no block. Labels, weights and truth are read only with
     `labels`, and then as they are in the file. A bad row is a DataError: a score for every row, or none.
     """
-    request = Request(schema.features, tuple(dict.fromkeys(keep)), labels)
+    opener = Opener(schema.source, Request(schema.features, tuple(dict.fromkeys(keep)), labels), block_rows)
     workers = default_workers()
-    rejected = Rejected(refuse=True)
     with tempfile.TemporaryDirectory(prefix="escm2rec-") as workspace:
-        encoder = Encoder(schema, vocabulary_dir, Path(workspace) / "vocabulary", MEMORY_BYTES, keep)
+        lookups = Path(workspace) / "lookups"
+        lookups.mkdir()
+        for feature in schema.tables:
+            if feature.encoding == "vocabulary":
+                write_lookup(check_vocabulary(feature, vocabulary_dir), feature, lookups, MEMORY_BYTES)
+        encoder = Encoder(schema, lookups, keep)
         for number, file in enumerate(inputs):
             folder = Path(workspace) / str(number)
-            opened = Opener(schema.source, request, folder, rejected, workers, block_rows).open(file)
-            records = common_of(opened)
-            common = encoder.common(records, folder / "encoded") if records is not None else None
-            for block in ordered_map(opened.tasks(), workers):
-                _refuse(rejected, block.rejections)
-                for table, _ in encoder.tables(block, common, block_rows):
-                    yield EncodedBlock(file.path, table)
-            shutil.rmtree(folder, ignore_errors=True)  # a table makes none
+            folder.mkdir()
+            records, common = _common(opener, encoder, file, folder, workers)
+            for block in ordered_map(opener.open(file, records).tasks(), workers):
+                _refuse(block.rejections)
+                rows = Rows(encoder.columns(block.features, str(file.path)), block.labels, block.extras, block.common)
+                for start in range(0, len(block), block_rows):
+                    places = np.arange(start, min(start + block_rows, len(block)))
+                    yield EncodedBlock(file.path, encoder.table(rows, places, common)[0])
+            shutil.rmtree(folder)
 
 
-def _refuse(rejected: Rejected, rejections: list[Rejection]) -> None:
+def _common(opener: Opener, encoder: Encoder, file: RawFile, folder: Path, workers: int) -> tuple[CommonRecords | None, dict[str, Encoded]]:
+    """The common records of a file, raw and encoded, on disk in `folder`; nothing for other sources."""
+    columns = opener.columns
+    if columns is None or file.common is None:
+        return None, {}
+    writer = RecordWriter(folder, "records", columns)
+    for block in ordered_map(common_tasks(file.common, columns), workers):
+        _refuse(block.rejections)
+        writer.add(block)
+    rejection = index_records(file.common, writer.finish(), columns, folder, "index")
+    _refuse([rejection] if rejection is not None else [])
+    records = open_records(folder, "index", columns, writer.files)
+    for feature in encoder.schema.features:
+        encode_records([records], feature, partial(encoder.encode, feature), folder / feature.name)
+    return records, {feature.name: read_rows(folder / feature.name) for feature in encoder.schema.features}
+
+
+def _refuse(rejections: list[Rejection]) -> None:
     try:
-        rejected.add(rejections)
+        Rejected(refuse=True).add(rejections)
     except DataError as error:
         raise DataError(error.message, "mend the input: every row gets a score, or none") from error

@@ -127,6 +127,13 @@ class Rejected:
         for rejection in rejections:
             self.count(rejection)
 
+    def merge(self, reasons: dict[str, dict[str, Any]]) -> None:
+        """Add the `reasons` of another part of the job, which comes after this one."""
+        for name, other in reasons.items():
+            entry = self.reasons.setdefault(name, {"rows": 0, "first": []})
+            entry["rows"] += other["rows"]
+            entry["first"] += other["first"][: FIRST_OFFENDERS - len(entry["first"])]
+
     def count(self, rejection: Rejection) -> None:
         """Count these without refusing."""
         entry = self.reasons.setdefault(rejection.reason.name, {"rows": 0, "first": []})

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Protocol
 
 from escm2rec.config import AliccpSource, MatrixSource, Source
 from escm2rec.preprocess.aliccp import SkeletonFile
 from escm2rec.preprocess.aliccp_columns import AliccpColumns
 from escm2rec.preprocess.block import RawBlock, Request
-from escm2rec.preprocess.common import CommonRecords, read_common
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.matrix import MatrixFile
-from escm2rec.preprocess.rejections import Rejected
+from escm2rec.preprocess.records import CommonRecords
 from escm2rec.preprocess.tables import TableFile
 
 BLOCK_ROWS = 65_536  # of a table or a matrix
@@ -24,42 +22,23 @@ class OpenFile(Protocol):
 
     file: RawFile
 
-    def tasks(self) -> Iterator[Callable[[], RawBlock]]:
-        """One task a block, in the order of the file; tasks may run on any thread."""
+    def tasks(self, start: int = 0, stop: int | None = None, first_row: int = 0) -> Iterator[Callable[[], RawBlock]]:
+        """One task a block, in the order of the file, or of a range of it (`portions.Range`); tasks may run on any thread."""
 
 
 class Opener:
-    """Opens raw files for one request. Common records are read on opening, into folders under `workspace`."""
+    """Opens raw files for one request."""
 
-    def __init__(
-        self,
-        source: Source,
-        request: Request,
-        workspace: Path,
-        rejected: Rejected,
-        workers: int,
-        block_rows: int = BLOCK_ROWS,
-    ) -> None:
-        self._source, self._request = source, request
-        self._workspace, self._rejected, self._workers, self._block_rows = workspace, rejected, workers, block_rows
-        self._columns = AliccpColumns(request) if isinstance(source, AliccpSource) else None
+    def __init__(self, source: Source, request: Request, block_rows: int | None = None) -> None:
+        self._source, self._request, self._block_rows = source, request, block_rows or BLOCK_ROWS
+        self.columns = AliccpColumns(request) if isinstance(source, AliccpSource) else None
 
-    def open(self, file: RawFile) -> OpenFile:
-        """Open one file; its bad common records are counted, or refused, here."""
+    def open(self, file: RawFile, records: CommonRecords | None) -> OpenFile:
+        """Open one file; of Ali-CCP with its common records."""
         if isinstance(self._source, MatrixSource):
             return MatrixFile(file, self._source, self._request, self._block_rows)
         if not isinstance(self._source, AliccpSource):
             return TableFile(file, self._source, self._request, self._block_rows)
-        assert file.common is not None
-        assert self._columns is not None
-        common = read_common(file.common, self._columns, self.folder(file), self._rejected, self._workers)
-        return SkeletonFile(file, self._columns, common)
-
-    def folder(self, file: RawFile) -> Path:
-        """Where the raw common records of a file are kept."""
-        return self._workspace / f"{file.name}.raw"
-
-
-def common_of(opened: OpenFile) -> CommonRecords | None:
-    """The common records of an Ali-CCP file; None for others."""
-    return opened.common if isinstance(opened, SkeletonFile) else None
+        assert records is not None
+        assert self.columns is not None
+        return SkeletonFile(file, self.columns, records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,13 @@ from escm2rec.preprocess.rejections import COLUMNS, FIRST_OFFENDERS, LABEL, TRUT
 from escm2rec.preprocess.table_columns import TableColumn, numbers_of, raw_column
 
 CSV_BLOCK_BYTES = 16 << 20
+
+
+def not_parquet(path: Path, error: Exception) -> DataError:
+    """What is said of a file that cannot be read as Parquet."""
+    cut = f"was the copy or the export cut off? it has {path.stat().st_size:,} bytes"
+    hint = cut if path.suffix == ".parquet" else "CSV tables must end in .csv"
+    return DataError(f"{path} is not a Parquet file, or is damaged: {error}", hint)
 
 
 class TableFile:
@@ -42,14 +50,15 @@ class TableFile:
         }
         return {name: column for name, column in named.items() if column is not None}
 
-    def tasks(self) -> Iterator[Callable[[], RawBlock]]:
-        """One task a batch of rows, in order; each makes its columns."""
+    def tasks(self, start: int = 0, stop: int | None = None, first_row: int = 0) -> Iterator[Callable[[], RawBlock]]:
+        """One task a batch of rows, in order; each makes its columns. Of the whole file, or of some row groups of a Parquet file and their
+        first row."""
         if self.file.path.stat().st_size == 0:
             raise DataError(f"{self.file.path} is empty (0 bytes)", "was the copy or the export interrupted?")
-        total = 0
-        for table, lines, rejections in self._csv_batches() if self._is_csv else self._parquet_batches():
-            yield self._task(table, total, lines, rejections)
-            total += len(table)
+        row = first_row
+        for table, lines, rejections in self._csv_batches() if self._is_csv else self._parquet_batches(start, stop, row):
+            yield self._task(table, row, lines, rejections)
+            row += len(table)
 
     def _task(self, table: pa.Table, first: int, lines: Int64s, rejections: list[Rejection]) -> Callable[[], RawBlock]:
         return lambda: self._block(table, first, lines, rejections)
@@ -69,22 +78,16 @@ class TableFile:
                 )
         return [name for name in available if name in wanted]
 
-    def _parquet_batches(self) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
+    def _parquet_batches(self, start: int, stop: int | None, first_row: int) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
         try:
             with pq.ParquetFile(self.file.path) as parquet:
                 columns = self._wanted(parquet.schema_arrow.names)
-                row = 1
-                for batch in parquet.iter_batches(self._block_rows, columns=columns):
+                row, groups = first_row + 1, range(start, parquet.num_row_groups if stop is None else stop)
+                for batch in parquet.iter_batches(self._block_rows, row_groups=groups, columns=columns):
                     yield pa.Table.from_batches([batch]), np.arange(row, row + len(batch), dtype=np.int64), []
                     row += len(batch)
         except (pa.ArrowInvalid, OSError) as error:
-            size = f"{self.file.path.stat().st_size:,} bytes"
-            hint = (
-                f"was the copy or the export cut off? it has {size}"
-                if self.file.path.suffix == ".parquet"
-                else "CSV tables must end in .csv"
-            )
-            raise DataError(f"{self.file.path} is not a Parquet file, or is damaged: {error}", hint) from error
+            raise not_parquet(self.file.path, error) from error
 
     def _csv_batches(self) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
         path = self.file.path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from escm2rec.preprocess.ragged import Int64s
 
 MERGE_ROWS = 1 << 20  # partial counts held before they are merged
 TABLE_ROWS = 1 << 20  # of what is read back
+IN_MEMORY_ROWS = 1 << 20  # of partial counts; of more, on disk
 
 
 def count_values(values: Any, times: Int64s | None = None) -> pl.DataFrame:
@@ -42,11 +43,12 @@ def count_values(values: Any, times: Int64s | None = None) -> pl.DataFrame:
 class ValueCounter:
     """Adds up partial counts of one feature. `spill` moves them to disk, so that what is in memory is what its owner allows."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, runs: Iterable[Path] = ()) -> None:
+        """`runs` are what other counters of the feature spilled."""
         self._name, self._folder = name, folder
         self._parts: list[pl.DataFrame] = []
         self._merged = self._waiting = 0  # rows of the first part, and of those after it
-        self._runs: list[Path] = []
+        self.runs = list(runs)
         self.bytes = 0
 
     def add(self, counts: pl.DataFrame) -> None:
@@ -67,26 +69,51 @@ class ValueCounter:
         if not self._parts:
             return
         self._merge()
-        run = self._folder / f"{self._name}-{len(self._runs)}.parquet"
+        run = self._folder / f"{self._name}-{len(self.runs)}.parquet"
         self._parts[0].write_parquet(run, compression="lz4", use_pyarrow=True)
-        self._runs.append(run)
+        self.runs.append(run)
         self._parts, self._merged, self.bytes = [], 0, 0
 
     def by_count(self, min_count: int, max_size: int | None, memory_bytes: int) -> Iterator[pa.Table]:
         """Columns value and count of the values that occur `min_count` times: the most frequent first, then by value (strings by their
-        bytes), at most `max_size`. The counter is empty afterwards."""
+        bytes), at most `max_size`."""
         self.spill()
-        if not self._runs:
+        if not self.runs:
             return
-        runs = pds.dataset(self._runs, schema=_schema(self._runs[0]), format="parquet")
+        if sum(pq.read_metadata(run).num_rows for run in self.runs) <= IN_MEMORY_ROWS:
+            yield from self._in_memory(min_count, max_size)
+            return
+        runs = pds.dataset(self.runs, schema=_schema(self.runs[0]), format="parquet")
         limit = "" if max_size is None else f"LIMIT {max_size}"
         sql = f"""SELECT value, CAST(sum("count") AS BIGINT) AS "count" FROM rows
                   GROUP BY value HAVING sum("count") >= {min_count} ORDER BY "count" DESC, value {limit}"""
         reader = runs.scanner(batch_readahead=1, fragment_readahead=1).to_reader()
-        yield from query(sql, reader, self._folder / f"{self._name}.sort", memory_bytes, TABLE_ROWS)
-        for run in self._runs:
-            run.unlink()
-        self._runs = []
+        for table in query(sql, reader, self._folder / f"{self._name}.sort", memory_bytes, TABLE_ROWS):
+            yield table.cast(runs.schema)
+
+    def _in_memory(self, min_count: int, max_size: int | None) -> Iterator[pa.Table]:
+        total = (
+            pl.concat([pl.DataFrame(pl.from_arrow(pq.read_table(run))) for run in self.runs])
+            .group_by("value")
+            .agg(pl.col("count").sum())
+            .filter(pl.col("count") >= min_count)
+        )
+        table = total.sort(["count", "value"], descending=[True, False]).head(len(total) if max_size is None else max_size).to_arrow()
+        if len(table):
+            yield table.cast(_schema(self.runs[0]))
+
+
+def spill_largest(counters: Iterable[ValueCounter], limit: int) -> None:
+    """When the counters take more than `limit` bytes, move the largest to disk, until they take half of it."""
+    counters = sorted(counters, key=lambda counter: -counter.bytes)
+    held = sum(counter.bytes for counter in counters)
+    if held <= limit:
+        return
+    for counter in counters:
+        if held <= limit // 2:
+            return
+        held -= counter.bytes
+        counter.spill()
 
 
 def _schema(run: Path) -> pa.Schema:

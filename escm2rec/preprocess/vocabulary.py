@@ -20,7 +20,7 @@ from escm2rec.errors import DataError
 from escm2rec.folder import sha256_of
 from escm2rec.preprocess.external import query
 from escm2rec.preprocess.ragged import Int32s, Int64s
-from escm2rec.preprocess.spilled import ColumnFile
+from escm2rec.preprocess.spilled import ColumnFile, read_column
 from escm2rec.preprocess.stable_hash import distinct, hash64
 from escm2rec.preprocess.value_counts import TABLE_ROWS, ValueCounter
 from escm2rec.schema import Feature
@@ -28,6 +28,7 @@ from escm2rec.schema import Feature
 ValueType = Literal["int64", "string"]
 SORT_ROWS = 1 << 22  # sorted in memory up to this, on disk beyond
 DENSE_SPAN = 1 << 22  # a table over the range of the values is used up to this, or 4 entries a value
+SORTED = {"keys": np.int64, "rows": np.int32}
 
 
 def value_type_of(values: Any) -> ValueType:
@@ -67,29 +68,41 @@ def _write(writer: pq.ParquetWriter | None, path: Path, table: pa.Table, first: 
     return writer
 
 
+def write_lookup(path: Path, feature: Feature, folder: Path, memory_bytes: int) -> None:
+    """Write the files `FEATURE.*` that a Vocabulary finds rows in, from the Parquet of a vocabulary; sorting takes `memory_bytes`."""
+    stem = folder / feature.name
+    if feature.value_type == "int64":
+        low, high, count = _range_of(path)
+        span = high - low + 1 if count else 0
+        if span <= max(DENSE_SPAN, 4 * count):
+            _write_dense(path, stem.with_name(f"{feature.name}.dense.{low}"), low, span)
+            return
+    _write_sorted(path, stem, memory_bytes)
+
+
 class Vocabulary:
     """Finds the table row of each value: its own, or one of the shared rows by stable hash."""
 
-    def __init__(self, path: Path, feature: Feature, folder: Path, memory_bytes: int) -> None:
+    def __init__(self, feature: Feature, folder: Path) -> None:
+        """Reads the files of `write_lookup` in place."""
         self._oov_rows = np.uint64(feature.oov_rows)
-        self._low, self._dense = 0, None
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / feature.name
-        if feature.value_type == "int64":
-            self._low, high, count = _range_of(path)
-            self._span = high - self._low + 1 if count else 0
-            if self._span <= max(DENSE_SPAN, 4 * count):
-                self._dense = _dense_rows(path, stem, self._low, self._span)
-                return
-        self._keys, self._rows = _sorted_rows(path, stem, memory_bytes)
+        self._strings = feature.value_type == "string"
+        self._dense: Any = None
+        for path in folder.glob(f"{feature.name}.dense.*"):
+            self._low, self._dense = int(path.suffix[1:]), read_column(path, np.int32)
+            self._span = len(self._dense) - 1
+        if self._dense is None:
+            self._keys, self._rows = (read_column(folder / f"{feature.name}.{what}", kind) for what, kind in SORTED.items())
 
     def rows(self, values: Any) -> Int32s:
-        """Table row of each int64 or string value."""
+        """Table row of each int64 or string value; of strings, their hashes (`hash64` as int64) will do."""
         if not len(values):
             return np.empty(0, dtype=np.int32)
         if isinstance(values, pa.Array):
             words, index = distinct(values)
             return self._by_key(hash64(words).view(np.int64), None)[index]
+        if self._strings:
+            return self._by_key(values, None)
         if self._dense is None:
             return self._by_key(values, values)
         # Below the range wraps to a huge unsigned number: one comparison finds both ends, and the last slot says -1.
@@ -128,18 +141,16 @@ def _range_of(path: Path) -> tuple[int, int, int]:
     return low, high, count
 
 
-def _dense_rows(path: Path, stem: Path, low: int, span: int) -> Int32s:
+def _write_dense(path: Path, file: Path, low: int, span: int) -> None:
     """The row of each value from `low` on, -1 where there is none, and one slot more."""
-    file = stem.with_name(f"{stem.name}.dense")
     dense: Any = np.memmap(file, dtype=np.int32, mode="w+", shape=(span + 1,))
     dense[:] = -1
     for batch in _tables(path, ["value", "row"]):
         dense[batch["value"].to_numpy() - low] = batch["row"].to_numpy()
     dense.flush()
-    return np.asarray(np.memmap(file, dtype=np.int32, mode="r"))
 
 
-def _sorted_rows(path: Path, stem: Path, memory_bytes: int) -> tuple[Int64s, Int32s]:
+def _write_sorted(path: Path, stem: Path, memory_bytes: int) -> None:
     """Sorted keys (values, or the hashes of strings) and the row of each; of equal keys the first row counts."""
     with pq.ParquetFile(path) as file:
         count = file.metadata.num_rows
@@ -153,11 +164,12 @@ def _sorted_rows(path: Path, stem: Path, memory_bytes: int) -> tuple[Int64s, Int
     else:
         folder = stem.with_name(f"{stem.name}.sort")
         ordered = query('SELECT key, "row" FROM rows ORDER BY key, "row"', reader, folder, memory_bytes, TABLE_ROWS)
-    keys, rows = (ColumnFile(stem.with_name(f"{stem.name}.{what}"), kind) for what, kind in (("keys", np.int64), ("rows", np.int32)))
+    keys, rows = (ColumnFile(stem.with_name(f"{stem.name}.{what}"), kind) for what, kind in SORTED.items())
     for table in ordered:
         keys.append(table["key"].to_numpy())
         rows.append(table["row"].to_numpy())
-    return np.asarray(keys.finish()), np.asarray(rows.finish())
+    keys.finish()
+    rows.finish()
 
 
 def _keys(values: pa.Array) -> pa.Array:
@@ -167,23 +179,31 @@ def _keys(values: pa.Array) -> pa.Array:
 class HashedValues:
     """Finds table rows by stable hash alone."""
 
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = np.uint64(num_rows)
+    def __init__(self, feature: Feature) -> None:
+        self._num_rows = np.uint64(feature.num_embeddings)
+        self._strings = feature.value_type == "string"
 
     def rows(self, values: Any) -> Int32s:
-        """Table row of each int64 or string value."""
+        """Table row of each int64 or string value; of strings, their hashes (`hash64` as int64) will do."""
         if isinstance(values, pa.Array):
             if not len(values):
                 return np.empty(0, dtype=np.int32)
             words, index = distinct(values)
             return (hash64(words) % self._num_rows).astype(np.int32)[index]
-        return (hash64(values) % self._num_rows).astype(np.int32)
+        hashes = values.view(np.uint64) if self._strings else hash64(values)
+        return (hashes % self._num_rows).astype(np.int32)
 
 
-def load_rows(feature: Feature, folder: Path, workspace: Path, memory_bytes: int) -> Vocabulary | HashedValues:
-    """The lookup of a table feature, from `<folder>/<feature>.parquet` unless it is hashed; its files are made under `workspace`."""
-    if feature.encoding == "hash":
-        return HashedValues(feature.num_embeddings)
+Lookup = Vocabulary | HashedValues
+
+
+def open_lookup(feature: Feature, folder: Path) -> Lookup:
+    """The lookup of a table feature, from the files of `write_lookup` unless it is hashed."""
+    return HashedValues(feature) if feature.encoding == "hash" else Vocabulary(feature, folder)
+
+
+def check_vocabulary(feature: Feature, folder: Path) -> Path:
+    """`<folder>/<feature>.parquet`; DataError when it is not what the schema was made with."""
     path = folder / f"{feature.name}.parquet"
     try:
         found = pq.read_metadata(path).num_rows == feature.num_embeddings - feature.oov_rows
@@ -191,4 +211,4 @@ def load_rows(feature: Feature, folder: Path, workspace: Path, memory_bytes: int
         raise DataError(f"cannot read the vocabulary {path}: {error}", "the data set or run is damaged: make it again") from error
     if not found or sha256_of(path) != feature.vocabulary_sha256:
         raise DataError(f"{path} is not the vocabulary that the schema was made with", "preprocess again")
-    return Vocabulary(path, feature, workspace, memory_bytes)
+    return path

@@ -1,0 +1,143 @@
+"""Where the steps of preprocess run: in this process, on local processes, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+from escm2rec.errors import ConfigError, Escm2Error, RunError
+from escm2rec.heap import share_one_heap
+from escm2rec.preprocess.parallel import default_workers
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+ONE_THREAD = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+class Engine(Protocol):
+    """Runs functions that may be sent to another process. What they leave behind is files; `workers` run at a time."""
+
+    workers: int
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """Results in the order of the items; the first error in that order is raised."""
+
+
+class HereEngine:
+    """Everything in this process: for small jobs, which would wait for processes to start."""
+
+    workers = 1
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """See Engine."""
+        return map(function, items)
+
+
+class LocalEngine:
+    """A pool of processes, each with one thread."""
+
+    def __init__(self, pool: ProcessPoolExecutor, workers: int) -> None:
+        self._pool, self.workers = pool, workers
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """See Engine. RunError when a process was killed."""
+        running = [self._pool.submit(function, item) for item in items]
+        try:
+            for future in running:
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise RunError(
+                "a worker process of preprocess was killed, perhaps for its memory",
+                "the same command goes on where it stopped; pass a smaller --memory-gib if memory ran out; a script that calls "
+                "preprocess() must do so under if __name__ == '__main__'",
+            ) from error
+        finally:
+            for future in running:
+                future.cancel()
+
+
+class RayEngine:
+    """Tasks of one processor each on a Ray cluster; a task whose worker or node is lost runs again elsewhere."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """See Engine."""
+        remote = self._ray.remote(num_cpus=1, max_retries=-1)(_told)
+        running = [remote.remote(function, item) for item in items]
+        try:
+            for reference in running:
+                result, error = self._ray.get(reference)
+                if error is not None:
+                    raise error
+                yield result
+        finally:
+            for reference in running:
+                self._ray.cancel(reference)
+
+
+def _told(function: Callable[[Item], Result], item: Item) -> tuple[Result | None, Escm2Error | None]:
+    """The result, or the error as a value: Ray would wrap one that is raised."""
+    share_one_heap()
+    try:
+        return function(item), None
+    except Escm2Error as error:
+        return None, error
+
+
+@contextmanager
+def local_engine() -> Iterator[Engine]:
+    """As many processes as processors that this one may use, at most 8."""
+    workers = default_workers()
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)  # read by libraries when they are loaded, so before a process starts
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        yield LocalEngine(pool, workers)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _start_worker() -> None:
+    """No worker outlives a job that was killed: it would hold memory that the next one needs."""
+    share_one_heap()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, name="escm2rec-preprocess-parent", daemon=True).start()
+
+
+@contextmanager
+def ray_engine(address: str) -> Iterator[Engine]:
+    """A cluster that runs already. Its nodes need escm2rec, the input and the output folder at the same paths."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("--engine ray needs the package ray", "pip install 'escm2rec[ray]'") from error
+    try:
+        ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": ONE_THREAD})
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address!r}: {error}", "start one with `ray start --head`, and pass its address"
+        ) from error
+    try:
+        yield RayEngine(ray)
+    finally:
+        ray.shutdown()

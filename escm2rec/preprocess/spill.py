@@ -1,0 +1,142 @@
+"""Raw columns as Arrow files that are read in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from escm2rec.preprocess.block import RawColumn
+from escm2rec.preprocess.ragged import Int64s, Ragged, offsets_of
+from escm2rec.preprocess.stable_hash import distinct, hash64
+from escm2rec.schema import Feature
+
+WEIGHTS = ".weights"  # no feature has a dot in its name
+INT32 = np.iinfo(np.int32)
+
+
+def to_arrow(features: Iterable[Feature], columns: Mapping[str, RawColumn]) -> dict[str, pa.Array]:
+    """One Arrow column a feature: numbers with NaN where missing, nullable values (categorical), or lists, their weights beside them."""
+    arrays: dict[str, pa.Array] = {}
+    for feature in features:
+        column = columns[feature.name]
+        if not isinstance(column, Ragged):
+            arrays[feature.name] = pa.array(column)
+        elif feature.kind == "categorical":
+            arrays[feature.name] = _scalars(column)
+        else:
+            offsets = pa.array(column.offsets)
+            arrays[feature.name] = pa.LargeListArray.from_arrays(offsets, _flat(column.values))
+            if column.weights is not None:
+                arrays[feature.name + WEIGHTS] = pa.LargeListArray.from_arrays(offsets, pa.array(column.weights.astype(np.float32)))
+    return arrays
+
+
+def _flat(values: Any) -> pa.Array:
+    return values if isinstance(values, pa.Array) else pa.array(values)
+
+
+def _scalars(column: Ragged) -> pa.Array:
+    values = _flat(column.values)
+    if len(values) == len(column):
+        return values
+    held = column.lengths > 0
+    places = np.cumsum(held) - 1
+    return values.take(pa.array(np.where(held, places, 0), mask=~held))
+
+
+def from_arrow(feature: Feature, columns: Any) -> RawColumn:
+    """The raw column of a feature from a batch of such columns, int64 values."""
+    array = columns[feature.name]
+    if feature.kind == "numeric":
+        numbers: RawColumn = array.to_numpy()
+        return numbers
+    if feature.kind == "categorical":
+        held = array.is_valid().to_numpy(zero_copy_only=False)
+        return Ragged(_int64(array.drop_null() if array.null_count else array), offsets_of(held))
+    offsets = array.offsets.to_numpy()
+    weights = None
+    if feature.kind == "weighted_list":
+        weights = columns[feature.name + WEIGHTS].flatten().to_numpy()
+    return Ragged(_int64(array.flatten()), offsets - offsets[0], weights)
+
+
+def _int64(values: pa.Array) -> Int64s:
+    numbers: Int64s = values.to_numpy().astype(np.int64)
+    return numbers
+
+
+def values_of(array: pa.Array) -> Any:
+    """All values of a column of `to_arrow`, flat and without null: int64 numbers, or Arrow strings."""
+    flat = array.flatten() if pa.types.is_large_list(array.type) else array.drop_null() if array.null_count else array
+    return flat if pa.types.is_large_string(flat.type) else _int64(flat)
+
+
+def one_batch(batches: list[dict[str, pa.Array]]) -> pa.RecordBatch:
+    """Batches of equal columns end to end. One whose column holds no value takes the type that the others have there; all but one type
+    with values gives a TypeError that names column and types."""
+    columns = {name: _end_to_end(name, [batch[name] for batch in batches]) for name in batches[0]}
+    return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+
+
+def _end_to_end(name: str, arrays: list[pa.Array]) -> pa.Array:
+    types = list(dict.fromkeys(array.type for array in arrays))
+    if len(types) == 1:
+        return pa.concat_arrays(arrays)
+    held = list(dict.fromkeys(array.type for array in arrays if holds(array)))
+    if len(held) > 1:
+        raise TypeError(f"column {name!r} is of type {held[1]}, in earlier rows it is of type {held[0]}")
+    kind = held[0] if held else types[0]
+    return pa.concat_arrays([array if array.type == kind else _empty(array, kind) for array in arrays])
+
+
+def holds(array: pa.Array) -> bool:
+    """Whether a column holds any value."""
+    return bool(len(array.flatten()) if pa.types.is_large_list(array.type) else array.null_count < len(array))
+
+
+def _empty(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """As many rows without a value: nulls, or empty lists."""
+    if not pa.types.is_large_list(kind):
+        return pa.nulls(len(array), kind)
+    return pa.LargeListArray.from_arrays(pa.array(np.zeros(len(array) + 1, np.int64)), pa.array([], kind.value_type))
+
+
+def narrow(array: pa.Array) -> pa.Array:
+    """Whole numbers as int32 where they fit: half the bytes."""
+    if pa.types.is_large_list(array.type):
+        start, stop = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return pa.LargeListArray.from_arrays(array.offsets, narrow(array.values)) if start == 0 and stop == len(array.values) else array
+    if array.type != pa.int64() or not len(array):
+        return array
+    limits = pc.min_max(array)
+    low, high = limits["min"].as_py(), limits["max"].as_py()
+    return array.cast(pa.int32()) if low is None or (low >= INT32.min and high <= INT32.max) else array
+
+
+def hashed(array: pa.Array) -> pa.Array:
+    """Strings, or lists of them, as the 64 bits of their hashes (int64): all that a lookup needs. Numbers as they are."""
+    if pa.types.is_large_list(array.type):
+        return (
+            pa.LargeListArray.from_arrays(array.offsets, hashed(array.values)) if pa.types.is_large_string(array.type.value_type) else array
+        )
+    if not pa.types.is_large_string(array.type):
+        return array
+    words, index = distinct(array.fill_null("") if array.null_count else array)
+    hashes = hash64(words).view(np.int64)[index]
+    return pa.array(hashes, mask=array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None)
+
+
+def write_batch(path: Path, batch: pa.RecordBatch) -> None:
+    """An Arrow file of one batch."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def read_batch(path: Path) -> pa.RecordBatch:
+    """The batch of such a file, in place: what is not looked at takes no memory."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)

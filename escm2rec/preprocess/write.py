@@ -1,0 +1,179 @@
+"""The steps that write: common records encoded once, and the Parquet parts of the splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from escm2rec.config import KEPT_PREFIX, SPLITS, Split
+from escm2rec.folder import sha256_of
+from escm2rec.preprocess.encoder import Encoder, Rows, encode
+from escm2rec.preprocess.ragged import Int64s
+from escm2rec.preprocess.read import LABEL, records_of
+from escm2rec.preprocess.records import encode_records
+from escm2rec.preprocess.spill import from_arrow, one_batch, read_batch
+from escm2rec.preprocess.spilled import read_rows
+from escm2rec.preprocess.steps import Job
+from escm2rec.preprocess.vocabulary import open_lookup
+from escm2rec.schema import Schema
+
+COUNTS = ("rows", "clicks", "conversions")
+
+# Measured on grouped Ali-CCP rows (docs/decisions/0001-columnar-engine.md): plain values are written and read twice as fast as
+# dictionaries, and are smaller, because neighbouring impressions of a user repeat the same lists.
+PARQUET: dict[str, Any] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
+
+
+def encode_common(job: Job, number: int) -> dict[str, Any]:
+    """Encode feature `number` of all common records."""
+    feature = Schema.load(job.folder / "schema.json").features[number]
+
+    def make(folder: Path) -> dict[str, Any]:
+        lookup = open_lookup(feature, job.work) if feature.is_table else None
+        encode_records(records_of(job), feature, lambda raw: encode(feature, raw, lookup), folder / f"common-{feature.name}")
+        return {}
+
+    return job.once(f"encode-{feature.name}", make)
+
+
+class Part(NamedTuple):
+    """Rows `first` to before `last` of a split, in its order: one file."""
+
+    split: Split
+    number: int
+    first: int
+    last: int
+
+
+class Spilled(NamedTuple):
+    """What the portions left: batches of raw rows, and where each bucket begins in them [batches, splits x buckets + 1]."""
+
+    batches: list[Path]
+    bounds: Int64s
+
+    @classmethod
+    def of(cls, job: Job) -> Spilled:
+        """All of a job, in the order of the input."""
+        paths = sorted(job.work.glob("rows-*-*.arrow"), key=lambda path: [int(number) for number in path.stem.split("-")[1:]])
+        bounds = [np.load(path.with_name(path.name.replace("rows-", "bounds-")).with_suffix(".npy")) for path in paths]
+        return cls(paths, np.array(bounds, np.int64).reshape(len(paths), len(SPLITS) * job.buckets + 1))
+
+    def parts(self, job: Job) -> list[Part]:
+        """The files to write: `rows_per_file` rows each, the last of a split what is left."""
+        totals = np.diff(self.bounds, axis=1).sum(axis=0).reshape(len(SPLITS), job.buckets).sum(axis=1)
+        size = job.config.rows_per_file
+        return [
+            Part(split, number, first, min(first + size, rows))
+            for split, rows in zip(SPLITS, totals.tolist(), strict=True)
+            for number, first in enumerate(range(0, rows, size))
+        ]
+
+
+def write(job: Job, part: Part) -> dict[str, Any]:
+    """Write one part: its counts as the manifest has them, the sums of its `weights` if any, and what its features `held`."""
+    name = f"part-{part.number:05d}"
+    return job.once(f"write-{part.split}-{name}", lambda folder: _write(job, part, folder / f"{name}.parquet"), job.folder / part.split)
+
+
+def _write(job: Job, part: Part, path: Path) -> dict[str, Any]:
+    schema = Schema.load(job.folder / "schema.json")
+    encoder = Encoder(schema, job.work)
+    common = {feature.name: read_rows(job.work / f"common-{feature.name}") for feature in schema.features} if records_of(job) else {}
+    writer = _PartWriter(path, job.config.rows_per_group)
+    for batch, places in _buckets(job, part):
+        rows = _rows(encoder, batch)
+        for start in range(0, len(places), job.config.rows_per_group):
+            writer.add(*encoder.table(rows, places[start : start + job.config.rows_per_group], common))
+    return {"path": f"{part.split}/{path.name}", **writer.close(), "bytes": path.stat().st_size, "sha256": sha256_of(path), **writer.told}
+
+
+def _buckets(job: Job, part: Part) -> Iterator[tuple[pa.RecordBatch, Int64s]]:
+    """The buckets that hold rows of a part, and the places of these in order."""
+    spilled = Spilled.of(job)
+    batches = [read_batch(path) for path in spilled.batches]
+    begin = SPLITS.index(part.split) * job.buckets
+    sizes = np.diff(spilled.bounds[:, begin : begin + job.buckets + 1], axis=1).sum(axis=0)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    for bucket, (low, high) in enumerate(pairwise(starts.tolist())):
+        first, last = max(part.first, low), min(part.last, high)
+        if first >= last:
+            continue
+        cuts = spilled.bounds[:, begin + bucket : begin + bucket + 2].tolist()
+        batch = one_batch([_columns(batch.slice(at, end - at)) for batch, (at, end) in zip(batches, cuts, strict=True) if end > at])
+        order = np.argsort(batch["key"].to_numpy().view(np.uint64), kind="stable")
+        yield batch, order[first - low : last - low]
+
+
+def _columns(batch: pa.RecordBatch) -> dict[str, pa.Array]:
+    return dict(zip(batch.schema.names, batch.columns, strict=True))
+
+
+def _rows(encoder: Encoder, batch: pa.RecordBatch) -> Rows:
+    """Encoded rows of a bucket."""
+    names = batch.schema.names
+    features = encoder.stored({feature.name: from_arrow(feature, batch) for feature in encoder.schema.features})
+    labels = {name.removeprefix(LABEL): batch[name].to_numpy() for name in names if name.startswith(LABEL)}
+    kept = {name.removeprefix(KEPT_PREFIX): batch[name] for name in names if name.startswith(KEPT_PREFIX)}
+    return Rows(features, labels, kept, batch["record"].to_numpy() if "record" in names else None)
+
+
+class _PartWriter:
+    """Writes tables as row groups of `rows_per_group` rows; the last has what is left."""
+
+    def __init__(self, path: Path, rows_per_group: int) -> None:
+        self._path, self._rows_per_group = path, rows_per_group
+        self._waiting: list[pa.Table] = []
+        self._rows_waiting = 0
+        self._writer: pq.ParquetWriter | None = None
+        self._counts = dict.fromkeys(COUNTS, 0)
+        self._weights: dict[str, float] | None = None
+        self._held: dict[str, Int64s] = {}
+
+    def add(self, table: pa.Table, held: dict[str, Int64s]) -> None:
+        """Take rows, and what is held in them; whole row groups are written at once."""
+        for name, counts in held.items():
+            self._held[name] = self._held.get(name, 0) + counts
+        self._waiting.append(table)
+        self._rows_waiting += len(table)
+        while self._rows_waiting >= self._rows_per_group:
+            self._write(self._rows_per_group)
+
+    def _write(self, rows: int) -> None:
+        waiting = pa.concat_tables(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
+        table = waiting.slice(0, rows)
+        self._waiting, self._rows_waiting = [waiting.slice(rows)], len(waiting) - rows
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, table.schema, **PARQUET)
+        self._writer.write_table(table, row_group_size=rows)
+        for name, count in zip(COUNTS, (rows, pc.sum(table["click"]).as_py(), pc.sum(table["conversion"]).as_py()), strict=True):
+            self._counts[name] += count
+        if "weight" in table.column_names:
+            self._weigh(table)
+
+    def _weigh(self, table: pa.Table) -> None:
+        weight = table["weight"].to_numpy().astype(np.float64)
+        click, conversion = table["click"].to_numpy(), table["conversion"].to_numpy()
+        weights = self._weights or dict.fromkeys(COUNTS, 0.0)
+        for name, counted in zip(COUNTS, (weight, weight * click, weight * click * conversion), strict=True):
+            weights[name] += float(counted.sum())
+        self._weights = weights
+
+    def close(self) -> dict[str, int]:
+        """Write what waits; rows, clicks and conversions."""
+        if self._rows_waiting:
+            self._write(self._rows_waiting)
+        assert self._writer is not None
+        self._writer.close()
+        return self._counts
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the manifest has of the split as a whole."""
+        return {"weights": self._weights, "held": {name: counts.tolist() for name, counts in self._held.items()}}
