@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from escm2rec.config import AliccpSource, DataConfig, FeatureConfig, TableSource
+from escm2rec.config import AliccpSource, DataConfig, EventsSource, FeatureConfig, TableSource
 from escm2rec.errors import DataError
 from escm2rec.folder import sha256_of
 from escm2rec.preprocess.block import RawBlock, RawColumn
@@ -179,7 +179,8 @@ class Fitter:
         if isinstance(source, TableSource):
             has_weight, has_truth = source.weight is not None, None not in (source.true_propensity, source.true_cvr)
         else:
-            has_weight, has_truth = False, isinstance(source, AliccpSource) and source.truth is not None
+            has_weight = isinstance(source, EventsSource) and source.weight is not None
+            has_truth = isinstance(source, AliccpSource) and source.truth is not None
         has_weight = has_weight or config.negative_keep_rate < 1
         return Schema(source=source, features=features, keep=tuple(config.keep), has_weight=has_weight, has_truth=has_truth)
 

@@ -17,6 +17,7 @@ from escm2rec.errors import DataError
 from escm2rec.folder import new_folder, refuse_existing, refuse_overlap, write_manifest
 from escm2rec.preprocess.block import RawBlock, Request
 from escm2rec.preprocess.encoder import EncodedCommon, Encoder
+from escm2rec.preprocess.events import join_events
 from escm2rec.preprocess.files import RawFile, raw_files
 from escm2rec.preprocess.fit import draft, fit
 from escm2rec.preprocess.labels import apply_click_rule
@@ -47,7 +48,8 @@ def preprocess(
     With `negative_keep_rate` below 1 every split has weights: those of `keep_negatives` in training; validation and test stay whole, so
     that what is measured there is of impressions as they come, without the variance of weights, and can be ranked.
 
-    Returns out, schema_hash, rows, clicks and conversions by split, rejected rows by reason, negatives left out, and seconds.
+    Returns out, schema_hash, rows, clicks and conversions by split, rejected rows by reason, negatives left out, what the join of an event
+    log counted, and seconds.
     Raises DataError for bad input, ConfigError when `out` exists and may not be overwritten.
     """
     began = time.monotonic()
@@ -67,6 +69,7 @@ def preprocess(
         "rejected": {reason: entry["rows"] for reason, entry in manifest["rejected"].items()},
         "conversion_without_click": manifest["conversion_without_click"]["rows"],
         "negatives_left_out": manifest["negatives_left_out"],
+        **({"events": manifest["events"]} if "events" in manifest else {}),
         "seconds": manifest["seconds"],
     }
 
@@ -109,6 +112,7 @@ class _Job:
         """Fit, encode and write; the content of the manifest."""
         counts = self._workspace / "counts"
         counts.mkdir(parents=True)
+        self._files, self._events = join_events(self._config.source, self._files, self._workspace, self._memory_bytes, self._rejected)
         vocabulary = self._folder / "vocabulary"
         opened: dict[RawFile, OpenFile] = {}
 
@@ -194,4 +198,5 @@ class _Job:
             "rejected": self._rejected.reasons,
             "conversion_without_click": {"rule": self._config.conversion_without_click, "rows": self._without_click},
             "features": shares.by_feature(),
+            **({} if self._events is None else {"events": self._events}),
         }
