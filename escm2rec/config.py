@@ -9,11 +9,12 @@ import difflib
 import json
 import re
 from collections.abc import Iterable
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from escm2rec.errors import ConfigError, did_you_mean
@@ -59,18 +60,23 @@ class AliccpSource(Section):
         return self
 
 
-class TableSource(Section):
+class ImpressionTable(Section):
+    """What tables with one row an impression have in common, wherever the labels come from."""
+
+    weight: str | None = Field(None, description="Column with an impression weight above 0; absent means 1.")
+    list_separator: str = Field("|", min_length=1, max_length=1, description="Separator between the values of a list in a CSV cell.")
+    weight_separator: str = Field(":", min_length=1, max_length=1, description="Separator between a value and its weight in a CSV cell.")
+
+
+class TableSource(ImpressionTable):
     """Parquet or CSV tables with one row an impression."""
 
     kind: Literal["table"]
     files: str = Field("*.parquet", description="Pattern of the input files; .csv files are read as CSV with a header, others as Parquet.")
     click: str = Field("click", description="Column with the click label, 0 or 1.")
     conversion: str = Field("conversion", description="Column with the conversion label, 0 or 1.")
-    weight: str | None = Field(None, description="Column with an impression weight above 0; absent means 1.")
     true_propensity: str | None = Field(None, description="Column with the known click probability (simulated logs only).")
     true_cvr: str | None = Field(None, description="Column with the known conversion probability given a click (simulated logs only).")
-    list_separator: str = Field("|", min_length=1, max_length=1, description="Separator between the values of a list in a CSV cell.")
-    weight_separator: str = Field(":", min_length=1, max_length=1, description="Separator between a value and its weight in a CSV cell.")
 
     @model_validator(mode="after")
     def _whole_truth(self) -> Self:
@@ -99,7 +105,109 @@ class MatrixSource(Section):
         return self
 
 
-Source = Annotated[AliccpSource | TableSource | MatrixSource, Field(discriminator="kind")]
+def _checked_moment(value: Any) -> Any:
+    """A moment as text or number: YAML reads an unquoted 2026-01-31 as a date."""
+    if isinstance(value, date):  # a datetime is one
+        return value.isoformat()
+    if isinstance(value, str):
+        try:
+            datetime.fromisoformat(value)
+        except ValueError as error:
+            raise ValueError("takes an ISO date or time, such as 2026-01-31 or 2026-01-31T12:00:00+01:00, or a number") from error
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("takes an ISO date or time, such as 2026-01-31, or a number")
+    return value
+
+
+TimeUnit = Literal["s", "ms", "us"]
+Moment = Annotated[str | int | float, BeforeValidator(_checked_moment)]
+"""A time in ISO text (UTC unless it says otherwise), or a number."""
+
+
+class EventKey(Section):
+    """The column with the impression key, where its name differs by table."""
+
+    impressions: str = Field(description="In the impressions.")
+    clicks: str = Field(description="In the clicks.")
+    conversions: str | None = Field(
+        description="In the conversions; null where they carry no key (then attribution_key finds the impression)."
+    )
+
+
+class EventTime(Section):
+    """The column with the time, where its name differs by table."""
+
+    impressions: str = Field(description="In the impressions.")
+    clicks: str = Field(description="In the clicks.")
+    conversions: str = Field(description="In the conversions.")
+
+
+def _by_table_tag(value: Any) -> str | None:
+    return "name" if isinstance(value, str) else "columns" if isinstance(value, dict | EventKey | EventTime) else None
+
+
+_BY_TABLE = Discriminator(
+    _by_table_tag,
+    custom_error_type="by_table",
+    custom_error_message="takes a column name, or one a table: {impressions: a, clicks: b, conversions: c}",
+)
+
+
+class EventsSource(ImpressionTable):
+    """An event log: impressions, clicks and conversions in tables of their own (docs/events.md)."""
+
+    kind: Literal["events"]
+    impressions: str = Field(
+        "impressions*.parquet",
+        description="Pattern of the impression files, whose columns are the features; .csv files are read as CSV with a header, others as "
+        "Parquet.",
+    )
+    clicks: str = Field("clicks*.parquet", description="Pattern of the click files.")
+    conversions: str = Field("conversions*.parquet", description="Pattern of the conversion files.")
+    key: Annotated[Annotated[str, Tag("name")] | Annotated[EventKey, Tag("columns")], _BY_TABLE] = Field(
+        description="Column with the impression key, whole numbers or text, compared as text: one name, or one a table (impressions, clicks, "
+        "conversions)."
+    )
+    time: Annotated[Annotated[str, Tag("name")] | Annotated[EventTime, Tag("columns")], _BY_TABLE] = Field(
+        description="Column with the time of the event: numbers since 1970 in time_unit, timestamps, or ISO text (UTC unless it says "
+        "otherwise). One name, or one a table."
+    )
+    time_unit: TimeUnit = Field("s", description="What times that are numbers count since 1970.")
+    click_window_s: float = Field(gt=0, description="An impression is clicked by a click at most so many seconds after it.")
+    conversion_window_s: float = Field(gt=0, description="A click is converted by a conversion at most so many seconds after it.")
+    attribution_key: list[str] = Field(
+        [],
+        description="Columns of impressions and conversions, such as user and item: a conversion without impression key counts for the "
+        "impression with these values that was clicked last before it (last touch).",
+    )
+    log_end: Moment | None = Field(
+        None,
+        description="Until when the three tables are complete: ISO text, or a number in time_unit; by default the latest time in them.",
+    )
+    open_windows: Literal["drop", "keep"] = Field(
+        "drop",
+        description="An impression whose windows together end after log_end may still convert: leave it out, whatever came of it so far, or "
+        "keep it with the labels so far.",
+    )
+
+    @model_validator(mode="after")
+    def _conversions_find_their_impression(self) -> Self:
+        if self.column("key", "conversions") is None and not self.attribution_key:
+            raise ValueError("conversions without a key (key.conversions: null) need an attribution_key, such as [user_id, item_id]")
+        twice = sorted({name for name in self.attribution_key if self.attribution_key.count(name) > 1})
+        if twice:
+            raise ValueError(f"attribution_key names a column twice: {', '.join(twice)}")
+        return self
+
+    def column(self, what: Literal["key", "time"], table: Literal["impressions", "clicks", "conversions"]) -> str | None:
+        """The name of the key or time column in a table; None where conversions carry no key."""
+        named = self.key if what == "key" else self.time
+        name: str | None = named if isinstance(named, str) else getattr(named, table)
+        return name
+
+
+Source = Annotated[AliccpSource | TableSource | MatrixSource | EventsSource, Field(discriminator="kind")]
 
 
 class FeatureConfig(Section):
@@ -196,13 +304,48 @@ class HashSplit(Section):
         return self
 
 
+class TimeSplit(Section):
+    """Splits by time: what is older trains, what is newer tests. A row without a time belongs to no split."""
+
+    by: Literal["time"]
+    column: str = Field(description="Column with the time: numbers, timestamps, dates, or ISO text (UTC unless it says otherwise).")
+    validation_from: Moment | None = Field(
+        None, description="Rows from here on validate; none do when absent. ISO text, or a number, as test_from is."
+    )
+    test_from: Moment = Field(
+        description="Rows from here on test: ISO text (UTC unless it says otherwise), or a number, which is compared with numbers as it is."
+    )
+    unit: TimeUnit = Field("s", description="What numbers count since 1970, where a number meets a time.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        first, second = self.validation_from, self.test_from
+        if first is None:
+            return self
+        if isinstance(first, str) != isinstance(second, str):
+            raise ValueError("validation_from and test_from are both ISO text, or both numbers")
+        if moment(first) >= moment(second):
+            raise ValueError(f"validation_from must be before test_from, {first} is not before {second}")
+        return self
+
+
+def moment(value: Moment) -> int | float:
+    """ISO text as microseconds since 1970; a number as it is."""
+    if not isinstance(value, str):
+        return value
+    parsed = datetime.fromisoformat(value)
+    return ((parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
 class DataConfig(Section):
     """What the logs hold and how they become a data set."""
 
     source: Source = Field(description="Where impressions come from.")
     features: list[FeatureConfig] = Field(min_length=1, description="The features, in order.")
     keep: list[str] = Field([], description="Raw columns carried along for grouping and for predictions; never features by themselves.")
-    split: Annotated[FileSplit | ColumnSplit | HashSplit, Field(discriminator="by")] = Field(description="How impressions are split.")
+    split: Annotated[FileSplit | ColumnSplit | HashSplit | TimeSplit, Field(discriminator="by")] = Field(
+        description="How impressions are split."
+    )
     conversion_without_click: Literal["refuse", "drop", "click"] = Field(
         "refuse", description="A conversion whose click is 0: refuse the input, drop and count the row, or keep it as a click."
     )
@@ -225,7 +368,7 @@ class DataConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"feature names must be unique, found twice: {', '.join(twice)}")
-        if not isinstance(self.source, TableSource):
+        if not isinstance(self.source, ImpressionTable):
             for feature in self.features:
                 if feature.weights_column is not None:
                     raise ValueError(
@@ -614,9 +757,9 @@ def _problem(problem: ErrorDetails, root: type[BaseModel]) -> tuple[str, str]:
 
 
 OF_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "source": ("kind", ("aliccp", "table", "matrix")),
+    "source": ("kind", ("aliccp", "table", "matrix", "events")),
     "backbone": ("kind", ("shared_bottom", "mmoe", "ple", "dcn_v2")),
-    "split": ("by", ("file", "column", "hash")),
+    "split": ("by", ("file", "column", "hash", "time")),
     "objective": ("kind", get_args(ObjectiveKind)),
     "objectives": ("kind", get_args(ObjectiveKind)),
 }
@@ -643,12 +786,10 @@ def _unknown(path: str, seen: Any, expected: str) -> str:
 
 def _readable_path(loc: tuple[int | str, ...]) -> str:
     # Discriminated unions put the tag ("aliccp", "hash", ...) into the path; a person has not written it there as a key.
-    tags = {"aliccp", "table", "matrix", "file", "column", "hash", "shared_bottom", "mmoe", "ple", "dcn_v2", "number", "ramp", "learned"}
-    parts = [
-        str(part)
-        for index, part in enumerate(loc)
-        if not (part in tags and index > 0 and loc[index - 1] in ("source", "split", "backbone", "lambda_c", "lambda_g"))
-    ]
+    tags = {"aliccp", "table", "matrix", "events", "file", "column", "hash", "time", "shared_bottom", "mmoe", "ple", "dcn_v2"}
+    tags |= {"number", "ramp", "learned", "name", "columns", "str", "int", "float"}
+    before = ("source", "split", "backbone", "lambda_c", "lambda_g", "key", "time", "log_end", "validation_from", "test_from")
+    parts = [str(part) for index, part in enumerate(loc) if not (part in tags and index > 0 and loc[index - 1] in before)]
     return ".".join(parts) or "config"
 
 

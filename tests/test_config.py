@@ -22,6 +22,8 @@ def tree(**changes: Any) -> dict[str, Any]:
     return {"data": {**data, **changes.pop("data", {})}, **changes}
 
 
+WINDOWS = {"key": "id", "time": "ts", "click_window_s": 1, "conversion_window_s": 1}
+
 # Of each: what is changed, and the line that says what is wrong with it.
 PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"training": {"epoch": 2}}, "training.epoch: unknown key; did you mean 'epochs'?"),
@@ -66,6 +68,42 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "log1p of ids": (
         {"data": {"features": [{"name": "a", "kind": "list", "log1p": True}]}},
         "data.features.0: log1p is for kind numeric only",
+    ),
+    "boundaries out of order": (
+        {"data": {"split": {"by": "time", "column": "ts", "validation_from": "2026-01-03", "test_from": "2026-01-02"}}},
+        "data.split: validation_from must be before test_from, 2026-01-03 is not before 2026-01-02",
+    ),
+    "a boundary in text, one in numbers": (
+        {"data": {"split": {"by": "time", "column": "ts", "validation_from": 3, "test_from": "2026-01-02"}}},
+        "data.split: validation_from and test_from are both ISO text, or both numbers",
+    ),
+    "a boundary that is no time": (
+        {"data": {"split": {"by": "time", "column": "ts", "test_from": "last week"}}},
+        'data.split.test_from: takes an ISO date or time, such as 2026-01-31 or 2026-01-31T12:00:00+01:00, or a number (got "last week")',
+    ),
+    "a boundary that is a list": (
+        {"data": {"split": {"by": "time", "column": "ts", "test_from": [1]}}},
+        "data.split.test_from: takes an ISO date or time, such as 2026-01-31, or a number (got [1])",
+    ),
+    "a window of nothing": (
+        {"data": {"source": {"kind": "events", **WINDOWS, "click_window_s": 0}}},
+        "data.source.click_window_s: Input should be greater than 0 (got 0)",
+    ),
+    "a key that is no name": (
+        {"data": {"source": {"kind": "events", **WINDOWS, "key": 3}}},
+        "data.source.key: takes a column name, or one a table: {impressions: a, clicks: b, conversions: c} (got 3)",
+    ),
+    "a time for two tables": (
+        {"data": {"source": {"kind": "events", **WINDOWS, "time": {"impressions": "a", "clicks": "b"}}}},
+        "data.source.time.conversions: required, missing",
+    ),
+    "conversions that find no impression": (
+        {"data": {"source": {"kind": "events", **WINDOWS, "key": {"impressions": "a", "clicks": "b", "conversions": None}}}},
+        "data.source: conversions without a key (key.conversions: null) need an attribution_key, such as [user_id, item_id]",
+    ),
+    "an attribution column twice": (
+        {"data": {"source": {"kind": "events", **WINDOWS, "attribution_key": ["user", "user"]}}},
+        "data.source: attribution_key names a column twice: user",
     ),
     "hash and vocabulary": (
         {"data": {"features": [{"name": "a", "kind": "list", "hash_size": 9, "min_count": 2}]}},
@@ -292,7 +330,7 @@ def test_simulate_needs_no_config() -> None:
 
 def test_every_config_in_data_is_valid() -> None:
     files = sorted((ROOT / "data").glob("*.yaml"))
-    assert [file.stem for file in files] == ["aliccp", "aliexpress", "coat", "demo", "hillstrom"]
+    assert [file.stem for file in files] == ["aliccp", "aliexpress", "coat", "demo", "events", "hillstrom"]
     for file in files:
         assert len(load_config(file).data.features) > 3
 

@@ -6,13 +6,14 @@ import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
-from escm2rec.config import AliccpSource, MatrixSource, Source
+from escm2rec.config import AliccpSource, EventsSource, MatrixSource, Source
 from escm2rec.errors import DataError
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """One file of impressions, with its common and truth files (Ali-CCP), or its training matrix and feature files (matrix)."""
+    """One file of impressions, with its common and truth files (Ali-CCP), its training matrix and feature files (matrix), or all click and
+    conversion files of its log (events)."""
 
     path: Path
     common: Path | None = None
@@ -20,6 +21,9 @@ class RawFile:
     train: Path | None = None  # of a test matrix: what its ratings must not be in
     user_features: Path | None = None
     item_features: Path | None = None
+    clicks: tuple[Path, ...] = ()
+    conversions: tuple[Path, ...] = ()
+    outcomes: Path | None = None  # of the impressions of an event log: what the join made of each row
 
     @property
     def name(self) -> str:
@@ -29,32 +33,57 @@ class RawFile:
     @property
     def all_paths(self) -> list[Path]:
         """Every path that is read for this file."""
-        paths = (self.path, self.common, self.truth, self.train, self.user_features, self.item_features)
+        paths = (self.path, self.common, self.truth, self.train, self.user_features, self.item_features, *self.clicks, *self.conversions)
         return [path for path in paths if path is not None]
 
 
 def raw_files(source: Source, path: Path, labels: bool = True) -> list[RawFile]:
     """The files of a source under `path` (a folder, or one file), in the order of their names.
 
-    Truth files and test matrices are looked for with `labels` only. DataError when there are no files, or when a file lacks one that
-    belongs to it.
+    Truth files, test matrices, clicks and conversions are looked for with `labels` only. DataError when there are no files, or when a file
+    lacks one that belongs to it.
     """
     if isinstance(source, MatrixSource):
         return _matrices(source, path, labels)
-    pattern = source.skeleton if isinstance(source, AliccpSource) else source.files
+    if isinstance(source, EventsSource) and labels:
+        return _events(source, path)
+    if isinstance(source, AliccpSource):
+        return [_with_companions(source, skeleton, labels) for skeleton in _matching(path, source.skeleton, labels)]
+    pattern = source.impressions if isinstance(source, EventsSource) else source.files
+    return [RawFile(file) for file in _matching(path, pattern, labels)]
+
+
+def _matching(path: Path, pattern: str, labels: bool) -> list[Path]:
+    """The files of a pattern in a folder, in the order of their names; a file is itself."""
     if path.is_file():
-        found = [path]
-    elif path.is_dir():
-        found = sorted(entry for entry in path.iterdir() if entry.is_file() and fnmatch.fnmatchcase(entry.name, pattern))
-        _refuse_nested(path, pattern)
-    else:
+        return [path]
+    if not path.is_dir():
         raise DataError(f"no raw logs at {path}", "check the path")
+    found = sorted(entry for entry in path.iterdir() if entry.is_file() and fnmatch.fnmatchcase(entry.name, pattern))
+    _refuse_nested(path, pattern)
     if not found:
         hint = "set data.source to the names of the files" if labels else "pass the files themselves"
         raise DataError(f"no file in {path} matches the pattern {pattern!r}", hint)
-    if isinstance(source, AliccpSource):
-        return [_with_companions(source, skeleton, labels) for skeleton in found]
-    return [RawFile(file) for file in found]
+    return found
+
+
+def _events(source: EventsSource, folder: Path) -> list[RawFile]:
+    """The impression files, each with all click and conversion files."""
+    if folder.is_file():
+        raise DataError(f"{folder} is no folder: impressions, clicks and conversions are read from one", "pass the folder")
+    patterns = {"impressions": source.impressions, "clicks": source.clicks, "conversions": source.conversions}
+    found = {table: _matching(folder, pattern, labels=True) for table, pattern in patterns.items()}
+    owners: dict[Path, str] = {}
+    for table, files in found.items():
+        for file in files:
+            if owner := owners.get(file):
+                raise DataError(
+                    f"{file} matches the patterns of {owner} ({patterns[owner]!r}) and {table} ({patterns[table]!r})",
+                    f"narrow data.source.{owner} or data.source.{table}",
+                )
+            owners[file] = table
+    clicks, conversions = tuple(found["clicks"]), tuple(found["conversions"])
+    return [RawFile(file, clicks=clicks, conversions=conversions) for file in found["impressions"]]
 
 
 def _matrices(source: MatrixSource, folder: Path, labels: bool) -> list[RawFile]:

@@ -8,18 +8,20 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from escm2rec import __version__
-from escm2rec.config import SPLITS, AliccpSource, DataConfig, TableSource
+from escm2rec.config import SPLITS, AliccpSource, DataConfig, EventsSource, TableSource
 from escm2rec.errors import DataError
 from escm2rec.folder import MANIFEST, refuse_overlap, resumable_folder, write_manifest
 from escm2rec.preprocess.aliccp import check_truth
 from escm2rec.preprocess.block import Request
 from escm2rec.preprocess.engine import Engine, HereEngine, local_engine, ray_engine
+from escm2rec.preprocess.events import join_events
 from escm2rec.preprocess.files import RawFile, raw_files
 from escm2rec.preprocess.fit import add_times, draft, fit
 from escm2rec.preprocess.portions import Range, count_lines, other_ranges, portions_of, text_cuts, text_ranges
@@ -27,7 +29,7 @@ from escm2rec.preprocess.read import check_type, index_common, read, read_common
 from escm2rec.preprocess.rejections import Rejected
 from escm2rec.preprocess.shares import Shares
 from escm2rec.preprocess.splits import split_column
-from escm2rec.preprocess.steps import WORK, Job
+from escm2rec.preprocess.steps import WORK, Job, once
 from escm2rec.preprocess.write import COUNTS, Spilled, encode_common, write
 from escm2rec.progress import Progress
 from escm2rec.schema import Schema
@@ -62,7 +64,8 @@ def preprocess(
     With `negative_keep_rate` below 1 every split has weights: those of `keep_negatives` in training; validation and test stay whole, so
     that what is measured there is of impressions as they come, without the variance of weights, and can be ranked.
 
-    Returns out, schema_hash, rows, clicks and conversions by split, rejected rows by reason, negatives left out, and seconds.
+    Returns out, schema_hash, rows, clicks and conversions by split, rejected rows by reason, negatives left out, what the join of an event
+    log counted, and seconds.
     Raises DataError for bad input, ConfigError when `out` exists and may not be overwritten.
     """
     began = time.monotonic()
@@ -86,6 +89,7 @@ def preprocess(
         "rejected": {reason: entry["rows"] for reason, entry in manifest["rejected"].items()},
         "conversion_without_click": manifest["conversion_without_click"]["rows"],
         "negatives_left_out": manifest["negatives_left_out"],
+        **({"events": manifest["events"]} if "events" in manifest else {}),
         "seconds": manifest["seconds"],
     }
 
@@ -112,6 +116,7 @@ class _Maker:
         (folder / WORK).mkdir(exist_ok=True)
         for name in ("vocabulary", *SPLITS):
             (folder / name).mkdir(exist_ok=True)
+        self._events = self._join_events(round(memory_gib * 2**30))
         self._job = self._plan(round(memory_gib * 2**30 / engine.workers))
 
     def make(self) -> dict[str, Any]:
@@ -133,6 +138,23 @@ class _Maker:
         if not splits["train"]["rows"]:
             raise DataError("no row belongs to the training split", "check data.split and data.conversion_without_click")
         return self._manifest(schema.hash(), splits, shares, told)
+
+    def _join_events(self, memory_bytes: int) -> dict[str, Any] | None:
+        """Join an event log, once: its files have their outcomes from here on. What the manifest says of it; None of other sources."""
+        if not isinstance(self._config.source, EventsSource):
+            return None
+        work = self._folder / WORK
+
+        def make(folder: Path) -> dict[str, Any]:
+            rejected = Rejected(self._config.bad_rows == "refuse")
+            counts = join_events(self._config.source, self._files, folder, memory_bytes, rejected)[1]
+            return {"counts": counts, "rejected": rejected.reasons}
+
+        told = once(work, "join", make)
+        self._rejected.merge(told["rejected"])
+        self._files = [replace(file, outcomes=work / f"{file.name}.outcomes") for file in self._files]
+        counts: dict[str, Any] = told["counts"]
+        return counts
 
     # --- plan ---------------------------------------------------------------------------------------
 
@@ -221,7 +243,9 @@ class _Maker:
         has_weight = config.negative_keep_rate < 1
         has_truth = isinstance(source, AliccpSource) and source.truth is not None
         if isinstance(source, TableSource):
-            has_weight, has_truth = has_weight or source.weight is not None, None not in (source.true_propensity, source.true_cvr)
+            has_truth = None not in (source.true_propensity, source.true_cvr)
+        if isinstance(source, TableSource | EventsSource):
+            has_weight = has_weight or source.weight is not None
         schema = Schema(source=source, features=features, keep=tuple(config.keep), has_weight=has_weight, has_truth=has_truth)
         schema.save(self._folder / "schema.json")
         return schema
@@ -238,6 +262,7 @@ class _Maker:
             "rejected": self._rejected.reasons,
             "conversion_without_click": {"rule": config.conversion_without_click, "rows": sum(each["without_click"] for each in told)},
             "features": shares.by_feature(),
+            **({} if self._events is None else {"events": self._events}),
         }
 
 

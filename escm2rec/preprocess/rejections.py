@@ -54,6 +54,19 @@ CONVERSION = Reason(
     "no conversion where click is 0",
     "set data.conversion_without_click: drop leaves such rows out, click keeps them as clicks",
 )
+EVENT_KEY = Reason("event without key", "an event key that is not null")
+EVENT_TIME = Reason(
+    "event time",
+    "a time from 1740 to 2200: a number, a timestamp, or ISO text",
+    "mend the input, set data.source.time_unit to what numbers count, or set data.bad_rows to count to leave such rows out",
+)
+REPEATED = Reason("repeated impression", "one row an impression key", only_counted=True)  # equal rows: sent again, nothing is lost
+DIFFERING = Reason(
+    "impression with the key of another",
+    "one row an impression key, or equal ones",
+    "mend the input, or set data.bad_rows to count to keep the first of them",
+)
+OPEN_WINDOW = Reason("open window", "windows that end before the log does", only_counted=True)
 NO_SPLIT = Reason("no split", "a row that belongs to train, validation or test")
 
 

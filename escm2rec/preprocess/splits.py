@@ -10,15 +10,19 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from escm2rec.config import SPLITS, ColumnSplit, FileSplit, HashSplit
+from escm2rec.config import SPLITS, ColumnSplit, FileSplit, HashSplit, TimeSplit, moment
 from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawBlock
+from escm2rec.preprocess.digits import parse_decimals
 from escm2rec.preprocess.files import RawFile
+from escm2rec.preprocess.ragged import Bools, Int64s
 from escm2rec.preprocess.stable_hash import hash64, row_hash, split_points
+from escm2rec.preprocess.times import MICROSECONDS, is_number, is_text, iso_text, microseconds
 
 NO_SPLIT = -1
-TRAIN, VALIDATION = 0, 1
-AnySplit = FileSplit | ColumnSplit | HashSplit
+TRAIN, VALIDATION, TEST = 0, 1, 2
+YEAR_1971 = moment("1971-01-01")
+AnySplit = FileSplit | ColumnSplit | HashSplit | TimeSplit
 Numbers = npt.NDArray[np.int8]
 
 
@@ -37,7 +41,7 @@ def split_numbers(split: AnySplit, block: RawBlock) -> Numbers:
 
     Hash: splitmix64(base ^ fnv1a64(salt)) as a number in [0, 1), cut by the shares in order; base is the hash of the column's value, or of
     file name and row. A null in the column belongs to no split. `validation_share` takes its rows of training files the same way, without
-    a salt.
+    a salt. Time: train before validation_from, validation before test_from, test from there on; what has no time belongs to no split.
     """
     if isinstance(split, FileSplit):
         number = _by_file(split, block.file)
@@ -53,7 +57,7 @@ def split_numbers(split: AnySplit, block: RawBlock) -> Numbers:
             held = pc.fill_null(pc.is_in(texts, pa.array(getattr(split, name), pa.string())), False)
             numbers[held.to_numpy(zero_copy_only=False)] = number
         return numbers
-    return _by_hash(split, block)
+    return _by_time(split, block) if isinstance(split, TimeSplit) else _by_hash(split, block)
 
 
 def _by_file(split: FileSplit, file: RawFile) -> int:
@@ -89,3 +93,57 @@ def _by_hash(split: HashSplit, block: RawBlock) -> Numbers:
     edges[edges > 1 - 1e-9] = 2.0  # rounding must not leave a sliver to a split whose share is 0
     numbers = np.searchsorted(edges, split_points(base, split.salt), side="right").astype(np.int8)
     return np.where(held, numbers, np.int8(NO_SPLIT))
+
+
+def _by_time(split: TimeSplit, block: RawBlock) -> Numbers:
+    array = block.extras[split.column]
+    edges = [moment(edge) for edge in (split.validation_from, split.test_from) if edge is not None]
+    if isinstance(split.test_from, str):
+        times, held = _times(split, block)
+        if is_number(array.type) or is_text(array.type):
+            held &= _is_plausible(split, block, times, held)
+    elif is_number(array.type) or is_text(array.type):
+        times, held = _plain_numbers(array)
+    else:
+        times, held = _times(split, block)
+        edges = [edge * MICROSECONDS[split.unit] for edge in edges]
+    numbers = np.searchsorted(edges, times, side="right").astype(np.int8)
+    if len(edges) == 1:
+        numbers *= TEST
+    return np.where(held, numbers, np.int8(NO_SPLIT))
+
+
+def _times(split: TimeSplit, block: RawBlock) -> tuple[Int64s, Bools]:
+    try:
+        return microseconds(block.extras[split.column], split.unit)
+    except TypeError as error:
+        raise DataError(
+            f"{block.file.path}: column {split.column!r} cannot split by time: {error}", "set data.split.column to a column of times"
+        ) from error
+
+
+def _plain_numbers(array: pa.Array) -> tuple[Any, Bools]:
+    """Numbers as they are, and which there are."""
+    if is_text(array.type):
+        floats = parse_decimals(array)
+        return floats, np.isfinite(floats)
+    held = array.is_valid().to_numpy(zero_copy_only=False)
+    whole = array.cast(pa.float64()) if pa.types.is_decimal(array.type) else array
+    numbers = pc.fill_null(whole, pa.scalar(0).cast(whole.type)).to_numpy(zero_copy_only=False)
+    return numbers, held & np.isfinite(numbers)
+
+
+def _is_plausible(split: TimeSplit, block: RawBlock, times: Int64s, held: Bools) -> Bools:
+    """Which times are of a log: a number before 1971 stands for none, or counts something else than `unit`, as all rows of a block do."""
+    plausible: Bools = held & (times >= YEAR_1971)
+    valid = np.flatnonzero(block.extras[split.column].is_valid().to_numpy(zero_copy_only=False))
+    if len(valid) and not plausible.any():
+        row = int(valid[0])
+        seen = block.extras[split.column][row].as_py()
+        read = f", read as {iso_text(int(times[row]))}" if held[row] else ""
+        raise DataError(
+            f"{block.file.path}: row {block.lines[row]}, column {split.column}: no row has a time from 1971 to 2200 "
+            f"by data.split.unit {split.unit!r}: found {seen!r}{read}",
+            "set data.split.unit to what the numbers count, or give test_from as such a number",
+        )
+    return plausible

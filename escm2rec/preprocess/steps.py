@@ -47,18 +47,23 @@ class Job:
         return self.folder / "vocabulary"
 
     def once(self, name: str, make: Callable[[Path], dict[str, Any]], place: Path | None = None) -> dict[str, Any]:
-        """What `make` returned (JSON) in its first whole run as the task of this name; no run follows.
+        """`once` in `work/`."""
+        return once(self.work, name, make, place)
 
-        The files that it makes in the folder that it is given move to `place` (`work/`) under their names. A run that is killed leaves
-        nothing that counts, and one beside another leaves the same.
-        """
-        said = self.work / f"{name}.json"
-        if said.exists():
-            known: dict[str, Any] = json.loads(said.read_text(encoding="utf-8"))
-            return known
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=self.work, ignore_cleanup_errors=True) as folder:
-            result = make(Path(folder))
-            for file in sorted(Path(folder).iterdir()):
-                os.replace(file, (place or self.work) / file.name)
-        write_json(said, result)
-        return result
+
+def once(work: Path, name: str, make: Callable[[Path], dict[str, Any]], place: Path | None = None) -> dict[str, Any]:
+    """What `make` returned (JSON) in its first whole run as the task of this name; no run follows.
+
+    The files that it makes in the folder that it is given move to `place` (`work`) under their names. A run that is killed leaves nothing
+    that counts, and one beside another leaves the same.
+    """
+    said = work / f"{name}.json"
+    if said.exists():
+        known: dict[str, Any] = json.loads(said.read_text(encoding="utf-8"))
+        return known
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=work, ignore_cleanup_errors=True) as folder:
+        result = make(Path(folder))
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, (place or work) / file.name)
+    write_json(said, result)
+    return result

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from escm2rec.config import TableSource
+from escm2rec.config import ImpressionTable
 from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawColumn
 from escm2rec.preprocess.digits import MAX_FLOAT32, MAX_INT64, parse_decimals
@@ -59,7 +59,7 @@ class TableColumn:
         return bool(pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind) or pt.is_map(kind))
 
 
-def raw_column(feature: Feature, columns: Callable[[str], TableColumn], source: TableSource) -> RawColumn:
+def raw_column(feature: Feature, columns: Callable[[str], TableColumn], source: ImpressionTable) -> RawColumn:
     """The raw column of a feature; bad rows are marked, a column of another type is a DataError."""
     column = columns(feature.column)
     if feature.kind == "numeric":
@@ -129,7 +129,7 @@ def _rows_with(wrong: Bools, rows: Int64s, count: int) -> Bools:
     return where
 
 
-def _csv_list(feature: Feature, column: TableColumn, source: TableSource) -> Ragged:
+def _csv_list(feature: Feature, column: TableColumn, source: ImpressionTable) -> Ragged:
     count = len(column.array)
     parts = pc.split_pattern(column.array, source.list_separator)
     lengths = pc.fill_null(pc.list_value_length(parts), 0).to_numpy(zero_copy_only=False)

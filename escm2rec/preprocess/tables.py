@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from escm2rec.config import TableSource
+from escm2rec.config import EventsSource, TableSource
 from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawBlock, Request
 from escm2rec.preprocess.files import RawFile
+from escm2rec.preprocess.outcomes import impression_columns, labels_of, read_outcomes
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.preprocess.rejections import COLUMNS, FIRST_OFFENDERS, LABEL, TRUTH, WEIGHT, BadRows, Rejection, values_at
 from escm2rec.preprocess.table_columns import TableColumn, numbers_of, raw_column
@@ -31,34 +32,32 @@ def not_parquet(path: Path, error: Exception) -> DataError:
 
 
 class TableFile:
-    """One Parquet or CSV file of impressions."""
+    """One Parquet or CSV file of impressions; those of an event log have their labels in `file.outcomes`."""
 
-    def __init__(self, file: RawFile, source: TableSource, request: Request, block_rows: int) -> None:
+    def __init__(self, file: RawFile, source: TableSource | EventsSource, request: Request, block_rows: int) -> None:
         self.file = file
         self._source, self._request, self._block_rows = source, request, block_rows
         self._is_csv = file.path.suffix == ".csv"
         self._labels = self._label_columns() if request.labels else {}
 
     def _label_columns(self) -> dict[str, str]:
-        source = self._source
-        named = {
-            "click": source.click,
-            "conversion": source.conversion,
-            "weight": source.weight,
-            "true_propensity": source.true_propensity,
-            "true_cvr": source.true_cvr,
-        }
+        names = ("click", "conversion", "weight", "true_propensity", "true_cvr")
+        named = {name: getattr(self._source, name, None) for name in names}  # an event log has a weight alone
         return {name: column for name, column in named.items() if column is not None}
 
     def tasks(self, start: int = 0, stop: int | None = None, first_row: int = 0) -> Iterator[Callable[[], RawBlock]]:
         """One task a batch of rows, in order; each makes its columns. Of the whole file, or of some row groups of a Parquet file and their
         first row."""
-        if self.file.path.stat().st_size == 0:
-            raise DataError(f"{self.file.path} is empty (0 bytes)", "was the copy or the export interrupted?")
         row = first_row
-        for table, lines, rejections in self._csv_batches() if self._is_csv else self._parquet_batches(start, stop, row):
+        for table, lines, rejections in self.batches(start, stop, first_row):
             yield self._task(table, row, lines, rejections)
             row += len(table)
+
+    def batches(self, start: int = 0, stop: int | None = None, first_row: int = 0) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
+        """The columns that are wanted as they are in the file, the place of each row, and lines that are no rows."""
+        if self.file.path.stat().st_size == 0:
+            raise DataError(f"{self.file.path} is empty (0 bytes)", "was the copy or the export interrupted?")
+        return self._csv_batches() if self._is_csv else self._parquet_batches(start, stop, first_row)
 
     def _task(self, table: pa.Table, first: int, lines: Int64s, rejections: list[Rejection]) -> Callable[[], RawBlock]:
         return lambda: self._block(table, first, lines, rejections)
@@ -67,6 +66,8 @@ class TableFile:
         wanted = {feature.column for feature in self._request.features}
         wanted |= {feature.weights_column for feature in self._request.features if feature.weights_column is not None}
         wanted |= {*self._labels.values(), *self._request.extras}
+        if isinstance(self._source, EventsSource) and self._request.labels:
+            wanted |= {*impression_columns(self._source)}
         for column in sorted(wanted):
             if available.count(column) > 1:
                 raise DataError(f"{self.file.path} has {available.count(column)} columns named {column!r}", "rename all but one")
@@ -80,7 +81,8 @@ class TableFile:
 
     def _parquet_batches(self, start: int, stop: int | None, first_row: int) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
         try:
-            with pq.ParquetFile(self.file.path) as parquet:
+            # With pre_buffer the bytes of every row group stay until the file is closed.
+            with pq.ParquetFile(self.file.path, pre_buffer=False) as parquet:
                 columns = self._wanted(parquet.schema_arrow.names)
                 row, groups = first_row + 1, range(start, parquet.num_row_groups if stop is None else stop)
                 for batch in parquet.iter_batches(self._block_rows, row_groups=groups, columns=columns):
@@ -133,7 +135,11 @@ class TableFile:
     def _block(self, table: pa.Table, first: int, lines: Int64s, rejections: list[Rejection]) -> RawBlock:
         bad = BadRows(self.file.path, lines)
         columns = TableColumn.of(table, self.file.path, self._is_csv, bad)
-        labels = {name: self._label(name, columns(column), bad) for name, column in self._labels.items()}
+        labels = {}
+        if isinstance(self._source, EventsSource) and self._request.labels:
+            assert self.file.outcomes is not None
+            labels = labels_of(read_outcomes(self.file.outcomes)[first : first + len(table)], columns, self._source, bad)
+        labels |= {name: self._label(name, columns(column), bad) for name, column in self._labels.items()}
         features = {feature.name: raw_column(feature, columns, self._source) for feature in self._request.features}
         extras = {name: columns(name).array for name in self._request.extras}
         rows = first + np.arange(len(table), dtype=np.int64)
