@@ -38,7 +38,9 @@ app.add_typer(config_app, name="config")
 ConfigFile = Annotated[Path, typer.Option("--config", help="YAML config file.", show_default=False)]
 Overrides = Annotated[list[str], typer.Option("--set", help="Override a config key, as a.b=value; may be repeated.", metavar="KEY=VALUE")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
-DataFolder = Annotated[Path, typer.Option("--data", help="Data set folder, as preprocess writes it.", show_default=False)]
+DataFolder = Annotated[  # text, because a Path would make s3:/ of s3://
+    str, typer.Option("--data", help="Data set folder, as preprocess writes it, or its fsspec URL (s3://...).", show_default=False)
+]
 RunFolder = Annotated[Path, typer.Option("--run", help="Run folder, as train writes it.", show_default=False)]
 
 
@@ -127,9 +129,10 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other", "--resume goes on with the run in --out, --overwrite drops it")
     from escm2rec.config import load_config
+    from escm2rec.paths import data_path
     from escm2rec.training.train import train
 
-    return train(load_config(config, overrides), data, out, resume, overwrite)
+    return train(load_config(config, overrides), data_path(data), out, resume, overwrite)
 
 
 @app.command()
@@ -153,8 +156,9 @@ def evaluate(
     """
     _require_matching_packages()
     from escm2rec.evaluation.evaluate import evaluate
+    from escm2rec.paths import data_path
 
-    return evaluate(run, data, split, _names(by), user, overwrite)
+    return evaluate(run, data_path(data), split, _names(by), user, overwrite)
 
 
 @app.command()
@@ -217,7 +221,7 @@ def study(
 @app.command()
 @_verb
 def inspect(
-    data: Annotated[Path, typer.Argument(help="Data set folder, as preprocess writes it.", show_default=False)],
+    data: Annotated[str, typer.Argument(help="Data set folder, as preprocess writes it, or its fsspec URL.", show_default=False)],
     top: Annotated[int, typer.Option("--top", min=1, max=1000, help="How many of the most frequent values to tell, of each feature.")] = 10,
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with plots to this file.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page at --html.")] = False,
@@ -227,8 +231,9 @@ def inspect(
     Label rates of the splits; coverage, table sizes, list lengths and frequent values of the features.
     """
     from escm2rec.inspection.inspect import inspect
+    from escm2rec.paths import data_path
 
-    return inspect(data, top, html, overwrite)
+    return inspect(data_path(data), top, html, overwrite)
 
 
 @app.command()

@@ -593,6 +593,7 @@ class TrainingConfig(Section):
     dense_weight_decay: float = Field(0.0, ge=0, description="Weight decay of everything else.")
     shuffle_lanes: int = Field(8, ge=1, description="How many places of the data set each batch mixes.")
     prefetch_batches: int = Field(4, ge=1, description="Batches read ahead by the background thread.")
+    decode_threads: int = Field(1, ge=1, description="Threads that decode Parquet ahead of the batches; 1: the background thread itself.")
     log_every_steps: int = Field(50, ge=1, description="Steps between two lines of metrics.")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="Steps between checkpoints; the last step is always saved.")
     sharding: dict[str, ShardingKind] = Field(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from escm2rec.errors import ConfigError, DataError, Escm2Error
+from escm2rec.paths import DataPath
 
 MANIFEST = "manifest.json"
 JOB = "job"  # in an unfinished folder that can be taken up: what it is made from
@@ -163,14 +164,14 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
         raise ConfigError(f"will not overwrite {path}: it holds no {kind} that escm2rec made", "choose another --out, or remove it by hand")
 
 
-def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
+def refuse_overlap(out: Path, inputs: Iterable[DataPath]) -> None:
     """ConfigError when `out` is an input, or holds one: writing it would destroy what is read."""
     for path in inputs:
-        if out.resolve() in (path.resolve(), *path.resolve().parents):
+        if isinstance(path, Path) and out.resolve() in (path.resolve(), *path.resolve().parents):
             raise ConfigError(f"the output folder {out} is or holds the input {path}", "choose another --out")
 
 
-def _is_of_kind(path: Path, kind: str) -> bool:
+def _is_of_kind(path: DataPath, kind: str) -> bool:
     if kind == "run" and (path / RUN_CONFIG).is_file():
         return True
     try:
@@ -187,7 +188,7 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def read_manifest(folder: Path, kind: str, required: frozenset[str] = frozenset()) -> dict[str, Any]:
+def read_manifest(folder: DataPath, kind: str, required: frozenset[str] = frozenset()) -> dict[str, Any]:
     """The manifest of a complete folder.
 
     `kind` is what a person calls the folder ("data set", "run", "predictions"), stored as `kind` in the manifest; `required` are the keys
@@ -219,11 +220,11 @@ def read_manifest(folder: Path, kind: str, required: frozenset[str] = frozenset(
     return manifest
 
 
-def _where(folder: Path, kind: str) -> str:
+def _where(folder: DataPath, kind: str) -> str:
     """The hint where a folder is not of the kind: those in it that are, or which command makes one."""
-    inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}") if _is_of_kind(path.parent, kind)) if kind in MAKERS else []
+    inside = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST}") if _is_of_kind(path.parent, kind)) if kind in MAKERS else []
     if inside:
-        return f"did you mean {' or '.join(str(path) for path in inside[:3])}?"
+        return f"did you mean {' or '.join(inside[:3])}?"
     return f"give the folder that {MAKERS[kind]} made as its --out" if kind in MAKERS else "check the path"
 
 

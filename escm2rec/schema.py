@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from escm2rec.config import WEIGHT_SUFFIX, Source
 from escm2rec.errors import DataError
+from escm2rec.paths import DataPath
 
 SCHEMA_VERSION = 1
 
@@ -97,7 +98,7 @@ class Schema(BaseModel):
         path.write_text(json.dumps({**self.model_dump(mode="json"), "hash": self.hash()}, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: DataPath) -> Self:
         """Read `schema.json`; DataError when it is missing, newer, malformed or edited by hand."""
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))

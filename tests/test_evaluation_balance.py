@@ -36,7 +36,7 @@ def difference(x: Any, click: Any, weight: Any, q: Any) -> tuple[float, float]:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Encoded impressions with weights and the propensities that drew their clicks, floored."""
     made = write_dataset(tmp_path_factory.mktemp("balance") / "set", {"train": 3_000}, rows_per_file=3_000)
-    table = pq.read_table(made / Dataset.open(made).row_groups("train")[0].path)
+    table = pq.read_table(str(Dataset.open(made).row_groups("train")[0].path))
     rng = np.random.default_rng(0)
     q = np.maximum(table["true_propensity"].to_numpy(), FLOOR).astype(np.float32)
     return {"table": table, "weight": rng.choice([1.0, 2.0, 5.0], len(table)).astype(np.float32), "q": q}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +61,13 @@ def test_any_number_of_lanes_covers_all_rows(dataset: Dataset, lanes: int) -> No
 @pytest.mark.parametrize(("batch", "lanes"), [(2, 8), (4, 8), (9, 8), (64, 8), (64, 1000), (ROWS, 8), (10 * ROWS, 8)])
 def test_batches_are_of_one_size_whatever_the_lanes(dataset: Dataset, batch: int, lanes: int) -> None:
     reader = Reader(dataset, "train", batch, lanes=lanes)
-    sizes = [sum(stop - start for start, stop in reader._parts(step)[0]) for step in range(reader.num_steps)]
-    assert sum(sizes) == ROWS
-    assert max(sizes) <= batch + 1
-    assert max(sizes) - min(sizes) <= 2
+    cuts = [reader.row_at(step) for step in range(reader.num_steps + 1)]
+    ranges = [reader._share(begin, end)[0] for begin, end in pairwise(cuts)]
+    sizes = [sum(stop - start for start, stop in each) for each in ranges]
+    assert sizes == [end - begin for begin, end in pairwise(cuts)]
+    assert (cuts[0], cuts[-1]) == (0, ROWS)
+    assert max(sizes) <= batch
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_row_groups_are_permuted_each_in_its_own_way(dataset: Dataset) -> None:
@@ -83,7 +87,7 @@ def test_epochs_differ_and_repeat(dataset: Dataset) -> None:
 
 
 def test_a_later_start_goes_on_with_the_same_batches(dataset: Dataset) -> None:
-    assert _row_ids(dataset, 2, start=17) == _row_ids(dataset, 1)[17:]
+    assert _row_ids(dataset, 2, start=Reader(dataset, "train", 100).row_at(17)) == _row_ids(dataset, 1)[17:]
 
 
 def test_one_lane_without_shuffling_keeps_the_order_of_the_files(dataset: Dataset) -> None:
@@ -129,9 +133,7 @@ def test_an_id_out_of_range_names_file_row_column_and_value(tmp_path: Path) -> N
     ids = np.zeros(100, np.int32)
     ids[37] = 300
     dataset = _damaged(tmp_path, "user", pa.array(ids))
-    with pytest.raises(
-        DataError, match=r"part-00000.parquet, row group 0, row 37, column user: id 300 is out of range, its table has rows 0 to 299"
-    ):
+    with pytest.raises(DataError, match=r"part-00000.parquet, row 37, column user: id 300 is out of range, its table has rows 0 to 299"):
         list(Reader(dataset, "train", 10).batches(0))
 
 

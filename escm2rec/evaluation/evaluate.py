@@ -20,6 +20,7 @@ from escm2rec.evaluation.html import write_html
 from escm2rec.evaluation.propensity import PropensityDiagnostics
 from escm2rec.evaluation.report import Record, build_report, flat_metrics
 from escm2rec.folder import write_json
+from escm2rec.paths import DataPath
 from escm2rec.progress import Progress
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
@@ -30,7 +31,7 @@ from escm2rec.training.trained import TrainedModel
 
 
 def evaluate(
-    run: Path, data: Path, split: Split = "test", by: Sequence[str] = (), user: str | None = None, overwrite: bool = False
+    run: Path, data: DataPath, split: Split = "test", by: Sequence[str] = (), user: str | None = None, overwrite: bool = False
 ) -> dict[str, Any]:
     """Measure a run on a split and write `report.json` and `report.html` into its folder; called by all ranks alike.
 
@@ -63,7 +64,7 @@ def evaluate(
         return on_main(runtime, report)
 
 
-def _open(run: Path, data: Path, split: Split, overwrite: bool) -> tuple[Run, Dataset]:
+def _open(run: Path, data: DataPath, split: Split, overwrite: bool) -> tuple[Run, Dataset]:
     opened, dataset = Run.open(run), Dataset.open(data)
     dataset.split_counts(split)
     if opened.schema.hash() != dataset.schema.hash():

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from escm2rec.config import SPLITS, Split
 from escm2rec.errors import DataError
+from escm2rec.paths import open_parquet
 from escm2rec.preprocess.parallel import default_workers, ordered_map
 from escm2rec.preprocess.ragged import Float32s, Int64s
 from escm2rec.progress import Progress
@@ -81,7 +81,7 @@ def _tasks(schema: Schema, groups: list[RowGroup], step: int) -> Iterator[Callab
 def _piece(group: RowGroup, features: list[Feature], step: int) -> _Piece:
     where = f"{group.path}, row group {group.index}"
     try:
-        with pq.ParquetFile(group.path, memory_map=True) as file:
+        with open_parquet(group.path) as file:
             table = file.read_row_group(group.index, columns=[feature.name for feature in features], use_threads=False).combine_chunks()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{where} cannot be read: {error}", "the data set is damaged: preprocess again") from error

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from escm2rec.config import SPLITS, Split
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.inspection.held import Held, held_by, is_counted
 from escm2rec.inspection.table import print_tables
+from escm2rec.paths import DataPath, open_parquet
 from escm2rec.preprocess.ragged import Float64s, Int64s
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Feature
@@ -44,7 +44,7 @@ class _Top:
         return {"top": top, "concentration": float(shares[: max(self.rows // 100, 1)].sum())}
 
 
-def inspect(data: Path, top: int = 10, html: Path | None = None, overwrite: bool = False) -> Record:
+def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: bool = False) -> Record:
     """Say what the data set folder `data` holds; with `html` also write a page there, with plots.
 
     Returns
@@ -139,7 +139,8 @@ def _top_counts(dataset: Dataset, feature: Feature, held: dict[Split, Held]) -> 
         return _Top(order[:MOST_SHOWN].tolist(), counts[order], int(counts.sum()), feature.num_embeddings)
     path = dataset.path / "vocabulary" / f"{feature.name}.parquet"
     try:
-        table = pq.read_table(path, columns=["value", "count"])
+        with open_parquet(path) as file:
+            table = file.read(columns=["value", "count"])
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"cannot read the vocabulary {path}: {error}", "the data set is damaged: preprocess again") from error
     told = dataset.manifest["features"][feature.name]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -17,17 +17,18 @@ from escm2rec.errors import DataError
 from escm2rec.reader.batch import Batch
 from escm2rec.schema import Feature, Schema
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
+Order = npt.NDArray[np.int64]
+DAMAGED = "the data set is damaged or of another schema: preprocess again"
 
 
 @dataclass(frozen=True)
 class JaggedColumn:
-    """Values of one table feature: row i holds `values[offsets[i]:offsets[i + 1]]`, with `lengths[i]` of them."""
+    """Values of one table feature: row i holds `values[offsets[i]:offsets[i + 1]]`, or `values[i]` alone where `offsets` is None."""
 
-    values: Array
-    lengths: Array
-    offsets: Array
-    weights: Array | None
+    values: Array  # int32
+    offsets: Array | None
+    weights: Array | None = None  # float32, as long as values
 
 
 @dataclass(frozen=True)
@@ -62,29 +63,22 @@ def encoded_columns(schema: Schema, labels: bool) -> list[str]:
     return names
 
 
-def decode(table: pa.Table, schema: Schema, labels: bool, where: str, order: pa.Array | None = None) -> Columns:
+def decode(table: pa.Table, schema: Schema, labels: bool, where: str, order: Order | None = None, first_row: int = 0) -> Columns:
     """Decode an encoded table, its rows taken in `order` when given.
 
-    Ids are checked against the table sizes: a DataError names `where`, the row, the column and the value.
+    Ids are checked against the table sizes: a DataError names `where`, the row, counted from `first_row`, the column and the value.
     """
-    table = table.combine_chunks()
-    for feature in schema.tables:
-        _check_ids(_column(table, feature.name, where), feature, where)
-    if order is not None:
-        table = table.take(order)
     rows = table.num_rows
-    jagged = {feature.name: _jagged(table, feature, where) for feature in schema.tables}
+    jagged = {feature.name: _jagged(table, feature, where, order, first_row) for feature in schema.tables}
     numeric = np.empty((rows, len(schema.numeric)), dtype=np.float32)
     for index, feature in enumerate(schema.numeric):
-        numeric[:, index] = _column(table, feature.name, where).to_numpy(zero_copy_only=False)
+        numeric[:, index] = _numbers(table, feature.name, where, order)
     label_arrays: dict[str, Array] = {}
     if labels:
-        for name in ("click", "conversion"):
-            label_arrays[name] = _column(table, name, where).to_numpy(zero_copy_only=False).astype(np.float32)
-        weight = _column(table, "weight", where).to_numpy(zero_copy_only=False) if schema.has_weight else np.ones(rows)
-        label_arrays["weight"] = weight.astype(np.float32)
+        label_arrays = {name: _numbers(table, name, where, order) for name in ("click", "conversion")}
+        label_arrays["weight"] = _numbers(table, "weight", where, order) if schema.has_weight else np.ones(rows, np.float32)
     extra = table.select([name for name in table.column_names if name.startswith((KEPT_PREFIX, "true_"))])
-    return Columns(rows, jagged, numeric, label_arrays, extra)
+    return Columns(rows, jagged, numeric, label_arrays, extra if order is None or not extra.num_columns else extra.take(pa.array(order)))
 
 
 def assemble(slices: Sequence[Slice], schema: Schema, padded_rows: int = 0) -> Batch:
@@ -99,8 +93,8 @@ def assemble(slices: Sequence[Slice], schema: Schema, padded_rows: int = 0) -> B
     padding = max(0, padded_rows - rows)
     numeric = [part.columns.numeric[part.start : part.stop] for part in slices]
     return Batch(
-        _keyed(unweighted, slices, rows + padding, padding) if unweighted else None,
-        _keyed(weighted, slices, rows + padding, padding) if weighted else None,
+        _keyed(unweighted, slices, rows + padding) if unweighted else None,
+        _keyed(weighted, slices, rows + padding) if weighted else None,
         torch.from_numpy(np.concatenate([*numeric, np.zeros((padding, len(schema.numeric)), np.float32)])),
         _labels("click", slices, rows, padding),
         _labels("conversion", slices, rows, padding),
@@ -110,24 +104,29 @@ def assemble(slices: Sequence[Slice], schema: Schema, padded_rows: int = 0) -> B
     )
 
 
-def _keyed(features: Sequence[Feature], slices: Sequence[Slice], stride: int, padding: int) -> KeyedJaggedTensor:
-    empty = np.zeros(padding, np.int32)
-    lengths: list[Array] = []
+def _keyed(features: Sequence[Feature], slices: Sequence[Slice], stride: int) -> KeyedJaggedTensor:
+    lengths = np.zeros((len(features), stride), np.int32)
     values: list[Array] = []
     weights: list[Array] = []
-    for feature in features:
+    for feature, of_feature in zip(features, lengths, strict=True):
+        end = 0
         for part in slices:
             column = part.columns.jagged[feature.name]
-            start, stop = column.offsets[part.start], column.offsets[part.stop]
-            lengths.append(column.lengths[part.start : part.stop])
-            values.append(column.values[start:stop])
+            begin, end = end, end + part.stop - part.start
+            low, high = part.start, part.stop
+            if column.offsets is None:
+                of_feature[begin:end] = 1
+            else:
+                cuts = column.offsets[low : high + 1]
+                np.subtract(cuts[1:], cuts[:-1], out=of_feature[begin:end])
+                low, high = int(cuts[0]), int(cuts[-1])
+            values.append(column.values[low:high])
             if column.weights is not None:
-                weights.append(column.weights[start:stop])
-        lengths.append(empty)
+                weights.append(column.weights[low:high])
     return KeyedJaggedTensor(
         keys=[feature.name for feature in features],
         values=_concatenate(values, np.int64),
-        lengths=_concatenate(lengths, np.int32),
+        lengths=torch.from_numpy(lengths.reshape(-1)),
         weights=_concatenate(weights, np.float32) if features[0].kind == "weighted_list" else None,
         stride=stride,
     )
@@ -148,52 +147,90 @@ def _labels(name: str, slices: Sequence[Slice], rows: int, padding: int) -> torc
 
 
 def _column(table: pa.Table, name: str, where: str) -> pa.Array:
-    if name not in table.column_names:
-        raise DataError(f"{where}: no column {name!r}", "the data set is damaged or of another schema: preprocess again")
-    column = table.column(name)
+    index = table.schema.get_field_index(name)
+    if index < 0:
+        raise DataError(f"{where}: no column {name!r}", DAMAGED)
+    column = table.column(index)
     return (
         column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     )
 
 
-def _is_list(array: pa.Array) -> bool:
-    return bool(pa.types.is_list(array.type) or pa.types.is_large_list(array.type))
+def _numbers(table: pa.Table, name: str, where: str, order: Order | None) -> Array:
+    numbers: Array = _column(table, name, where).to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    return numbers if order is None else numbers[order]
 
 
-def _check_ids(array: pa.Array, feature: Feature, where: str) -> None:
-    ids = array.flatten() if _is_list(array) else array
-    limits = pc.min_max(ids)
-    low, high = limits["min"].as_py(), limits["max"].as_py()
-    if low is None or (low >= 0 and high < feature.num_embeddings):
+def _jagged(table: pa.Table, feature: Feature, where: str, order: Order | None, first_row: int) -> JaggedColumn:
+    array = _column(table, feature.name, where)
+    told = f"{where}, column {feature.name}"
+    expected = pa.int32() if feature.kind == "categorical" else pa.list_(pa.int32())
+    if not _alike(array.type, expected):
+        raise DataError(f"{told}: it is of type {array.type}, expected {expected}", DAMAGED)
+    if feature.kind == "categorical":
+        return _single(array, feature, where, order, first_row)
+    offsets, values = _ragged(array)
+    if values.null_count:
+        raise DataError(f"{told}: a list holds a missing id", DAMAGED)
+    _check_ids(values.to_numpy(), offsets, feature, where, first_row)
+    weights = None
+    if feature.kind == "weighted_list":
+        weight_offsets, weights = _ragged(_column(table, feature.weight_column, where))
+        if not np.array_equal(weight_offsets, offsets):
+            raise DataError(f"{where}, column {feature.weight_column}: not as many weights as values", "preprocess again")
+    if order is None:
+        return JaggedColumn(values.to_numpy(), offsets, None if weights is None else weights.to_numpy())
+    return _permuted(offsets, values, weights, order)
+
+
+def _single(array: pa.Array, feature: Feature, where: str, order: Order | None, first_row: int) -> JaggedColumn:
+    values = (array.fill_null(0) if array.null_count else array).to_numpy()
+    _check_ids(values, None, feature, where, first_row)
+    if order is not None:
+        values = values[order]
+    if not array.null_count:
+        return JaggedColumn(values, None)
+    present = array.is_valid().to_numpy(zero_copy_only=False)
+    if order is not None:
+        present = present[order]
+    return JaggedColumn(values[present], np.concatenate(([0], np.cumsum(present))))
+
+
+def _ragged(array: pa.Array) -> tuple[Array, pa.Array]:
+    """Offsets from 0 on, and values, of a list array; a slice of one keeps its parent's values, and its offsets say where its own begin."""
+    offsets = array.offsets.to_numpy()
+    first, last = int(offsets[0]), int(offsets[-1])
+    return offsets - first if first else offsets, array.values.slice(first, last - first)
+
+
+def _permuted(offsets: Array, values: pa.Array, weights: pa.Array | None, order: Order) -> JaggedColumn:
+    # fbgemm's kernel takes half the time of Arrow's `take`, and a third of numpy's indexing.
+    lengths, taken, taken_weights = torch.ops.fbgemm.permute_1D_sparse_data(
+        torch.from_numpy(order.astype(np.int32)),
+        torch.from_numpy(np.diff(offsets)),
+        torch.from_dlpack(values),
+        None if weights is None else torch.from_dlpack(weights),
+        len(values),
+    )
+    taken_offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
+    return JaggedColumn(taken.numpy(), taken_offsets.numpy(), None if weights is None else taken_weights.numpy())
+
+
+def _alike(one: pa.DataType, other: pa.DataType) -> bool:
+    """Whether types are equal but for what their lists call an element and whether it may be null."""
+    if pa.types.is_list(one) and pa.types.is_list(other):
+        return _alike(one.value_type, other.value_type)
+    return bool(one == other)
+
+
+def _check_ids(ids: Array, offsets: Array | None, feature: Feature, where: str, first_row: int) -> None:
+    unsigned = ids.view(np.uint32)  # a negative id becomes a large one: one comparison finds both
+    if not len(ids) or unsigned.max() < feature.num_embeddings:
         return
-    bad = pc.or_(pc.less(ids, 0), pc.greater_equal(ids, feature.num_embeddings))
-    place = int(pc.index(bad, True).as_py())
-    row = int(np.searchsorted(array.offsets.to_numpy(), place, side="right")) - 1 if _is_list(array) else place
+    place = int(np.argmax(unsigned >= feature.num_embeddings))
+    row = place if offsets is None else int(np.searchsorted(offsets, place, side="right")) - 1
     raise DataError(
-        f"{where}, row {row}, column {feature.name}: id {ids[place].as_py()} is out of range, "
+        f"{where}, row {first_row + row}, column {feature.name}: id {ids[place]} is out of range, "
         f"its table has rows 0 to {feature.num_embeddings - 1}",
         "the data set was changed after it was written, or belongs to another schema: preprocess again",
     )
-
-
-def _jagged(table: pa.Table, feature: Feature, where: str) -> JaggedColumn:
-    array = _column(table, feature.name, where)
-    if not _is_list(array):
-        present = (
-            np.ones(len(array), np.int32) if array.null_count == 0 else array.is_valid().to_numpy(zero_copy_only=False).astype(np.int32)
-        )
-        values = array.to_numpy(zero_copy_only=False) if array.null_count == 0 else array.drop_null().to_numpy(zero_copy_only=False)
-        offsets = np.arange(len(array) + 1) if array.null_count == 0 else np.concatenate(([0], np.cumsum(present)))
-        return JaggedColumn(values, present, offsets, None)
-    # A slice of a list array keeps its parent's values: offsets say where its own begin.
-    offsets = array.offsets.to_numpy()
-    values = array.values.to_numpy(zero_copy_only=False)
-    weights = None
-    if feature.kind == "weighted_list":
-        weight_array = _column(table, feature.weight_column, where)
-        weights = weight_array.values.to_numpy(zero_copy_only=False)
-        if not np.array_equal(np.diff(weight_array.offsets.to_numpy()), np.diff(offsets)):
-            raise DataError(f"{where}, column {feature.weight_column}: not as many weights as values", "preprocess again")
-        weights = weights[weight_array.offsets.to_numpy()[0] :]
-        values, offsets = values[offsets[0] :], offsets - offsets[0]
-    return JaggedColumn(values, np.diff(offsets).astype(np.int32), offsets, weights)

@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from itertools import count as count_up
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from escm2rec.config import Split
 from escm2rec.errors import DataError
 from escm2rec.folder import read_manifest
+from escm2rec.paths import DataPath, data_path, open_parquet
 from escm2rec.schema import Schema
 
 
@@ -22,8 +22,9 @@ from escm2rec.schema import Schema
 class RowGroup:
     """One Parquet row group: the unit that is decoded and shuffled at a time."""
 
-    path: Path
+    path: DataPath
     index: int  # in its file
+    first_row: int  # in its file
     number: int  # in its split
     start: int  # of its first row, in its split
     num_rows: int
@@ -33,14 +34,15 @@ class RowGroup:
 class Dataset:
     """A complete data set folder. With `half` 0 or 1, only every second row group of the training split is read: for cross-fitting."""
 
-    path: Path
+    path: DataPath
     schema: Schema
     manifest: dict[str, Any]
     half: int | None = None
 
     @classmethod
-    def open(cls, path: Path) -> Dataset:
-        """Open a data set; DataError when it is absent, incomplete, or its schema and manifest disagree."""
+    def open(cls, path: str | DataPath) -> Dataset:
+        """Open a data set at a local path or fsspec URL; DataError when it is absent, incomplete, or its schema and manifest disagree."""
+        path = data_path(path)
         manifest = read_manifest(path, "data set", frozenset({"schema_hash", "splits"}))
         schema = Schema.load(path / "schema.json")
         if manifest.get("schema_hash") != schema.hash():
@@ -89,16 +91,19 @@ class Dataset:
                 raise DataError(
                     f"{path} has {metadata.num_rows} rows, the manifest says {entry['rows']}", "the file was changed: preprocess again"
                 )
+            first_row = 0
             for index in range(metadata.num_row_groups):
-                groups.append(RowGroup(path, index, next(number), start, metadata.row_group(index).num_rows))
-                start += groups[-1].num_rows
+                rows = metadata.row_group(index).num_rows
+                groups.append(RowGroup(path, index, first_row, next(number), start, rows))
+                first_row, start = first_row + rows, start + rows
         filled = [group for group in groups if group.num_rows]
         return filled if self.half is None or split != "train" else filled[self.half :: 2]
 
 
-def _parquet_metadata(path: Path) -> pq.FileMetaData:
+def _parquet_metadata(path: DataPath) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(path)
+        with open_parquet(path) as file:
+            return file.metadata
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing, the manifest names it", "the data set is damaged: preprocess again") from error
     except (pa.ArrowInvalid, OSError) as error:

@@ -28,6 +28,7 @@ from escm2rec.evaluation.entire_risk import JUDGE_FLOOR, MARGIN, RiskEstimates, 
 from escm2rec.folder import MANIFEST, read_manifest, refuse_existing, refuse_overlap, write_json
 from escm2rec.models.predictions import Predictions
 from escm2rec.objectives.propensity import propensity
+from escm2rec.paths import DataPath
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
@@ -51,7 +52,7 @@ class Estimated(NamedTuple):
     above_first: RiskEstimates | None
 
 
-def train_and_choose(config: Config, data: Path, out: Path, runtime: Runtime, resume: bool, overwrite: bool) -> dict[str, Any]:
+def train_and_choose(config: Config, data: DataPath, out: Path, runtime: Runtime, resume: bool, overwrite: bool) -> dict[str, Any]:
     """Train `objective` and each of `choice.objectives`, and leave the run of the one taken at `out`; called by all ranks alike.
 
     `out/candidates/` keeps the other runs, `out/choice.json` the estimated risks and why it was taken. With `resume` a choice that was cut
@@ -101,7 +102,7 @@ def _judge(config: Config) -> Config:
     return config.model_copy(update=update)
 
 
-def _open(config: Config, data: Path, out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def _open(config: Config, data: DataPath, out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """Make the folder ready; what a finished run says of itself when there is nothing left to do."""
     check_choice(config)
     dataset = Dataset.open(data)
@@ -138,7 +139,7 @@ def _tell(runtime: Runtime, said: str) -> None:
         logger.info(said)
 
 
-def _estimate(data: Path, out: Path, names: list[str], runtime: Runtime) -> dict[str, Estimated]:
+def _estimate(data: DataPath, out: Path, names: list[str], runtime: Runtime) -> dict[str, Estimated]:
     """The risk of each run on the validation split. Memory: three logits a row of it, over the ranks."""
     opened = on_main(runtime, lambda: {name: Run.open(out / CANDIDATES / name) for name in [*names, JUDGE]})
     dataset = on_main(runtime, lambda: Dataset.open(data))

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from escm2rec.config import ChoiceConfig, Config, ObjectiveConfig
 from escm2rec.errors import DataError
 from escm2rec.folder import MANIFEST, write_manifest
+from escm2rec.paths import DataPath
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.sharding.runtime import Runtime, on_main
@@ -28,7 +29,7 @@ LOGITS = "logits.npy"
 CTR_ONLY = ObjectiveConfig(kind="naive", lambda_c=0.0)
 
 
-def train_objective(config: Config, data: Path, out: Path, runtime: Runtime, resume: bool, overwrite: bool) -> dict[str, Any]:
+def train_objective(config: Config, data: DataPath, out: Path, runtime: Runtime, resume: bool, overwrite: bool) -> dict[str, Any]:
     """Train the config's objective, its propensity cross-fitted first where the config says so; called by all ranks alike, see `train`.
 
     `out/propensity/` then keeps the two runs and the logit of each training row.
@@ -41,7 +42,7 @@ def train_objective(config: Config, data: Path, out: Path, runtime: Runtime, res
     )
 
 
-def _check_halves(data: Path) -> None:
+def _check_halves(data: DataPath) -> None:
     groups = len(Dataset.open(data).row_groups("train"))
     if groups < 2:
         raise DataError(
@@ -50,7 +51,7 @@ def _check_halves(data: Path) -> None:
         )
 
 
-def _propensities(config: Config, data: Path, folder: Path, runtime: Runtime) -> Path:
+def _propensities(config: Config, data: DataPath, folder: Path, runtime: Runtime) -> Path:
     """Train on either half and predict the other: the file of the logits, in the order of the split."""
     if on_main(runtime, lambda: (folder / MANIFEST).exists()):
         return folder / LOGITS

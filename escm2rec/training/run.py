@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from escm2rec.config import Config, parse_config
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.folder import MANIFEST, RUN_CONFIG, new_folder, read_manifest, refuse_overlap, write_json, write_manifest
+from escm2rec.paths import copy_folder
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
 from escm2rec.training.build import BaseRates
@@ -19,6 +19,8 @@ from escm2rec.training.checkpoint import latest_checkpoint
 
 METRICS = "metrics.jsonl"
 REPORTS = ("report.json", "report.html")
+FREE_SETTINGS = tuple(f"training.{name}" for name in ("epochs", "checkpoint_every", "log_every", "prefetch_batches", "decode_threads"))
+"""What may change when a run is resumed."""
 PROPENSITY = "propensity"  # the cross-fitted one, if there is one
 
 
@@ -62,7 +64,7 @@ def start_run(out: Path, config: Config, dataset: Dataset, resume: bool, overwri
         _check_resumable(out, config, dataset)
         return
     with new_folder(out, "run", overwrite or _has_only_started(out)) as folder:
-        shutil.copytree(dataset.path / "vocabulary", folder / "vocabulary")
+        copy_folder(dataset.path / "vocabulary", folder / "vocabulary")
         dataset.schema.save(folder / "schema.json")
         write_json(folder / RUN_CONFIG, config.model_dump(mode="json"))
 
@@ -98,11 +100,7 @@ def _has_only_started(out: Path) -> bool:
 
 def _check_resumable(out: Path, config: Config, dataset: Dataset) -> None:
     before, now = _read_config(out).model_dump(mode="json"), config.model_dump(mode="json")
-    different = [
-        key
-        for key in differences(before, now)
-        if not key.startswith(("training.epochs", "training.checkpoint_every", "training.log_every"))
-    ]
+    different = [key for key in differences(before, now) if not key.startswith(FREE_SETTINGS)]
     if different:
         raise ConfigError(
             f"{out} was trained with another config: {', '.join(different[:5])} differ(s)",

@@ -7,13 +7,14 @@ from typing import Any
 
 from escm2rec.config import Config
 from escm2rec.doctor import require_matching_packages
+from escm2rec.paths import DataPath
 from escm2rec.sharding.runtime import distributed_runtime, on_main
 from escm2rec.training.choice import train_and_choose
 from escm2rec.training.cross_fit import train_objective
 from escm2rec.training.idle import refuse_idle
 
 
-def train(config: Config, data: Path, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(config: Config, data: DataPath, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train a model on the training split of `data` and leave a run at `out`; called by all ranks alike.
 
     With `choice.objectives` in the config it trains each of them beside the config's own and keeps that, unless another errs less on

@@ -19,6 +19,7 @@ from escm2rec.config import Config
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.folder import MANIFEST, read_manifest, write_json
 from escm2rec.objectives.objective import Phase, Stage
+from escm2rec.paths import DataPath
 from escm2rec.progress import Progress
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 def train_one(
     config: Config,
-    data: Path,
+    data: DataPath,
     out: Path,
     runtime: Runtime,
     resume: bool,
@@ -81,6 +82,7 @@ class Trainer:
             seed=training.seed,
             lanes=training.shuffle_lanes,
             prefetch=training.prefetch_batches,
+            decode_threads=training.decode_threads,
             pin_memory=runtime.device.type == "cuda",
             propensity_logits=propensity_logits,
         )
@@ -191,9 +193,10 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         """All batches still to come: those that train, epoch after epoch, and among them those that calibrate, round and round."""
-        first_epoch, first_step = divmod(self.calendar.trained(self.step), self.reader.num_steps)
+        first_epoch, step = divmod(self.calendar.trained(self.step), self.reader.num_steps)
+        first_row = self.reader.row_at(step)
         epochs = range(first_epoch, self.config.training.epochs)
-        trains = chain.from_iterable(self.reader.epoch(epoch, first_step if epoch == first_epoch else 0) for epoch in epochs)
+        trains = chain.from_iterable(self.reader.epoch(epoch, first_row if epoch == first_epoch else 0) for epoch in epochs)
         if self.held_out is None:
             return trains
         calibrates = self._held_out_batches(self.held_out)
@@ -201,7 +204,7 @@ class Trainer:
 
     def _held_out_batches(self, reader: Reader) -> Iterator[Batch]:
         start = (self.step - self.calendar.trained(self.step)) % reader.num_steps
-        return chain.from_iterable(reader.epoch(0, start if turn == 0 else 0) for turn in count())
+        return chain.from_iterable(reader.epoch(0, reader.row_at(start) if turn == 0 else 0) for turn in count())
 
     def _held_out_reader(self, dataset: Dataset) -> Reader:
         size = self.config.training.global_batch_size
@@ -209,7 +212,8 @@ class Trainer:
 
     def _rows(self, step: int) -> int:
         """Rows that have trained when so many steps are done."""
-        return self.calendar.trained(step) * self.reader.num_rows // self.reader.num_steps
+        epochs, steps = divmod(self.calendar.trained(step), self.reader.num_steps)
+        return epochs * self.reader.num_rows + self.reader.row_at(steps)
 
     def _calibration(self) -> dict[str, float]:
         """The propensity's slope and shift, for the record."""
@@ -244,7 +248,7 @@ class Calendar(NamedTuple):
         return step - (step // (self.every + 1) if self.every is not None else 0)
 
 
-def _start(config: Config, data: Path, out: Path, resume: bool, overwrite: bool) -> Dataset:
+def _start(config: Config, data: DataPath, out: Path, resume: bool, overwrite: bool) -> Dataset:
     dataset = Dataset.open(data)
     dataset.split_counts("train")
     _check_features(config, dataset)
