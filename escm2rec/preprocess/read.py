@@ -158,11 +158,21 @@ class _Reader:
             return
         self._check_types(place.file, block)
         columns = self._columns(block)
+        self._add_moments(block)
         self._rows += len(block)
         self._waiting.append(columns)
         self._bytes += sum(array.nbytes for array in columns.values())
         if self._bytes > min(SPILL_BYTES, self._job.memory_bytes // 4):
             self._spill()
+
+    def _add_moments(self, block: RawBlock) -> None:
+        """Block by block: sums of floats depend on their order, which memory must not change."""
+        training = block.labels["split"] == TRAIN
+        for feature in self._features:
+            if feature.name in self._moments:
+                column = block.features[feature.name]
+                assert isinstance(column, np.ndarray)
+                self._moments[feature.name].add(Moments.of_column(column[training], feature.log1p))
 
     def _check_types(self, file: RawFile, block: RawBlock) -> None:
         for name, column in block.features.items():
@@ -218,17 +228,13 @@ class _Reader:
         return places.astype(np.uint16) if len(SPLITS) * self._job.buckets < 1 << 16 else places  # sorted by radix
 
     def _count(self, name: str, array: pa.Array, training: Any) -> None:
-        """Values or moments of the training rows of a column."""
-        if name not in self._counters and name not in self._moments:
+        """Values of the training rows of a column."""
+        if name not in self._counters:
             return
         if not training.all():
             array = _take(array, np.flatnonzero(training))
-        if name in self._counters:
-            numbers = pa.types.is_floating(array.type)  # to go into buckets
-            self._counters[name].add(count_numbers(array.to_numpy()) if numbers else count_values(values_of(array)))
-        else:
-            log1p = next(feature.log1p for feature in self._features if feature.name == name)
-            self._moments[name].add(Moments.of_column(array.to_numpy(), log1p))
+        numbers = pa.types.is_floating(array.type)  # to go into buckets
+        self._counters[name].add(count_numbers(array.to_numpy()) if numbers else count_values(values_of(array)))
 
     def _count_records(self, columns: dict[str, pa.Array], training: int, name: str) -> None:
         """How often training rows, which come first, point at each common record."""
