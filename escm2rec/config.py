@@ -23,6 +23,8 @@ RESERVED_COLUMNS = ("click", "conversion", "weight", "true_propensity", "true_cv
 KEPT_PREFIX = "kept."
 WEIGHT_SUFFIX = ".weight"
 MAX_TABLE_ROWS = 2**31 - 1  # ids are int32
+MAX_BUCKETS = 1_000  # boundaries are written into schema.json
+CROSS_SIGN = " x "
 
 Width = Annotated[int, Field(ge=1)]
 
@@ -210,6 +212,18 @@ class EventsSource(ImpressionTable):
 Source = Annotated[AliccpSource | TableSource | MatrixSource | EventsSource, Field(discriminator="kind")]
 
 
+LISTS = ("list", "weighted_list")
+ONLY_FOR = {
+    "cross": ("categorical",),
+    "max_length": LISTS,
+    "max_length_keeps": LISTS,
+    "clip": ("numeric",),
+    "log1p": ("numeric",),
+    "buckets": ("numeric",),
+}
+"""Settings of a feature that are for some kinds alone."""
+
+
 class FeatureConfig(Section):
     """One feature of an impression."""
 
@@ -218,19 +232,43 @@ class FeatureConfig(Section):
         description="What one impression holds: one value, several, several with weights, or a number."
     )
     column: str = Field("", description="Column (table) or field id (aliccp) it is read from; the name when empty.")
+    cross: list[str] | None = Field(
+        None,
+        min_length=2,
+        max_length=3,
+        description="Of kind categorical: two or three single-valued columns instead of one, whose values together are the value.",
+    )
     weights_column: str | None = Field(None, description="Parquet column with the weights of a weighted_list, beside its values.")
     min_count: int = Field(1, ge=1, description="Values seen in fewer training impressions are out of vocabulary.")
     max_size: int | None = Field(None, ge=1, description="At most so many values enter the vocabulary, the most frequent first.")
     oov_rows: int = Field(1, ge=1, le=MAX_TABLE_ROWS, description="Table rows shared by the values that are out of vocabulary.")
     hash_size: int | None = Field(None, ge=2, le=MAX_TABLE_ROWS, description="Hash values to so many rows instead of keeping a vocabulary.")
     pooling: Literal["sum", "mean"] = Field("mean", description="How the embeddings of several values become one.")
+    max_length: int | None = Field(None, ge=1, description="Of kind list and weighted_list: at most so many values of an impression.")
+    max_length_keeps: Literal["first", "last"] = Field("first", description="Which values of a longer list max_length keeps.")
+    clip: tuple[float | None, float | None] | None = Field(
+        None, description="Of kind numeric: [least, greatest]; numbers beyond are set to it, before log1p. Either may be null."
+    )
     log1p: bool = Field(False, description="Take log(1 + x) of a numeric feature before it is standardised.")
+    buckets: int | None = Field(
+        None,
+        ge=2,
+        le=MAX_BUCKETS,
+        description="Of kind numeric: an embedding table instead of a number, a row for each of so many quantiles of the training values.",
+    )
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the feature has an embedding table."""
+        return self.kind != "numeric" or self.buckets is not None
 
     @model_validator(mode="before")
     @classmethod
     def _column_is_name(cls, value: Any) -> Any:
         if isinstance(value, dict) and not value.get("column"):
-            return {**value, "column": value.get("name", "")}
+            parts: Any = value.get("cross")
+            crossed = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+            return {**value, "column": CROSS_SIGN.join(parts) if crossed else value.get("name", "")}
         return value
 
     @model_validator(mode="after")
@@ -239,15 +277,45 @@ class FeatureConfig(Section):
             raise ValueError(f"{self.name!r} is a reserved column; give the feature another name and set its column")
         if self.weights_column is not None and self.kind != "weighted_list":
             raise ValueError("weights_column is for kind weighted_list only")
-        if self.log1p and self.kind != "numeric":
-            raise ValueError("log1p is for kind numeric only")
         if self.kind == "numeric":
+            lacks = "table" if self.buckets is None else "vocabulary"
             for name in ("min_count", "max_size", "oov_rows", "hash_size", "pooling"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} has no effect on kind numeric, which has no table")
+                if self._is_set(name):
+                    raise ValueError(f"{name} has no effect on kind numeric, which has no {lacks}")
+        for name, kinds in ONLY_FOR.items():
+            if self._is_set(name) and self.kind not in kinds:
+                raise ValueError(f"{name} is for kind {' and '.join(kinds)} only")
         if self.hash_size is not None and (self.min_count > 1 or self.max_size is not None):
             raise ValueError("hash_size excludes min_count and max_size: hashing keeps no vocabulary")
         return self
+
+    def _is_set(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    @model_validator(mode="after")
+    def _transforms_do_something(self) -> Self:
+        if self._is_set("max_length_keeps") and self.max_length is None:
+            raise ValueError("max_length_keeps has no effect without max_length")
+        if self.log1p and self.buckets is not None:
+            raise ValueError("log1p has no effect on buckets: quantiles of log(1 + x) are those of x")
+        if self.clip is not None:
+            self._check_clip(*self.clip)
+        if self.cross is not None:
+            twice = sorted({part for part in self.cross if self.cross.count(part) > 1})
+            if twice:
+                raise ValueError(f"cross names different columns, found twice: {', '.join(twice)}")
+            if self.column != CROSS_SIGN.join(self.cross):
+                raise ValueError(f"column {self.column!r} is not read beside cross: leave it out")
+        return self
+
+    def _check_clip(self, low: float | None, high: float | None) -> None:
+        if low is None and high is None:
+            raise ValueError("clip: [null, null] has no effect: give a bound, or leave it out")
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"clip: the least number must be below the greatest, got {low:g} and {high:g}")
+        bounds = [bound for bound in (low, high) if bound is not None and bound <= -1]
+        if self.log1p and bounds:
+            raise ValueError(f"clip: log1p takes numbers above -1, got the bound {bounds[0]:g}")
 
 
 class FileSplit(Section):
@@ -641,7 +709,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _tables_are_there(self) -> Self:
-        tables = {feature.name for feature in self.data.features if feature.kind != "numeric"}
+        tables = {feature.name for feature in self.data.features if feature.is_table}
         if not tables:
             raise ValueError("data.features: at least one must have a table, all are of kind numeric")
         for name in self.training.sharding:

@@ -5,7 +5,7 @@ The schema is written by preprocess, travels with every run, and lets `score` en
 Encoded Parquet columns of one impression:
 
     <feature>          categorical: int32, null when missing; list, weighted_list: list<int32>, empty when missing;
-                       numeric: float32, standardised, 0 when missing
+                       numeric: float32, standardised, 0 when missing; in buckets as categorical
     <feature>.weight   weighted_list: list<float32>, as long as its values
     click, conversion  uint8, 0 or 1
     weight             float32, only when the source names one or unclicked training impressions were left out (then in every split)
@@ -20,23 +20,29 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from escm2rec.config import WEIGHT_SUFFIX, Source
 from escm2rec.errors import DataError
 from escm2rec.paths import DataPath
 
 SCHEMA_VERSION = 1
+UNLESS_NONE = ("cross", "max_length", "max_length_keeps", "clip", "boundaries")
+"""Settings that came later: written where they are used, so that the hash of an older schema stands."""
 
 
 class Feature(BaseModel):
     """One encoded feature.
 
     Table features have `num_embeddings` rows: rows `[0, oov_rows)` are shared by out-of-vocabulary values (by stable hash),
-    the vocabulary follows, from the file with `vocabulary_sha256`; with `encoding` hash all rows are hashed to. Numeric features are
-    `(f(x) - mean) / std`, with f the identity or log1p, mean and std those of the training split.
+    the vocabulary follows, from the file with `vocabulary_sha256`; with `encoding` hash all rows are hashed to; with buckets, which numeric
+    features have, the row is the number of `boundaries` below x. Other numeric features are `(f(x) - mean) / std`, with f the identity or
+    log1p, mean and std those of the training split.
+
+    Before anything is fitted or encoded, numbers are set to the bounds of `clip`, and lists are cut to the first or last `max_length`
+    values. With `cross` the value is `stable_hash.cross_hash` of these raw columns, int64.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +52,7 @@ class Feature(BaseModel):
     column: str
     weights_column: str | None = None
     value_type: Literal["int64", "string"] | None = None
-    encoding: Literal["vocabulary", "hash"] | None = None
+    encoding: Literal["vocabulary", "hash", "buckets"] | None = None
     num_embeddings: int = 0
     oov_rows: int = 0
     vocabulary_sha256: str | None = None
@@ -54,11 +60,25 @@ class Feature(BaseModel):
     log1p: bool = False
     mean: float = 0.0
     std: float = 1.0
+    cross: tuple[str, ...] | None = None
+    max_length: int | None = None
+    max_length_keeps: Literal["first", "last"] | None = None
+    clip: tuple[float | None, float | None] | None = None
+    boundaries: tuple[float, ...] | None = None
+
+    @model_serializer(mode="wrap")
+    def _used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None or name not in UNLESS_NONE}
 
     @property
     def is_table(self) -> bool:
         """Whether the feature has an embedding table."""
-        return self.kind != "numeric"
+        return self.kind != "numeric" or self.encoding == "buckets"
+
+    @property
+    def is_list(self) -> bool:
+        """Whether an impression holds any number of values."""
+        return self.kind in ("list", "weighted_list")
 
     @property
     def weight_column(self) -> str:
@@ -85,7 +105,7 @@ class Schema(BaseModel):
 
     @property
     def numeric(self) -> tuple[Feature, ...]:
-        """Numeric features, in order."""
+        """Features without one, in order: numbers."""
         return tuple(feature for feature in self.features if not feature.is_table)
 
     def hash(self) -> str:

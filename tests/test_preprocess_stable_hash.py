@@ -1,7 +1,13 @@
 import numpy as np
 import pyarrow as pa
 
-from escm2rec.preprocess.stable_hash import fnv1a64, hash64, row_hash, split_points, splitmix64
+from escm2rec.preprocess.stable_hash import cross_hash, fnv1a64, hash64, row_hash, split_points, splitmix64
+
+KNOWN_CROSSES = [
+    13423955206379915340,
+    158139556965974356,
+    13423955206379915340,
+]  # Of (12, "a"), (-3, "") and (12, "a"): on disk in vocabularies, so for ever
 
 
 def test_fnv1a64_matches_the_published_vectors() -> None:
@@ -28,6 +34,23 @@ def test_splitmix64_matches_the_reference_generator() -> None:
 def test_hashes_are_the_same_for_ever() -> None:
     assert hash64(pa.array(["a"]))[0] == splitmix64(np.array([0xAF63DC4C8601EC8C], dtype=np.uint64))[0]
     assert row_hash("a", np.array([0, 3])).tolist() == splitmix64(np.array([0xAF63DC4C8601EC8C, 0xAF63DC4C8601EC8F], np.uint64)).tolist()
+
+
+def test_a_cross_hashes_the_texts_of_its_values_in_order() -> None:
+    def one(value: object) -> int:
+        return int(hash64(pa.array([str(value)]))[0])
+
+    columns = [pa.array([12, -3, 12]), pa.array(["a", "", "a"]), pa.array([2, 12, 12], pa.uint8())]
+    expected = []
+    for values in zip(*(column.to_pylist() for column in columns), strict=True):
+        whole = np.zeros(1, np.uint64)
+        for value in values:
+            whole = splitmix64(whole ^ np.uint64(one(value)))
+        expected.append(int(whole[0]))
+    assert cross_hash(columns).tolist() == expected
+    assert cross_hash([columns[0].cast(pa.string()), *columns[1:]]).tolist() == expected
+    assert cross_hash(columns[:2]).tolist() == KNOWN_CROSSES
+    assert cross_hash([columns[1], columns[0]]).tolist()[0] != KNOWN_CROSSES[0], "the order counts"
 
 
 def test_split_points_are_uniform_and_depend_on_the_salt() -> None:

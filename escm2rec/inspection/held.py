@@ -28,8 +28,8 @@ class Held:
     """What one split holds of each feature, by name.
 
     lengths  of lists: how many impressions have 0, 1, 2, ... values
-    counts   of hashed features: how often each row of the table is met; absent for tables above MAX_COUNTED_ROWS
-    numbers  of numeric features: encoded numbers of every k-th impression, a piece a row group
+    counts   of hashed features and buckets: how often each row of the table is met; absent for tables above MAX_COUNTED_ROWS
+    numbers  of features without a table: encoded numbers of every k-th impression, a piece a row group
     """
 
     lengths: dict[str, Int64s] = field(default_factory=dict)
@@ -66,11 +66,11 @@ def held_by(dataset: Dataset) -> dict[Split, Held]:
 
 def is_counted(feature: Feature) -> bool:
     """Whether the rows of its table are counted in the pass: of vocabularies they are known."""
-    return feature.encoding == "hash" and feature.num_embeddings <= MAX_COUNTED_ROWS
+    return feature.encoding in ("hash", "buckets") and feature.num_embeddings <= MAX_COUNTED_ROWS
 
 
 def _tasks(schema: Schema, groups: list[RowGroup], step: int) -> Iterator[Callable[[], _Piece]]:
-    wanted = [feature for feature in schema.features if feature.kind != "categorical" or is_counted(feature)]
+    wanted = [feature for feature in schema.features if feature.is_list or not feature.is_table or is_counted(feature)]
 
     def task(group: RowGroup) -> Callable[[], _Piece]:
         return lambda: _piece(group, wanted, step)
@@ -90,13 +90,13 @@ def _piece(group: RowGroup, features: list[Feature], step: int) -> _Piece:
         if feature.name not in table.column_names:
             raise DataError(f"{where}: no column {feature.name!r}", "the data set is damaged or of another schema: preprocess again")
         column = table[feature.name]
-        if feature.kind == "numeric":
+        if not feature.is_table:
             piece.numbers[feature.name] = column.to_numpy()[-group.start % step :: step]
             continue
-        if feature.kind != "categorical":
+        if feature.is_list:
             piece.lengths[feature.name] = np.bincount(np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]))
         if is_counted(feature):
-            flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks]) if feature.kind != "categorical" else column.drop_null()
+            flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks]) if feature.is_list else column.drop_null()
             piece.met[feature.name] = _distinct(flat.to_numpy(), feature, where)
     return piece
 

@@ -13,7 +13,7 @@ from escm2rec.config import Split
 from escm2rec.evaluation.html import aligned, facts, figure, note, table, write_page
 from escm2rec.inspection.held import SAMPLE_ROWS, Held
 from escm2rec.inspection.plots import histogram_plot, lengths_plot, skew_plot
-from escm2rec.inspection.table import kind_of, lengths_of, percent
+from escm2rec.inspection.table import kind_of, lengths_of, percent, value_of
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.schema import Feature
 
@@ -25,7 +25,7 @@ WORDS = {
     "Out of vocabulary": "Share of the values without a table row of their own: not seen in training, or too rarely. They share the first "
     "rows of the table. Far more in validation and test than in training means that new values keep coming.",
     "Table rows": "Rows of the embedding table: one a value of the vocabulary, and those that the others share; or as many as "
-    "<code>hash_size</code> says.",
+    "<code>hash_size</code> says, or one a bucket.",
     "Concentration": "Share of all training values that fall on the most frequent hundredth of the table's rows. Near 100%, few rows do "
     "all the work: a sharding plan that gives each rank as many rows does not give it as much work.",
     "Values an impression": "Of lists, in training: the mean is the pooling factor, by which a lookup costs; p99 is what only one "
@@ -67,7 +67,7 @@ def _splits(splits: Record) -> str:
 
 
 def _tables(record: Record) -> str:
-    found = {name: told for name, told in record["features"].items() if told["kind"] != "numeric"}
+    found = {name: told for name, told in record["features"].items() if "table_rows" in told}
     if not found:
         return ""
     told, splits = list(found.values()), list(record["splits"])
@@ -90,14 +90,11 @@ def _names(features: Mapping[str, Record]) -> list[str]:
 
 
 def _value(told: Record) -> str:
-    if not told.get("top"):
-        return "–"
-    text = str(told["top"][0]["value"])
-    return ("row " if told["encoding"] == "hash" else "") + escape(text if len(text) <= 24 else text[:23] + "…")
+    return escape(value_of(told)) if told.get("top") else "–"
 
 
 def _numbers(features: Record) -> str:
-    found = {name: told for name, told in features.items() if told["kind"] == "numeric"}
+    found = {name: told for name, told in features.items() if "quantiles" in told}
     if not found:
         return ""
     told = list(found.values())

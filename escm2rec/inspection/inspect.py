@@ -54,8 +54,10 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
     features  of each: kind, column, and by split coverage (share of the impressions with a value), in the order of the config;
               tables: encoding, table_rows, values (those with a row of their own), oov by split (share of the values without one);
               lists: lengths by split (mean, p50, p90, p99, max of the values an impression);
-              the `top` most frequent: value (or row of a hashed table), count and share of all training values;
+              the `top` most frequent: value (row of a hashed table, range of a bucket, hash of a cross), count and share of all training
+              values;
               concentration: share of the training values that fall on the most frequent hundredth of the rows;
+              clip, cross and max_length as configured, where they are;
               numeric: mean and std of training, and quantiles by split, in the units of the log, missing numbers standing at the mean
     rejected, negative_keep_rate, negatives_left_out, schema_hash   as preprocess wrote them
 
@@ -115,13 +117,15 @@ def _feature(dataset: Dataset, feature: Feature, held: dict[Split, Held], top: _
         "column": feature.column,
         "coverage": {split: None if told["missing"][split] is None else 1 - told["missing"][split] for split in held},
     }
-    if feature.kind == "numeric":
+    transforms = {"cross": feature.cross, "max_length": feature.max_length, "clip": feature.clip}
+    record |= {name: list(told) if isinstance(told, tuple) else told for name, told in transforms.items() if told is not None}
+    if not feature.is_table:
         quantiles = {split: _number_quantiles(feature, np.concatenate(each.numbers[feature.name])) for split, each in held.items()}
         return record | {"log1p": feature.log1p, "mean": feature.mean, "std": feature.std, "quantiles": quantiles}
     record |= {"encoding": feature.encoding, "table_rows": feature.num_embeddings}
     if feature.encoding == "vocabulary":
         record |= {"values": feature.num_embeddings - feature.oov_rows, "oov": {split: told["oov"][split] for split in held}}
-    if feature.kind != "categorical":
+    if feature.is_list:
         record["lengths"] = {split: length_quantiles(each.lengths[feature.name]) for split, each in held.items()}
     if top is not None:
         record |= top.record(most)
@@ -129,14 +133,16 @@ def _feature(dataset: Dataset, feature: Feature, held: dict[Split, Held], top: _
 
 
 def _top_counts(dataset: Dataset, feature: Feature, held: dict[Split, Held]) -> _Top | None:
-    """Of a vocabulary what it was fitted with; of a hashed table what the pass counted, its rows standing for values."""
-    if feature.encoding == "hash":
+    """Of a vocabulary what it was fitted with; of other tables what the pass counted, with rows or the ranges of buckets for values."""
+    if feature.encoding in ("hash", "buckets"):
         if not is_counted(feature):
             return None
         counts = held["train"].counts[feature.name]
         order = np.argsort(-counts, kind="stable")
         order = order[counts[order] > 0]
-        return _Top(order[:MOST_SHOWN].tolist(), counts[order], int(counts.sum()), feature.num_embeddings)
+        rows = order[:MOST_SHOWN].tolist()
+        values = rows if feature.encoding == "hash" else [_range_of(feature.boundaries or (), row) for row in rows]
+        return _Top(values, counts[order], int(counts.sum()), feature.num_embeddings)
     path = dataset.path / "vocabulary" / f"{feature.name}.parquet"
     try:
         with open_parquet(path) as file:
@@ -146,6 +152,13 @@ def _top_counts(dataset: Dataset, feature: Feature, held: dict[Split, Held]) -> 
     told = dataset.manifest["features"][feature.name]
     total = round(told["pooling_factor"] * dataset.split_counts("train")["rows"])
     return _Top(table["value"].slice(0, MOST_SHOWN).to_pylist(), table["count"].to_numpy(), total, feature.num_embeddings)
+
+
+def _range_of(boundaries: tuple[float, ...], row: int) -> str:
+    """Which numbers a bucket holds."""
+    above = f"> {boundaries[row - 1]:g}" if row else ""
+    upto = f"<= {boundaries[row]:g}" if row < len(boundaries) else ""
+    return " and ".join(bound for bound in (above, upto) if bound) or "any"
 
 
 def length_quantiles(histogram: Int64s) -> Record:

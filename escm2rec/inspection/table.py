@@ -55,8 +55,9 @@ def _features(record: Record) -> Table:
 
 
 def kind_of(told: Record) -> str:
-    """Kind of a feature, and that it is hashed."""
-    return f"{told['kind']}, hashed" if told.get("encoding") == "hash" else str(told["kind"])
+    """Kind of a feature, and what was made of it."""
+    said = {"crossed": "cross" in told, "hashed": told.get("encoding") == "hash", "in buckets": told.get("encoding") == "buckets"}
+    return ", ".join([str(told["kind"]), *(name for name, is_so in said.items() if is_so)])
 
 
 def shares(by_split: Record | None) -> str:
@@ -72,13 +73,18 @@ def lengths_of(told: Record) -> str:
     return "–"
 
 
+def value_of(told: Record) -> str:
+    """The most frequent value of a table, shortened; the row where values are hashed, and of a cross the hash."""
+    text = str(told["top"][0]["value"])
+    what = "row " if told["encoding"] == "hash" else "hash " if "cross" in told else ""
+    return what + (text if len(text) <= 24 else text[:23] + "…")
+
+
 def most_frequent(told: Record) -> str:
     """The most frequent value with its share; of a number its range in training."""
     if told.get("top"):
         first = told["top"][0]
-        of_row = "row " if told["encoding"] == "hash" else ""
-        text = str(first["value"])
-        return f"{of_row}{text if len(text) <= 24 else text[:23] + '…'}: {percent(first['share'])}"
+        return f"{value_of(told)}: {percent(first['share'])}"
     if "quantiles" in told:
         quantiles = told["quantiles"]["train"]
         return f"{quantiles['p1']:.3g} to {quantiles['p99']:.3g} (p1 to p99)"

@@ -49,7 +49,7 @@ class ConcatenatedInputs(nn.Module):
     def __init__(self, tables: Sequence[Feature]) -> None:
         super().__init__()
         self.names = [feature.name for feature in tables]
-        self.mean_names = {feature.name for feature in tables if feature.kind != "categorical" and feature.pooling == "mean"}
+        self.mean_names = {feature.name for feature in tables if feature.is_list and feature.pooling == "mean"}
 
     def forward(self, pooled: list[KeyedTensor], batch: Batch) -> Tensor:
         """Concatenate in the order of the schema; a mean is over the number of values, weighted or not, and 0 of none."""

@@ -15,7 +15,7 @@ from escm2rec.preprocess.aliccp_text import BLOCK_BYTES, Lines, TextBlock, text_
 from escm2rec.preprocess.block import RawBlock
 from escm2rec.preprocess.digits import whole_numbers
 from escm2rec.preprocess.files import RawFile
-from escm2rec.preprocess.ragged import Float64s, Int64s
+from escm2rec.preprocess.ragged import Array, Bools, Float64s, Int64s
 from escm2rec.preprocess.records import CommonRecords
 from escm2rec.preprocess.rejections import IDENTIFIER, LABEL, MISSING_COMMON, SEVERAL, TRUTH
 
@@ -75,12 +75,18 @@ class SkeletonFile:
 
     def _mark_several(self, lines: Lines, side: SideColumns, records: Int64s) -> None:
         """A single-valued field must not be on both sides of an impression."""
+
+        def mark(column: str, here: Bools, there: Array, absent: int) -> None:
+            both = here & (records >= 0)
+            if both.any():
+                both[both] = there[records[both]] != absent
+                lines.bad.mark(both, SEVERAL, column, lambda rows: ["one here and one in the common record"] * len(rows))
+
         for feature in self._columns.request.features:
             if feature.kind in ("categorical", "numeric"):
-                here = present(side.features[feature.name]) & (records >= 0)
-                if here.any():
-                    here[here] = self.common.held[feature.name][records[here]]
-                    lines.bad.mark(here, SEVERAL, feature.column, lambda rows: ["one here and one in the common record"] * len(rows))
+                mark(feature.column, present(side.features[feature.name]), self.common.held[feature.name], False)
+        for name in self._columns.extra_fields:
+            mark(name, side.extras[name] != ABSENT, self.common.extras[name], ABSENT)
 
     def _extras(self, side: SideColumns, keys: Int64s, records: Int64s, samples: Int64s) -> dict[str, pa.Array]:
         extras: dict[str, pa.Array] = {}

@@ -12,6 +12,7 @@ from escm2rec.preprocess.aliccp_text import MAX_FIELD_BYTES, FieldCodes, Lines, 
 from escm2rec.preprocess.block import RawColumn, Request, take_rows
 from escm2rec.preprocess.ragged import Bools, Float64s, Int64s, Ragged
 from escm2rec.preprocess.rejections import COMMON_INDEX, NUMBER, SEVERAL, values_at
+from escm2rec.preprocess.transforms import clipped, cut
 from escm2rec.schema import Feature
 
 HEADER_COLUMNS = ("sample_id", "common_feature_index")
@@ -75,9 +76,9 @@ class AliccpColumns:
 
 def _feature(feature: Feature, field: Ragged, lines: Lines) -> RawColumn:
     if feature.kind == "list":
-        return Ragged(field.values, field.offsets)
+        return cut(feature, Ragged(field.values, field.offsets))
     if feature.kind == "weighted_list":
-        return field
+        return cut(feature, field)
     if feature.kind == "categorical":
         mark_several(lines, feature.column, field)
         return Ragged(field.values, field.offsets)
@@ -86,6 +87,7 @@ def _feature(feature: Feature, field: Ragged, lines: Lines) -> RawColumn:
     held = np.diff(field.offsets) > 0
     numbers: Float64s = np.full(len(field), np.nan)
     numbers[held] = field.weights[field.offsets[:-1][held]]
+    numbers = clipped(feature, numbers)
     if feature.log1p:
         lines.bad.mark(numbers <= -1, NUMBER, feature.column, values_at(numbers))
     return numbers

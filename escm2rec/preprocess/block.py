@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -17,11 +18,24 @@ RawColumn = Ragged | Float64s  # numeric features are floats, NaN when missing; 
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of a source: features, single-valued raw columns, and whether labels are read."""
+    """What is wanted of a source: features, single-valued raw columns, and whether labels are read.
+
+    `crosses` are made of such columns (`transforms.add_crosses`), sources do not read them.
+    """
 
     features: tuple[Feature, ...]
     extras: tuple[str, ...] = ()
     labels: bool = True
+    crosses: tuple[Feature, ...] = ()
+
+    @classmethod
+    def of(cls, features: Iterable[Feature], extras: Iterable[str], labels: bool = True) -> Self:
+        """What these features need, those that are crossed included."""
+        features = tuple(features)
+        crosses = tuple(feature for feature in features if feature.cross is not None)
+        parts = [part for feature in crosses for part in feature.cross or ()]
+        read = tuple(feature for feature in features if feature.cross is None)
+        return cls(read, tuple(dict.fromkeys([*extras, *parts])), labels, crosses)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawColumn
 from escm2rec.preprocess.ragged import Float64s, Int64s, Ragged, concat_rows
 from escm2rec.preprocess.shares import held
+from escm2rec.preprocess.transforms import cut
 from escm2rec.preprocess.vocabulary import Lookup, open_lookup, value_type_of
 from escm2rec.schema import Feature, Schema
 
 LABEL_COLUMNS = ("click", "conversion", "weight", "true_propensity", "true_cvr")
 
-# An encoded column before it is Arrow: ragged rows (list, weighted_list), int32 with -1 for missing (categorical), or float32 with NaN for
-# missing (numeric). Missing stays visible until the two sides of an Ali-CCP impression are one.
+# An encoded column before it is Arrow: ragged rows (list, weighted_list), int32 with -1 for missing (categorical, numeric in buckets), or
+# float32 with NaN for missing (numeric). Missing stays visible until the two sides of an Ali-CCP impression are one.
 Encoded = Any
 NO_VALUE = np.int32(-1)
 
@@ -44,13 +45,14 @@ class Encoder:
         self.schema = schema
         self.kept = tuple(schema.keep if keep is None else keep)
         self._rows = {feature.name: open_lookup(feature, lookups) for feature in schema.tables}
-        self._nullable = {feature.name for feature in schema.features if feature.kind == "categorical"}
+        self._nullable = {feature.name for feature in schema.tables if not feature.is_list}
 
     def columns(self, columns: Mapping[str, RawColumn], where: str) -> dict[str, Encoded]:
         """Every raw column, encoded. DataError names `where` when one holds values of another type than the schema."""
         for feature in self.schema.tables:
             raw = columns[feature.name]
-            assert isinstance(raw, Ragged)
+            if not isinstance(raw, Ragged):
+                continue
             if feature.value_type != value_type_of(raw.values) and len(raw.values):
                 raise DataError(
                     f"{where}: column {feature.column!r} holds {value_type_of(raw.values)} values, it was trained on {feature.value_type}",
@@ -72,8 +74,8 @@ class Encoder:
         counts: dict[str, Int64s] = {}
         for feature in self.schema.features:
             column = _take(rows.features[feature.name], places)
-            if rows.records is not None:
-                column = _joined(column, common[feature.name], rows.records[places])
+            if rows.records is not None and feature.cross is None:  # crosses are of whole impressions
+                column = _joined(feature, column, common[feature.name], rows.records[places])
             counts[feature.name] = held(feature, column)
             columns |= _arrow(feature, column)
         for name in LABEL_COLUMNS:
@@ -93,7 +95,7 @@ class Encoder:
 def encode(feature: Feature, raw: RawColumn, lookup: Lookup | None) -> Encoded:
     """One raw column, encoded."""
     if not isinstance(raw, Ragged):
-        return _standardised(feature, raw)
+        return _standardised(feature, raw) if lookup is None else lookup.rows(raw)
     assert lookup is not None
     rows = lookup.rows(raw.values) if len(raw.values) else np.empty(0, dtype=np.int32)
     if feature.kind != "categorical":
@@ -114,18 +116,18 @@ def _take(column: Encoded, places: Int64s) -> Encoded:
     return column.take(places) if isinstance(column, Ragged) else column[places]
 
 
-def _joined(own: Encoded, common: Encoded, records: Int64s) -> Encoded:
+def _joined(feature: Feature, own: Encoded, common: Encoded, records: Int64s) -> Encoded:
     """What the skeleton line says and, after it, what its common record says."""
     if isinstance(common, Ragged):
-        return concat_rows(own, common.take(records)) if len(common.values) else own
+        return cut(feature, concat_rows(own, common.take(records))) if len(common.values) else own
     taken = common[records]
     return np.where(np.isnan(own) if own.dtype == np.float32 else own == NO_VALUE, taken, own)
 
 
 def _arrow(feature: Feature, column: Encoded) -> dict[str, pa.Array]:
-    if feature.kind == "numeric":
+    if not feature.is_table:
         return {feature.name: pa.array(np.nan_to_num(column, nan=0.0))}
-    if feature.kind == "categorical":
+    if not feature.is_list:
         missing = column == NO_VALUE
         return {feature.name: pa.array(column, mask=missing if missing.any() else None)}
     columns = {feature.name: _lists(column.offsets, column.values)}

@@ -1,9 +1,10 @@
-"""The step that fits: from what the training impressions hold, the vocabulary or the moments of each feature."""
+"""The step that fits: from what the training impressions hold, the vocabulary, the buckets or the moments of each feature."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from escm2rec.config import FeatureConfig
 from escm2rec.folder import sha256_of
 from escm2rec.preprocess.block import RawColumn
+from escm2rec.preprocess.buckets import count_numbers, fit_boundaries
 from escm2rec.preprocess.moments import Moments
 from escm2rec.preprocess.ragged import Int64s, Ragged
 from escm2rec.preprocess.read import first_records, read, records_of
@@ -32,6 +34,10 @@ def draft(feature: FeatureConfig) -> Feature:
         weights_column=feature.weights_column,
         pooling=feature.pooling,
         log1p=feature.log1p,
+        cross=None if feature.cross is None else tuple(feature.cross),
+        max_length=feature.max_length,
+        max_length_keeps=None if feature.max_length is None else feature.max_length_keeps,
+        clip=feature.clip,
     )
 
 
@@ -48,6 +54,8 @@ def add_times(job: Job) -> None:
 def fit(job: Job, number: int) -> dict[str, Any]:
     """Fit feature `number`: what the schema says of it beside the config. A vocabulary and its lookup are written."""
     feature = job.config.features[number]
+    if feature.buckets is not None:
+        return job.once(f"fit-{feature.name}", lambda folder: _fit_buckets(job, feature, folder))
     if feature.kind == "numeric":
         return job.once(f"fit-{feature.name}", lambda folder: _fit_moments(job, feature))
     if feature.hash_size is not None:
@@ -73,18 +81,35 @@ def _fit_moments(job: Job, feature: FeatureConfig) -> dict[str, Any]:
     return {"mean": moments.mean, "std": moments.std}
 
 
-def _fit_vocabulary(job: Job, feature: FeatureConfig, folder: Path) -> dict[str, Any]:
+def _fit_buckets(job: Job, feature: FeatureConfig, folder: Path) -> dict[str, Any]:
+    assert feature.buckets is not None
+    with _counted(job, feature, folder) as counter:
+        boundaries = fit_boundaries(counter, feature.buckets, job.memory_bytes // 2)
+    return {"encoding": "buckets", "num_embeddings": len(boundaries) + 1, "boundaries": boundaries}
+
+
+@contextmanager
+def _counted(job: Job, feature: FeatureConfig, folder: Path) -> Iterator[ValueCounter]:
+    """The counts of all training values of a feature."""
     runs = [job.work / run for told in _told(job) for run in told["runs"][feature.name]]
     scratch = folder / "scratch"
     scratch.mkdir()
     counter = ValueCounter(feature.name, scratch, runs)
     for column, times in _common(job, feature):
-        assert isinstance(column, Ragged)
-        counter.add(count_values(column.values, np.repeat(times, column.lengths)))
+        if isinstance(column, Ragged):
+            counter.add(count_values(column.values, np.repeat(times, column.lengths)))
+        else:
+            counter.add(count_numbers(column, times))
         if counter.bytes > job.memory_bytes // 4:
             counter.spill()
+    yield counter
+    shutil.rmtree(scratch)
+
+
+def _fit_vocabulary(job: Job, feature: FeatureConfig, folder: Path) -> dict[str, Any]:
     path = folder / f"{feature.name}.parquet"
-    size = fit_vocabulary(feature, counter, path, job.memory_bytes // 2)
+    with _counted(job, feature, folder) as counter:
+        size = fit_vocabulary(feature, counter, path, job.memory_bytes // 2)
     fitted = {
         "value_type": _value_type(job, feature),
         "encoding": "vocabulary",
@@ -93,14 +118,13 @@ def _fit_vocabulary(job: Job, feature: FeatureConfig, folder: Path) -> dict[str,
     }
     write_lookup(path, draft(feature).model_copy(update=fitted), folder, job.memory_bytes // 2)
     fitted["vocabulary_sha256"] = sha256_of(path)
-    shutil.rmtree(scratch)
     return fitted
 
 
 def _common(job: Job, feature: FeatureConfig) -> Iterator[tuple[RawColumn, Int64s]]:
-    """The raw column of common records, and how often training rows point at each."""
+    """The raw column of common records, and how often training rows point at each; none of a cross, which is of whole impressions."""
     records = records_of(job)
-    if not records:
+    if not records or feature.cross is not None:
         return
     times, done = np.load(job.work / TIMES, mmap_mode="r"), 0
     for each in records:

@@ -13,6 +13,7 @@ from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawColumn
 from escm2rec.preprocess.digits import MAX_FLOAT32, parse_decimals
 from escm2rec.preprocess.ragged import Array, Bools, Float64s, Ragged, offsets_of
+from escm2rec.preprocess.transforms import clipped, cut
 from escm2rec.schema import Feature
 
 
@@ -43,10 +44,11 @@ class SideColumns:
             self._check_kind(feature, ("list", "weighted_list"))
             rows, columns = np.nonzero(self._numbers)
             weights = self._numbers[rows, columns] if feature.kind == "weighted_list" else None
-            return Ragged(columns + 1, offsets_of(np.bincount(rows, minlength=self._rows)), weights)
+            return cut(feature, Ragged(columns + 1, offsets_of(np.bincount(rows, minlength=self._rows)), weights))
         self._check_kind(feature, ("numeric", "categorical"))
         numbers = self._numbers[:, self._single[feature.column]]
         if feature.kind == "numeric":
+            numbers = clipped(feature, numbers)
             self._check(feature, (numbers > -1) | (not feature.log1p), numbers, "a number above -1, for log1p")
             return numbers
         self._check(feature, numbers == np.trunc(numbers), numbers, "a whole number, for kind categorical")

@@ -32,7 +32,7 @@ from escm2rec.preprocess.splits import split_column
 from escm2rec.preprocess.steps import WORK, Job, once
 from escm2rec.preprocess.write import COUNTS, Spilled, encode_common, write
 from escm2rec.progress import Progress
-from escm2rec.schema import Schema
+from escm2rec.schema import Feature, Schema
 
 DEFAULT_MEMORY_GIB = 4.0
 SMALL_BYTES = 16 << 20  # of input: with less, processes take longer to start than to work
@@ -175,7 +175,7 @@ class _Maker:
         self._total = rows
         column = split_column(config.split)
         extras = dict.fromkeys([*config.keep, *([column] if column is not None else [])])
-        request = Request(tuple(draft(feature) for feature in config.features), tuple(extras))
+        request = Request.of((draft(feature) for feature in config.features), extras)
         portions = tuple(portions_of(ranges))
         return Job(config, request, self._folder, memory_bytes, tuple(files), tuple(portions_of(common)), portions, buckets)
 
@@ -235,7 +235,7 @@ class _Maker:
         if isinstance(source, AliccpSource):
             add_times(self._job)
         fitted = self._run("fit", fit, range(len(config.features)), "features")
-        features = tuple(draft(feature).model_copy(update=update) for feature, update in zip(config.features, fitted, strict=True))
+        features = tuple(Feature(**{**dict(draft(feature)), **update}) for feature, update in zip(config.features, fitted, strict=True))
         for feature in features:
             vocabulary = self._job.work / f"{feature.name}.parquet"
             if feature.encoding == "vocabulary":

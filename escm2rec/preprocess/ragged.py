@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,18 @@ class Ragged:
             values, offsets = _gather(self.values, self.offsets, rows)
             return Ragged(values, offsets, None if self.weights is None else _gather(self.weights, self.offsets, rows)[0])
         offsets, index = ragged_index(self.offsets, rows)
+        values = self.values.take(pa.array(index)) if isinstance(self.values, pa.Array) else self.values[index]
+        return Ragged(values, offsets, None if self.weights is None else self.weights[index])
+
+    def cut(self, most: int, keeps: Literal["first", "last"]) -> Ragged:
+        """The first or last `most` values of each row."""
+        lengths = np.minimum(self.lengths, most)
+        offsets = offsets_of(lengths)
+        if offsets[-1] == self.offsets[-1]:
+            return self
+        starts = self.offsets[:-1] if keeps == "first" else self.offsets[1:] - lengths
+        index = np.repeat(starts - offsets[:-1], lengths)
+        index += np.arange(len(index), dtype=np.int64)
         values = self.values.take(pa.array(index)) if isinstance(self.values, pa.Array) else self.values[index]
         return Ragged(values, offsets, None if self.weights is None else self.weights[index])
 

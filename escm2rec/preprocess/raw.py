@@ -21,6 +21,7 @@ from escm2rec.preprocess.records import CommonRecords, RecordWriter, common_task
 from escm2rec.preprocess.rejections import Rejected, Rejection
 from escm2rec.preprocess.sources import Opener
 from escm2rec.preprocess.spilled import read_rows
+from escm2rec.preprocess.transforms import add_crosses
 from escm2rec.preprocess.vocabulary import check_vocabulary, write_lookup
 from escm2rec.schema import Schema
 
@@ -49,7 +50,8 @@ def encode_raw(
     A block has at most `block_rows` rows of one file; a file without rows gives no block. Labels, weights and truth are read only with
     `labels`, and then as they are in the file. A bad row is a DataError: a score for every row, or none.
     """
-    opener = Opener(schema.source, Request(schema.features, tuple(dict.fromkeys(keep)), labels), block_rows)
+    request = Request.of(schema.features, keep, labels)
+    opener = Opener(schema.source, request, block_rows)
     workers = default_workers()
     with tempfile.TemporaryDirectory(prefix="escm2rec-") as workspace:
         lookups = Path(workspace) / "lookups"
@@ -64,7 +66,8 @@ def encode_raw(
             records, common = _common(opener, encoder, file, folder, workers)
             for block in ordered_map(opener.open(file, records).tasks(), workers):
                 _refuse(block.rejections)
-                rows = Rows(encoder.columns(block.features, str(file.path)), block.labels, block.extras, block.common)
+                features = add_crosses(block, request.crosses).features
+                rows = Rows(encoder.columns(features, str(file.path)), block.labels, block.extras, block.common)
                 for start in range(0, len(block), block_rows):
                     places = np.arange(start, min(start + block_rows, len(block)))
                     yield EncodedBlock(file.path, encoder.table(rows, places, common)[0])
@@ -83,9 +86,10 @@ def _common(opener: Opener, encoder: Encoder, file: RawFile, folder: Path, worke
     rejection = index_records(file.common, writer.finish(), columns, folder, "index")
     _refuse([rejection] if rejection is not None else [])
     records = open_records(folder, "index", columns, writer.files)
-    for feature in encoder.schema.features:
+    features = columns.request.features
+    for feature in features:
         encode_records([records], feature, partial(encoder.encode, feature), folder / feature.name)
-    return records, {feature.name: read_rows(folder / feature.name) for feature in encoder.schema.features}
+    return records, {feature.name: read_rows(folder / feature.name) for feature in features}
 
 
 def _refuse(rejections: list[Rejection]) -> None:

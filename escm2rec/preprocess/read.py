@@ -15,6 +15,7 @@ from escm2rec.config import KEPT_PREFIX, SPLITS, AliccpSource
 from escm2rec.errors import DataError
 from escm2rec.preprocess.aliccp_columns import AliccpColumns
 from escm2rec.preprocess.block import RawBlock
+from escm2rec.preprocess.buckets import count_numbers
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.labels import apply_click_rule
 from escm2rec.preprocess.moments import Moments
@@ -28,6 +29,7 @@ from escm2rec.preprocess.spill import hashed, narrow, one_batch, to_arrow, value
 from escm2rec.preprocess.splits import TRAIN, split_column, split_numbers
 from escm2rec.preprocess.stable_hash import fnv1a64, row_hash, splitmix64
 from escm2rec.preprocess.steps import Job
+from escm2rec.preprocess.transforms import add_crosses
 from escm2rec.preprocess.value_counts import ValueCounter, count_values, spill_largest
 from escm2rec.preprocess.vocabulary import value_type_of
 
@@ -99,15 +101,15 @@ class _Reader:
 
     def __init__(self, job: Job, number: int, folder: Path) -> None:
         self._job, self._number, self._folder = job, number, folder
-        self._config, self._features = job.config, job.request.features
+        self._config, self._features = job.config, (*job.request.features, *job.request.crosses)
         self._rejected = Rejected(job.config.bad_rows == "refuse")
         self._rows = self._training_rows = self._without_click = self._left_out = self._spills = 0
         self._types: dict[str, dict[str, str]] = {}
         self._kept_types: dict[str, str] = {}
         self._waiting: list[dict[str, pa.Array]] = []
         self._bytes = 0
-        self._moments = {feature.name: Moments() for feature in self._features if feature.kind == "numeric"}
-        counted = [feature.name for feature in job.config.features if feature.kind != "numeric" and feature.hash_size is None]
+        self._moments = {feature.name: Moments() for feature in job.config.features if not feature.is_table}
+        counted = [feature.name for feature in job.config.features if feature.is_table and feature.hash_size is None]
         self._counters = {name: ValueCounter(f"count-{number:05d}-{name}", folder) for name in counted}
         self._records = dict(zip(job.files, records_of(job), strict=False))
         self._first_record = dict(zip(job.files, first_records(list(self._records.values())).tolist(), strict=False))
@@ -118,7 +120,7 @@ class _Reader:
         for each in self._job.portions[self._number]:
             opened = opener.open(each.file, self._records.get(each.file))
             for task in opened.tasks(each.start, each.stop, each.first_row):
-                self._add(each, task())
+                self._add(each, add_crosses(task(), self._job.request.crosses))
         self._spill()
         for counter in self._counters.values():
             counter.spill()
@@ -156,11 +158,21 @@ class _Reader:
             return
         self._check_types(place.file, block)
         columns = self._columns(block)
+        self._add_moments(block)
         self._rows += len(block)
         self._waiting.append(columns)
         self._bytes += sum(array.nbytes for array in columns.values())
         if self._bytes > min(SPILL_BYTES, self._job.memory_bytes // 4):
             self._spill()
+
+    def _add_moments(self, block: RawBlock) -> None:
+        """Block by block: sums of floats depend on their order, which memory must not change."""
+        training = block.labels["split"] == TRAIN
+        for feature in self._features:
+            if feature.name in self._moments:
+                column = block.features[feature.name]
+                assert isinstance(column, np.ndarray)
+                self._moments[feature.name].add(Moments.of_column(column[training], feature.log1p))
 
     def _check_types(self, file: RawFile, block: RawBlock) -> None:
         for name, column in block.features.items():
@@ -216,16 +228,13 @@ class _Reader:
         return places.astype(np.uint16) if len(SPLITS) * self._job.buckets < 1 << 16 else places  # sorted by radix
 
     def _count(self, name: str, array: pa.Array, training: Any) -> None:
-        """Values or moments of the training rows of a column."""
-        if name not in self._counters and name not in self._moments:
+        """Values of the training rows of a column."""
+        if name not in self._counters:
             return
         if not training.all():
             array = _take(array, np.flatnonzero(training))
-        if name in self._counters:
-            self._counters[name].add(count_values(values_of(array)))
-        else:
-            log1p = next(feature.log1p for feature in self._features if feature.name == name)
-            self._moments[name].add(Moments.of_column(array.to_numpy(), log1p))
+        numbers = pa.types.is_floating(array.type)  # to go into buckets
+        self._counters[name].add(count_numbers(array.to_numpy()) if numbers else count_values(values_of(array)))
 
     def _count_records(self, columns: dict[str, pa.Array], training: int, name: str) -> None:
         """How often training rows, which come first, point at each common record."""

@@ -15,7 +15,7 @@ def held(feature: Feature, column: Any) -> Int64s:
     """Of an encoded column: rows without a value, values, and values out of vocabulary."""
     if isinstance(column, Ragged):
         return _row(np.count_nonzero(column.lengths == 0), len(column.values), np.count_nonzero(column.values < feature.oov_rows))
-    if feature.kind == "numeric":
+    if not feature.is_table:
         missing = np.count_nonzero(np.isnan(column))
         return _row(missing, len(column) - missing, 0)
     missing = np.count_nonzero(column < 0)

@@ -3,10 +3,14 @@
 Strings: FNV-1a, 64 bits, over the UTF-8 bytes (http://www.isthe.com/chongo/tech/comp/fnv/). Integers: the output function of SplitMix64
 applied to the value plus its increment (Steele, Lea and Flood, OOPSLA 2014; http://prng.di.unimi.it/splitmix64.c), two's complement.
 FNV's low bits are weak for short strings, so `hash64` passes strings through SplitMix64 too.
+
+A tuple (a, b, ...), for crossed features: h = 0, then h = splitmix64(h ^ hash64(text)) for each value in order, whole numbers as
+decimal text, so that 12 and "12" are one value (`cross_hash`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +54,15 @@ def hash64(values: Any) -> UInt64s:
     return splitmix64(fnv1a64(values) if isinstance(values, pa.Array | pa.ChunkedArray) else values)
 
 
+def cross_hash(columns: Sequence[pa.Array]) -> UInt64s:
+    """Hash of each row's tuple of values: columns of whole numbers or strings, without null."""
+    hashes: UInt64s = np.zeros(len(columns[0]), dtype=np.uint64)
+    for column in columns:
+        words, index = distinct(column)
+        hashes = splitmix64(hashes ^ hash64(words.cast(pa.large_string()))[index])
+    return hashes
+
+
 def split_points(base: UInt64s, salt: str) -> Float64s:
     """A number in [0, 1) for each base hash, another one for another salt: the top 53 bits of splitmix64(base ^ fnv1a64(salt))."""
     salted = splitmix64(base ^ fnv1a64(pa.array([salt]))[0])
@@ -62,6 +75,6 @@ def row_hash(file_name: str, rows: Int64s) -> UInt64s:
 
 
 def distinct(values: pa.Array) -> tuple[pa.Array, Int64s]:
-    """Distinct strings, and for each string the position of its own among them."""
+    """Distinct values, and for each value the position of its own among them."""
     encoded = pc.dictionary_encode(values)
     return encoded.dictionary, encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)

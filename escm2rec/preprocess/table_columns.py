@@ -18,6 +18,7 @@ from escm2rec.preprocess.block import RawColumn
 from escm2rec.preprocess.digits import MAX_FLOAT32, MAX_INT64, parse_decimals
 from escm2rec.preprocess.ragged import Bools, Float64s, Int64s, Ragged, offsets_of
 from escm2rec.preprocess.rejections import INT64, NULL_IN_LIST, NUMBER, PAIR, UNEQUAL, BadRows, values_at
+from escm2rec.preprocess.transforms import clipped, cut
 from escm2rec.schema import Feature
 
 
@@ -63,9 +64,10 @@ def raw_column(feature: Feature, columns: Callable[[str], TableColumn], source: 
     """The raw column of a feature; bad rows are marked, a column of another type is a DataError."""
     column = columns(feature.column)
     if feature.kind == "numeric":
-        numbers = numbers_of(column)
+        found = numbers_of(column)
+        numbers = clipped(feature, found)
         held = column.array.is_valid().to_numpy(zero_copy_only=False)
-        wrong = held & ~((np.abs(numbers) <= MAX_FLOAT32) & ((numbers > -1) if feature.log1p else True))
+        wrong = held & ~((np.abs(found) <= MAX_FLOAT32) & ((numbers > -1) if feature.log1p else True))
         column.bad.mark(wrong, NUMBER, column.name, values_at(column.array))
         return numbers
     if feature.kind == "categorical":
@@ -81,9 +83,9 @@ def raw_column(feature: Feature, columns: Callable[[str], TableColumn], source: 
                 f"{column.path}: feature {feature.name!r} has a weights_column, which is for Parquet",
                 f"in a CSV cell write each value with its weight: {example}",
             )
-        return _csv_list(feature, column, source)
+        return cut(feature, _csv_list(feature, column, source))
     weights = columns(feature.weights_column) if feature.weights_column is not None else None
-    return _parquet_list(feature, column, weights)
+    return cut(feature, _parquet_list(feature, column, weights))
 
 
 def numbers_of(column: TableColumn) -> Float64s:

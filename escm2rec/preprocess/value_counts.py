@@ -78,29 +78,45 @@ class ValueCounter:
         """Columns value and count of the values that occur `min_count` times: the most frequent first, then by value (strings by their
         bytes), at most `max_size`."""
         self.spill()
-        if not self.runs:
+        if self._is_small():
+            total = self._total().filter(pl.col("count") >= min_count)
+            ordered = total.sort(["count", "value"], descending=[True, False])
+            yield from self._tables(ordered.head(len(ordered) if max_size is None else max_size))
             return
-        if sum(pq.read_metadata(run).num_rows for run in self.runs) <= IN_MEMORY_ROWS:
-            yield from self._in_memory(min_count, max_size)
-            return
-        runs = pds.dataset(self.runs, schema=_schema(self.runs[0]), format="parquet")
         limit = "" if max_size is None else f"LIMIT {max_size}"
-        sql = f"""SELECT value, CAST(sum("count") AS BIGINT) AS "count" FROM rows
-                  GROUP BY value HAVING sum("count") >= {min_count} ORDER BY "count" DESC, value {limit}"""
+        yield from self._query(f'HAVING sum("count") >= {min_count} ORDER BY "count" DESC, value {limit}', memory_bytes)
+
+    def by_value(self, memory_bytes: int) -> Iterator[pa.Table]:
+        """Columns value and count of all values, in the order of the values."""
+        self.spill()
+        if self._is_small():
+            yield from self._tables(self._total().sort("value"))
+            return
+        yield from self._query("ORDER BY value", memory_bytes)
+
+    def occurrences(self) -> int:
+        """How many there are of all values together."""
+        self.spill()
+        return sum(pc.sum(batch["count"]).as_py() or 0 for run in self.runs for batch in pq.ParquetFile(run).iter_batches(TABLE_ROWS))
+
+    def _is_small(self) -> bool:
+        return sum(int(pq.read_metadata(run).num_rows) for run in self.runs) <= IN_MEMORY_ROWS
+
+    def _total(self) -> pl.DataFrame:
+        parts = [pl.DataFrame(pl.from_arrow(pq.read_table(run))) for run in self.runs]
+        parts = parts or [pl.DataFrame(schema={"value": pl.Int64, "count": pl.Int64})]
+        return pl.concat(parts).group_by("value").agg(pl.col("count").sum())
+
+    def _tables(self, counts: pl.DataFrame) -> Iterator[pa.Table]:
+        if len(counts):
+            yield counts.to_arrow().cast(_schema(self.runs[0]))
+
+    def _query(self, order: str, memory_bytes: int) -> Iterator[pa.Table]:
+        runs = pds.dataset(self.runs, schema=_schema(self.runs[0]), format="parquet")
+        sql = f'SELECT value, CAST(sum("count") AS BIGINT) AS "count" FROM rows GROUP BY value {order}'
         reader = runs.scanner(batch_readahead=1, fragment_readahead=1).to_reader()
         for table in query(sql, reader, self._folder / f"{self._name}.sort", memory_bytes, TABLE_ROWS):
             yield table.cast(runs.schema)
-
-    def _in_memory(self, min_count: int, max_size: int | None) -> Iterator[pa.Table]:
-        total = (
-            pl.concat([pl.DataFrame(pl.from_arrow(pq.read_table(run))) for run in self.runs])
-            .group_by("value")
-            .agg(pl.col("count").sum())
-            .filter(pl.col("count") >= min_count)
-        )
-        table = total.sort(["count", "value"], descending=[True, False]).head(len(total) if max_size is None else max_size).to_arrow()
-        if len(table):
-            yield table.cast(_schema(self.runs[0]))
 
 
 def spill_largest(counters: Iterable[ValueCounter], limit: int) -> None:

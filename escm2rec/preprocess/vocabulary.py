@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from escm2rec.config import MAX_TABLE_ROWS, FeatureConfig
 from escm2rec.errors import DataError
 from escm2rec.folder import sha256_of
+from escm2rec.preprocess.buckets import Buckets
 from escm2rec.preprocess.external import query
 from escm2rec.preprocess.ragged import Int32s, Int64s
 from escm2rec.preprocess.spilled import ColumnFile, read_column
@@ -194,11 +195,13 @@ class HashedValues:
         return (hashes % self._num_rows).astype(np.int32)
 
 
-Lookup = Vocabulary | HashedValues
+Lookup = Vocabulary | HashedValues | Buckets
 
 
 def open_lookup(feature: Feature, folder: Path) -> Lookup:
-    """The lookup of a table feature, from the files of `write_lookup` unless it is hashed."""
+    """The lookup of a table feature; that of a vocabulary from the files of `write_lookup`."""
+    if feature.encoding == "buckets":
+        return Buckets(feature.boundaries or ())
     return HashedValues(feature) if feature.encoding == "hash" else Vocabulary(feature, folder)
 
 

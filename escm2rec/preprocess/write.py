@@ -32,8 +32,10 @@ PARQUET: dict[str, Any] = {"compression": "lz4", "use_dictionary": False, "write
 
 
 def encode_common(job: Job, number: int) -> dict[str, Any]:
-    """Encode feature `number` of all common records."""
+    """Encode feature `number` of all common records; crosses are not of records."""
     feature = Schema.load(job.folder / "schema.json").features[number]
+    if feature.cross is not None:
+        return {}
 
     def make(folder: Path) -> dict[str, Any]:
         lookup = open_lookup(feature, job.work) if feature.is_table else None
@@ -85,7 +87,7 @@ def write(job: Job, part: Part) -> dict[str, Any]:
 def _write(job: Job, part: Part, path: Path) -> dict[str, Any]:
     schema = Schema.load(job.folder / "schema.json")
     encoder = Encoder(schema, job.work)
-    common = {feature.name: read_rows(job.work / f"common-{feature.name}") for feature in schema.features} if records_of(job) else {}
+    common = {feature.name: read_rows(job.work / f"common-{feature.name}") for feature in job.request.features} if records_of(job) else {}
     writer = _PartWriter(path, job.config.rows_per_group)
     for batch, places in _buckets(job, part):
         rows = _rows(encoder, batch)
