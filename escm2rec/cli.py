@@ -95,12 +95,14 @@ def preprocess(
     memory_gib: Annotated[
         float, typer.Option("--memory-gib", min=0.5, help="What counts, sorts and lookups may take, beside 300 MB.")
     ] = 4.0,
+    engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="Processes of this machine, or a Ray cluster.")] = "local",
+    address: Annotated[str | None, typer.Option("--address", help="Address of the Ray cluster; auto finds one of this machine.")] = None,
     overrides: Overrides = [],  # noqa: B006
     overwrite: Overwrite = False,
 ) -> Result:
     """Turn raw logs into a data set.
 
-    It holds encoded splits, vocabularies, a schema and a manifest.
+    It holds encoded splits, vocabularies, a schema and a manifest. A job that was killed is taken up by the same command.
     """
     from escm2rec.heap import share_one_heap
 
@@ -108,7 +110,10 @@ def preprocess(
     from escm2rec.config import load_config
     from escm2rec.preprocess import preprocess
 
-    return preprocess(load_config(config, overrides).data, input, out, overwrite, memory_gib)
+    if address is not None and engine == "local":
+        raise ConfigError("--address is of a Ray cluster", "add --engine ray, or leave it out")
+    ray_address = (address or "auto") if engine == "ray" else None
+    return preprocess(load_config(config, overrides).data, input, out, overwrite, memory_gib, ray_address)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -72,10 +73,10 @@ class RayEngine:
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """See Engine."""
         remote = self._ray.remote(num_cpus=1, max_retries=-1)(_told)
-        running = [remote.remote(function, item) for item in items]
+        running = deque(remote.remote(function, item) for item in items)
         try:
-            for reference in running:
-                result, error = self._ray.get(reference)
+            while running:
+                result, error = self._ray.get(running.popleft())
                 if error is not None:
                     raise error
                 yield result

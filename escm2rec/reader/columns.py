@@ -164,10 +164,10 @@ def _numbers(table: pa.Table, name: str, where: str, order: Order | None) -> Arr
 def _jagged(table: pa.Table, feature: Feature, where: str, order: Order | None, first_row: int) -> JaggedColumn:
     array = _column(table, feature.name, where)
     told = f"{where}, column {feature.name}"
-    expected = pa.int32() if feature.kind == "categorical" else pa.list_(pa.int32())
+    expected = pa.list_(pa.int32()) if feature.is_list else pa.int32()
     if not _alike(array.type, expected):
         raise DataError(f"{told}: it is of type {array.type}, expected {expected}", DAMAGED)
-    if feature.kind == "categorical":
+    if not feature.is_list:
         return _single(array, feature, where, order, first_row)
     offsets, values = _ragged(array)
     if values.null_count:

@@ -1,0 +1,170 @@
+"""The steps of preprocess on processes and on Ray, killed and taken up, two at once: always the same data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from escm2rec.config import SimulationConfig
+from escm2rec.errors import ConfigError
+from escm2rec.folder import resumable_folder
+from escm2rec.simulate import simulate
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPRESSIONS = 6_000
+KILLS = int(os.environ.get("ESCM2REC_KILLS", "3"))
+TIMEOUT_S = 150
+# A job so small runs in one process and one portion; as many portions, spills, buckets and parts as a large one has, and two processes:
+WORKER = """
+import sys
+from pathlib import Path
+from escm2rec.preprocess import pipeline, portions, read
+portions.PORTION_BYTES, read.SPILL_BYTES, pipeline.BUCKET_ROWS, pipeline.SMALL_BYTES = 200_000, 1_000_000, 500, int(sys.argv[4])
+from escm2rec.config import load_config
+from escm2rec.preprocess import preprocess
+if __name__ == "__main__":
+    config = load_config(Path(sys.argv[1])).data
+    preprocess(config, Path(sys.argv[2]), Path(sys.argv[3]), ray_address=sys.argv[5] if len(sys.argv) > 5 else None)
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command up to its output folder: Ali-CCP text, split by user, bad rows counted."""
+    folder = tmp_path_factory.mktemp("job")
+    for seed in (1, 2):
+        simulate(folder / str(seed), IMPRESSIONS // 2, seed, SimulationConfig(users=300, items=400))
+    (folder / "logs").mkdir()
+    for path in (*(folder / "1").glob("*_00000.csv"), *(folder / "2").glob("*_00000.csv")):
+        path.rename(folder / "logs" / path.name.replace("00000", f"0000{path.parent.name}"))
+    with (folder / "logs" / "sample_skeleton_00001.csv").open("a") as text:
+        text.write("no impression\n")
+    config = yaml.safe_load((ROOT / "data" / "aliccp.yaml").read_text())
+    config["data"]["source"].pop("truth", None)
+    split = {"by": "hash", "column": "common_feature_index", "train": 0.8, "test": 0.2}
+    config["data"] |= {"split": split, "bad_rows": "count", "rows_per_file": 1_500, "rows_per_group": 400}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "worker.py").write_text(WORKER)
+    return [sys.executable, str(folder / "worker.py"), str(folder / "config.yaml"), str(folder / "logs")]
+
+
+def start(job: list[str], out: Path, processes: bool = True, address: str | None = None) -> subprocess.Popen[str]:
+    command = [*job, str(out), "0" if processes else "1000000000", *([address] if address else [])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(job: list[str], out: Path, **options: Any) -> None:
+    with start(job, out, **options) as process:
+        said, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, said[-3000:]
+
+
+def content(out: Path) -> dict[str, Any]:
+    """Every file by its name: its bytes, of the manifest all but times."""
+    files: dict[str, Any] = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return files | {"manifest.json": {**json.loads(files["manifest.json"]), "seconds": 0}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process makes."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    run(job, out, processes=False)
+    made = content(out)
+    assert made["manifest.json"]["rejected"]["malformed line"]["rows"] == 1
+    assert len([name for name in made if name.startswith("train/")]) > 2
+    return made
+
+
+def test_processes_make_what_one_process_makes(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    run(job, tmp_path / "out")
+    assert content(tmp_path / "out") == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_job_is_taken_up(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """kill -9 at random moments of one job, again and again, until it ends: the same bytes, nothing beside them, no process left."""
+    moments, killed, out = random.Random(0), 0, tmp_path / "out"
+    while killed < KILLS:
+        process = start(job, out)
+        time.sleep(moments.uniform(0.3, 4.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=TIMEOUT_S)
+        killed += process.returncode == -signal.SIGKILL
+        if out.exists():  # it came first, or was killed on its last step: another one
+            assert content(out) == undisturbed
+            shutil.rmtree(out)
+    if not out.exists():
+        run(job, out)
+    assert content(out) == undisturbed
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_of_two_jobs_on_one_folder_one_wins(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    both = [start(job, out) for _ in range(2)]
+    said = [process.communicate(timeout=TIMEOUT_S)[0] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], said
+    loser = next(text for text, process in zip(said, both, strict=True) if process.returncode)
+    assert f"another job is writing {out}" in loser or f"the output folder {out} exists" in loser
+    assert content(out) == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_is_held_by_one_and_taken_up_by_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), resumable_folder(out, "data set", False, "one") as folder:
+        (folder / "half").write_text("done")
+        with (
+            pytest.raises(ConfigError, match=r"another job is writing .*out\nhint: wait for it"),
+            resumable_folder(out, "data set", False, "one"),
+        ):
+            pass
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), resumable_folder(out, "data set", False, "one") as folder:
+        assert (folder / "half").read_text() == "done"
+        raise KeyboardInterrupt
+    with pytest.raises(ConfigError, match="no"), resumable_folder(out, "data set", False, "another") as folder:
+        assert not (folder / "half").exists()
+        raise ConfigError("no")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of a head without processors and two nodes with one each."""
+    utils = pytest.importorskip("ray.cluster_utils")
+    made = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def test_a_node_lost_on_ray_changes_nothing(job: list[str], undisturbed: dict[str, Any], tmp_path: Path, cluster: Any) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    out = tmp_path / "out"
+    process = start(job, out, address=cluster.address)
+    read = tmp_path / ".out.partial" / "work" / "read-00000.json"
+    waited = time.monotonic()
+    while not read.exists() and process.poll() is None:
+        assert time.monotonic() - waited < TIMEOUT_S
+        time.sleep(0.02)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    said, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, said[-3000:]
+    assert content(out) == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
