@@ -56,6 +56,7 @@ demo: install
 
 bench: install
 	$(BIN)/python -m benchmarks.preprocess
+	$(BIN)/python -m benchmarks.reader
 	$(BIN)/python -m benchmarks.train
 
 prove: install

@@ -18,16 +18,18 @@ TABLE_ROWS = 1_000_000
 NUM_SINGLE, NUM_LISTS, LIST_LENGTH = 14, 6, 2.5  # 14 + 6 x 2.5 = 29 ids a row
 
 
-def reference_schema() -> Schema:
-    """Schema of the reference data set."""
-    single = [Feature(name=f"single_{i}", kind="categorical", column=f"single_{i}", **_encoding()) for i in range(NUM_SINGLE)]
-    lists = [Feature(name=f"list_{i}", kind="list", column=f"list_{i}", **_encoding()) for i in range(NUM_LISTS)]
+def reference_schema(num_single: int = NUM_SINGLE, num_lists: int = NUM_LISTS) -> Schema:
+    """Schema of the reference data set, or of one with other numbers of features."""
+    single = [Feature(name=f"single_{i}", kind="categorical", column=f"single_{i}", **_encoding()) for i in range(num_single)]
+    lists = [Feature(name=f"list_{i}", kind="list", column=f"list_{i}", **_encoding()) for i in range(num_lists)]
     return Schema(source=TableSource(kind="table"), features=(*single, *lists))
 
 
-def write_reference_data(out: Path, rows: int, rows_per_file: int = 524_288, rows_per_group: int = 32_768) -> None:
-    """Write an encoded data set of the reference shape with Zipf-like ids, CTR 4% and CVR 5%, in split train."""
-    schema = reference_schema()
+def write_reference_data(
+    out: Path, rows: int, rows_per_file: int = 524_288, rows_per_group: int = 32_768, schema: Schema | None = None
+) -> None:
+    """Write an encoded data set of the reference shape (or another) with Zipf-like ids, CTR 4% and CVR 5%, in split train."""
+    schema = schema or reference_schema()
     with new_folder(out, "data set", overwrite=True) as folder:
         (folder / "train").mkdir()
         files = []

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from benchmarks.reader import order, write_grouped_data
 from escm2rec.errors import DataError
-from escm2rec.reader.columns import Slice, assemble, decode
-from escm2rec.reader.dataset import Dataset
+from escm2rec.reader.columns import Columns, Slice, assemble, decode
+from escm2rec.reader.dataset import Dataset, RowGroup
 from escm2rec.reader.reader import Reader, read_ahead
 from tests.encoded import impressions, schema, write_dataset
 
@@ -28,17 +29,19 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset.open(write_dataset(tmp_path_factory.mktemp("reader") / "data", {"train": ROWS, "test": 10}))
 
 
-def _row_ids(dataset: Dataset, ranks: int, epoch: int = 0, lanes: int = 8, shuffle: bool = True, start: int = 0) -> list[set[int]]:
-    """Row ids of each global batch, and a check that the ranks share them out evenly."""
+def _row_ids(
+    dataset: Dataset, ranks: int, epoch: int = 0, lanes: int = 8, shuffle: bool = True, start: int = 0, batch: int = 100
+) -> list[set[int]]:
+    """Row ids of each global batch from place `start` on, and a check that the ranks share them out evenly."""
     readers = [
-        Reader(dataset, "train", 100, rank, ranks, lanes=lanes, shuffle=shuffle, extra_columns=("kept.row_id",)) for rank in range(ranks)
+        Reader(dataset, "train", batch, rank, ranks, lanes=lanes, shuffle=shuffle, extra_columns=("kept.row_id",)) for rank in range(ranks)
     ]
     steps: list[set[int]] = []
     for shares in zip(*(reader.batches(epoch, start) for reader in readers), strict=True):
-        ids = [extra["kept.row_id"].to_pylist() for _, extra in shares]
-        assert len({len(batch) for batch, _ in shares}) == 1, "all ranks have batches of one size"
+        ids = [extra["kept.row_id"].to_pylist() if extra.num_columns else [] for _, extra in shares]
+        assert len({len(share) for share, _ in shares}) == 1, "all ranks have batches of one size"
         assert max(map(len, ids)) - min(map(len, ids)) <= 1
-        assert [batch.num_rows for batch, _ in shares] == list(map(len, ids))
+        assert [share.num_rows for share, _ in shares] == list(map(len, ids))
         steps.append(set().union(*ids))
         assert len(steps[-1]) == sum(map(len, ids))
     return steps
@@ -90,6 +93,94 @@ def test_a_later_start_goes_on_with_the_same_batches(dataset: Dataset) -> None:
     assert _row_ids(dataset, 2, start=Reader(dataset, "train", 100).row_at(17)) == _row_ids(dataset, 1)[17:]
 
 
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 100), (2, 100), (3, 77), (4, 1_000)])
+def test_an_epoch_goes_on_from_any_row_on_other_ranks_in_other_batches(dataset: Dataset, ranks: int, batch: int) -> None:
+    """The rows before place r and those from it on are apart and together the epoch, whoever reads which in what sizes."""
+    before = _row_ids(dataset, 2)
+    rows = Reader(dataset, "train", 100).row_at(9)
+    assert 0 < rows == sum(map(len, before[:9]))
+    after = _row_ids(dataset, ranks, start=rows, batch=batch)
+    assert sorted(set().union(*before[:9], *after)) == list(range(ROWS))
+    assert sum(map(len, after)) == ROWS - rows
+    assert len(after) == -(-(ROWS - rows) // batch)
+    assert _row_ids(dataset, ranks, start=ROWS, batch=batch) == []
+
+
+def test_a_place_of_the_order_holds_one_row_whatever_the_batches(tmp_path: Path) -> None:
+    """Read one row at a time, the order is a sequence; every other batch size cuts that sequence."""
+    dataset = Dataset.open(write_dataset(tmp_path / "data", {"train": 203}, rows_per_group=20))
+    sequence = [row for (row,) in _row_ids(dataset, 1, batch=1)]
+    for batch in (7, 100, 203):
+        reader = Reader(dataset, "train", batch)
+        cuts = [reader.row_at(step) for step in range(reader.num_steps + 1)]
+        assert _row_ids(dataset, 2, batch=batch) == [set(sequence[begin:end]) for begin, end in pairwise(cuts)]
+
+
+def test_what_is_left_after_any_step_is_divided_as_before() -> None:
+    compared = 0
+    for rows in (1, 5, 97, 1_000, 4_099):
+        for batch in (1, 2, 7, 64, 999, 5_000):
+            reader = object.__new__(Reader)
+            reader.num_rows, reader.num_steps, reader._global_batch_size = rows, -(-rows // batch), batch
+            cuts = [reader.row_at(step) for step in range(reader.num_steps + 1)]
+            for step in range(0, reader.num_steps, 1 + reader.num_steps // 50):
+                assert [reader.row_at(more, cuts[step]) for more in range(reader.num_steps - step + 1)] == cuts[step:]
+                compared += 1
+    assert compared > 200
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_no_row_group_is_decoded_by_two_ranks(tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 groups in 8 lanes: each begins with a group of its own. Batches of 60 do not divide by the lanes."""
+    made = Dataset.open(write_dataset(tmp_path / "data", {"train": 1_600}, rows_per_file=400, rows_per_group=100))
+    decoded: list[int] = []
+    decode_group = Reader._decode
+
+    def counted(self: Reader, group: RowGroup, epoch: int) -> Columns:
+        decoded.append(group.number)
+        return decode_group(self, group, epoch)
+
+    monkeypatch.setattr(Reader, "_decode", counted)
+    for rank in range(ranks):
+        list(Reader(made, "train", 60, rank, ranks).batches(0))
+    assert sorted(decoded) == list(range(16))
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_that_decode_change_nothing(dataset: Dataset, threads: int) -> None:
+    expected = list(Reader(dataset, "train", 100).batches(3, 250))
+    seen = list(Reader(dataset, "train", 100, decode_threads=threads).batches(3, 250))
+    assert len(seen) == len(expected) == 21
+    for (batch, _), (other, _) in zip(seen, expected, strict=True):
+        assert batch.features is not None
+        assert other.features is not None
+        assert torch.equal(batch.features.values(), other.features.values())
+        assert torch.equal(batch.features.lengths(), other.features.lengths())
+        assert torch.equal(batch.click, other.click)
+
+
+def test_an_error_of_a_decoding_thread_reaches_the_reader(tmp_path: Path) -> None:
+    damaged = _damaged(tmp_path, "user", pa.array(np.full(100, 300, np.int32)))
+    before = threading.active_count()
+    with pytest.raises(DataError, match="row 0, column user: id 300"):
+        list(Reader(damaged, "train", 10, decode_threads=3).epoch(0))
+    assert _settles(before)
+
+
+def test_rows_of_a_user_are_spread_over_an_epoch(tmp_path: Path) -> None:
+    """Users of 50 rows and very different click rates, in 12 groups of 80 users: neighbours are as good as strangers, batches nearly so."""
+    write_grouped_data(tmp_path / "data", 49_152, rows_per_group=4_096, rows_per_user=50)
+    found = order(tmp_path / "data", 512, lanes=(8,), epochs=3)
+    files, full, read = (found[name] for name in ("files", "full shuffle", "reader, 8 lanes"))
+    assert files["autocorrelation"]["1"] > 0.2
+    assert files["batch_variance"] > 5
+    for lag in ("1", "2", "4", "8", "64"):
+        assert abs(full["autocorrelation"][lag]) < 0.01
+        assert abs(read["autocorrelation"][lag]) < 0.02
+    assert 0.7 < full["batch_variance"] < 1.4
+    assert read["batch_variance"] < 2
+
+
 def test_one_lane_without_shuffling_keeps_the_order_of_the_files(dataset: Dataset) -> None:
     reader = Reader(dataset, "train", 100, lanes=1, shuffle=False, extra_columns=("kept.row_id",))
     assert [row for _, extra in reader.batches(0) for row in extra["kept.row_id"].to_pylist()] == list(range(ROWS))
@@ -121,26 +212,89 @@ def test_batches_hold_what_the_files_hold() -> None:
     assert batch.weight.tolist() == [1] * 15 + [0] * 2
 
 
-def _damaged(tmp_path: Path, column: str, array: pa.Array) -> Dataset:
-    folder = write_dataset(tmp_path / "data", {"train": 100})
+def _damaged(tmp_path: Path, column: str, array: pa.Array, rows_per_group: int = 128) -> Dataset:
+    folder = write_dataset(tmp_path / "data", {"train": len(array)}, rows_per_group=rows_per_group)
     path = folder / "train" / "part-00000.parquet"
     table = pq.read_table(path)
-    pq.write_table(table.set_column(table.column_names.index(column), column, array), path)
+    pq.write_table(table.set_column(table.column_names.index(column), column, array), path, row_group_size=rows_per_group)
     return Dataset.open(folder)
 
 
-def test_an_id_out_of_range_names_file_row_column_and_value(tmp_path: Path) -> None:
-    ids = np.zeros(100, np.int32)
-    ids[37] = 300
-    dataset = _damaged(tmp_path, "user", pa.array(ids))
-    with pytest.raises(DataError, match=r"part-00000.parquet, row 37, column user: id 300 is out of range, its table has rows 0 to 299"):
-        list(Reader(dataset, "train", 10).batches(0))
+LISTS = pa.list_(pa.int32())
+INT32 = pa.int32()
+BAD_IDS: dict[str, tuple[str, pa.Array, str]] = {
+    # Rows 0 to 39 are the first row group, rows 40 to 79 the second, which has row 57.
+    "too large": (
+        "user",
+        pa.array([3] * 57 + [300] + [3] * 62, INT32),
+        "row 57, column user: id 300 is out of range, its table has rows 0 to 299",
+    ),
+    "negative": ("user", pa.array([3] * 57 + [-1] + [3] * 62, INT32), "row 57, column user: id -1 is out of range"),
+    "after missing ones": (
+        "scene",
+        pa.array([None] * 50 + [1] * 7 + [5] + [None] * 62, INT32),
+        "row 57, column scene: id 5 is out of",
+    ),
+    "negative after missing ones": (
+        "scene",
+        pa.array([None, 1] * 28 + [None, -9] + [None] * 62, INT32),
+        "row 57, column scene: id -9 is",
+    ),
+    "in a list": ("tags", pa.array([[1, 2], []] * 28 + [[], [5, 60]] + [[]] * 62, LISTS), "row 57, column tags: id 60 is out of range"),
+    "negative in a list": ("tags", pa.array([[1, 2], []] * 28 + [[], [-7, 5]] + [[]] * 62, LISTS), "row 57, column tags: id -7 is out of"),
+    "missing in a list": ("tags", pa.array([[1, 2], [None]] * 60, LISTS), "column tags: a list holds a missing id"),
+    "of another type": ("user", pa.array([1.5] * 120), "column user: it is of type double, expected int32"),
+    "a list of one": ("user", pa.array([[1]] * 120, LISTS), "column user: it is of type list<.*int32>, expected int32"),
+    "not a list": ("tags", pa.array([1] * 120, INT32), "column tags: it is of type int32, expected list<.*int32>"),
+}
 
 
-def test_a_negative_id_in_a_list_names_its_row(tmp_path: Path) -> None:
-    lists = pa.array([[1, 2]] * 41 + [[], [5, -7]] + [[]] * 57, pa.list_(pa.int32()))
-    with pytest.raises(DataError, match="row 42, column tags: id -7 is out of range"):
-        list(Reader(_damaged(tmp_path, "tags", lists), "train", 10).batches(0))
+@pytest.mark.parametrize("kind", BAD_IDS)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_bad_id_names_its_file_the_row_in_it_column_and_value(tmp_path: Path, kind: str, shuffle: bool) -> None:
+    column, array, message = BAD_IDS[kind]
+    damaged = _damaged(tmp_path, column, array, rows_per_group=40)
+    assert [group.first_row for group in damaged.row_groups("train")] == [0, 40, 80]
+    with pytest.raises(DataError, match=f"part-00000.parquet, {message}"):
+        list(Reader(damaged, "train", 10, shuffle=shuffle).batches(0))
+
+
+def test_a_bad_id_in_a_slice_of_lists_names_its_row() -> None:
+    table = impressions(50, seed=3)
+    bad = pa.array([[1, 2, 3]] * 30 + [[4, 60]] + [[]] * 19, LISTS)
+    table = table.set_column(table.column_names.index("tags"), "tags", bad).slice(20)
+    with pytest.raises(DataError, match="table, row 30, column tags: id 60"):
+        decode(table, schema(), labels=True, where="table", first_row=20)
+
+
+def test_a_column_that_is_missing_and_weights_that_are_too_few_are_refused() -> None:
+    table = impressions(50, seed=3)
+    with pytest.raises(DataError, match="table: no column 'scene'"):
+        decode(table.drop_columns(["scene"]), schema(), labels=True, where="table")
+    weights = pa.array([[1.0]] * 50, pa.list_(pa.float32()))
+    with pytest.raises(DataError, match=r"table, column history.weight: not as many weights as values"):
+        decode(
+            table.set_column(table.column_names.index("history.weight"), "history.weight", weights), schema(), labels=True, where="table"
+        )
+
+
+def test_an_order_takes_the_rows_of_every_column() -> None:
+    table = impressions(200, seed=4).slice(30, 101)
+    permutation = np.random.default_rng(0).permutation(101)
+    taken = decode(table, schema(), labels=True, where="table", order=permutation)
+    moved = decode(table.take(pa.array(permutation)), schema(), labels=True, where="table")
+    batch, other = (assemble([Slice(columns, 0, 101)], schema()) for columns in (taken, moved))
+    for keyed, expected in ((batch.features, other.features), (batch.weighted_features, other.weighted_features)):
+        assert keyed is not None
+        assert expected is not None
+        assert torch.equal(keyed.lengths(), expected.lengths())
+        assert torch.equal(keyed.values(), expected.values())
+    assert batch.weighted_features is not None
+    assert other.weighted_features is not None
+    assert torch.equal(batch.weighted_features.weights(), other.weighted_features.weights())
+    assert torch.equal(batch.numeric, other.numeric)
+    assert torch.equal(batch.click, other.click)
+    assert taken.extra.equals(moved.extra)
 
 
 def test_a_file_that_is_missing_or_no_parquet_is_refused(tmp_path: Path) -> None:
@@ -202,3 +356,11 @@ def test_reading_ahead_passes_errors_on_and_stops_with_its_consumer() -> None:
     time.sleep(0.3)
     assert len(made) == seen <= 6
     assert not any(thread.name == "escm2rec-reader" and thread.is_alive() for thread in threading.enumerate())
+
+
+def _settles(threads: int, within_s: float = 5.0) -> bool:
+    """Whether there are no more threads than before, soon."""
+    until = time.monotonic() + within_s
+    while threading.active_count() > threads and time.monotonic() < until:
+        time.sleep(0.02)
+    return threading.active_count() <= threads

@@ -111,9 +111,8 @@ def _keyed(features: Sequence[Feature], slices: Sequence[Slice], stride: int) ->
     for feature, of_feature in zip(features, lengths, strict=True):
         end = 0
         for part in slices:
-            column = part.columns.jagged[feature.name]
-            begin, end = end, end + part.stop - part.start
-            low, high = part.start, part.stop
+            column, low, high = part.columns.jagged[feature.name], part.start, part.stop
+            begin, end = end, end + high - low
             if column.offsets is None:
                 of_feature[begin:end] = 1
             else:

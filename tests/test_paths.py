@@ -1,0 +1,89 @@
+"""Data sets by URL: what lies in an fsspec file system is read as what lies on disk."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from escm2rec.errors import ConfigError, DataError
+from escm2rec.paths import DataPath, RemotePath, copy_folder, data_path
+from escm2rec.reader.dataset import Dataset
+from escm2rec.reader.reader import Reader
+from tests.encoded import write_dataset
+
+ROWS = 900
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = write_dataset(tmp_path_factory.mktemp("paths") / "data", {"train": ROWS, "test": 10})
+    (made / "vocabulary" / "user.parquet").write_bytes(b"a vocabulary")
+    return made
+
+
+@pytest.fixture
+def url(local: Path) -> Iterator[str]:
+    """The same data set in fsspec's memory."""
+    memory, folder = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
+    for file in local.rglob("*"):
+        if file.is_file():
+            memory.pipe_file(f"{folder}/set/{file.relative_to(local)}", file.read_bytes())
+    yield f"memory://{folder}/set"
+    memory.rm(folder, recursive=True)
+
+
+def _read(data: str | DataPath, threads: int = 1) -> list[tuple[list[int], list[int]]]:
+    reader = Reader(Dataset.open(data), "train", 128, decode_threads=threads, extra_columns=("kept.row_id",))
+    batches = [(batch.features, extra["kept.row_id"].to_pylist()) for batch, extra in reader.read_ahead(1)]
+    return [(features.values().tolist(), rows) for features, rows in batches if features is not None]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_data_set_is_read_alike_wherever_it_lies(local: Path, url: str, threads: int) -> None:
+    expected = _read(local)
+    assert sorted(row for _, rows in expected for row in rows) == list(range(ROWS))
+    for place in (str(local), local.as_uri(), url, data_path(url)):
+        assert _read(place, threads) == expected
+
+
+def test_a_file_url_is_a_local_path(local: Path) -> None:
+    assert Dataset.open(local.as_uri()).path == local
+    assert data_path("data/set") == Path("data/set")
+
+
+def test_errors_name_the_url(url: str) -> None:
+    memory = fsspec.filesystem("memory")
+    with pytest.raises(DataError, match=f"no data set at {url}-absent") as absent:
+        Dataset.open(f"{url}-absent")
+    assert absent.value.hint == f"did you mean {url}?"
+    part = data_path(url) / "train" / "part-00000.parquet"
+    assert isinstance(part, RemotePath)
+    memory.pipe_file(part.path, b"click,conversion")
+    with pytest.raises(DataError, match=f"{url}/train/part-00000.parquet is not a Parquet file"):
+        Dataset.open(url).row_groups("train")
+    memory.rm(part.path)
+    with pytest.raises(DataError, match=f"{url}/train/part-00000.parquet is missing, the manifest names it"):
+        Dataset.open(url).row_groups("train")
+    memory.rm((data_path(url) / "schema.json").path)  # type: ignore[union-attr]
+    with pytest.raises(DataError, match=f"no schema at {url}/schema.json"):
+        Dataset.open(url)
+    memory.rm((data_path(url) / "manifest.json").path)  # type: ignore[union-attr]
+    with pytest.raises(DataError, match=f"the data set at {url} is incomplete"):
+        Dataset.open(url)
+
+
+def test_a_vocabulary_is_copied_from_anywhere(local: Path, url: str, tmp_path: Path) -> None:
+    places: list[str | DataPath] = [local, url]
+    for number, place in enumerate(places):
+        copy_folder(data_path(place) / "vocabulary", tmp_path / str(number))
+        assert (tmp_path / str(number) / "user.parquet").read_bytes() == b"a vocabulary"
+
+
+def test_a_protocol_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot open nosuch://bucket/set: Protocol not known: nosuch") as refused:
+        Dataset.open("nosuch://bucket/set")
+    assert "install the fsspec package of that protocol" in refused.value.hint
