@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 
 from escm2rec.errors import DataError
 from escm2rec.preprocess.aliccp_columns import ABSENT, INDEX_BYTES, AliccpColumns, SideColumns, common_keys, key_text, present
@@ -17,7 +19,7 @@ from escm2rec.preprocess.common import BLOCK_BYTES, CommonRecords
 from escm2rec.preprocess.digits import whole_numbers
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.ragged import Float64s, Int64s
-from escm2rec.preprocess.rejections import IDENTIFIER, LABEL, MISSING_COMMON, SEVERAL, TRUTH
+from escm2rec.preprocess.rejections import IDENTIFIER, LABEL, MISSING_COMMON, SEVERAL, TRUTH, values_at
 
 HEADER = 5  # sample_id, click, buy, common_feature_index, feature_num
 TRUTH_COLUMNS = ("sample_id", "true_propensity", "true_cvr")
@@ -112,19 +114,36 @@ class _TruthRows:
         self.path, self._skeleton = file.truth, file.path
         try:
             parquet = pq.ParquetFile(self.path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{self.path} is not a Parquet file: {error}", "fetch or simulate it again") from error
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(error) from error
         missing = [name for name in TRUTH_COLUMNS if name not in parquet.schema_arrow.names]
         if missing:
             raise DataError(f"{self.path} has no column {missing[0]!r}", f"a truth file has {', '.join(TRUTH_COLUMNS)}")
+        for name in TRUTH_COLUMNS:
+            kind = parquet.schema_arrow.field(name).type
+            whole = name == "sample_id"
+            if not (pt.is_integer(kind) or (not whole and pt.is_floating(kind))):
+                raise DataError(
+                    f"{self.path}: column {name!r}: expected {'a whole number' if whole else 'a number'}, found type {kind}",
+                    "fetch or simulate it again",
+                )
         self._batches = parquet.iter_batches(columns=list(TRUTH_COLUMNS))
         self._rest: pa.Table | None = None
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(f"{self.path} is not a Parquet file, or is damaged: {error}", "fetch or simulate it again")
+
+    def _next(self) -> pa.RecordBatch | None:
+        try:
+            return next(self._batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(error) from error
 
     def take(self, rows: int) -> pa.Table:
         """The next rows; DataError when there are fewer."""
         parts = [self._rest] if self._rest is not None else []
         while sum(len(part) for part in parts) < rows:
-            batch = next(self._batches, None)
+            batch = self._next()
             if batch is None:
                 raise DataError(f"{self.path} has fewer rows than {self._skeleton}", "truth goes row by row with the skeleton")
             parts.append(pa.Table.from_batches([batch]))
@@ -134,22 +153,24 @@ class _TruthRows:
 
     def finish(self) -> None:
         """DataError when rows are left."""
-        if (self._rest is not None and len(self._rest)) or next(self._batches, None) is not None:
+        if (self._rest is not None and len(self._rest)) or self._next() is not None:
             raise DataError(f"{self.path} has more rows than {self._skeleton}", "truth goes row by row with the skeleton")
 
 
 def _truth_labels(file: RawFile, lines: Lines, samples: Int64s, truth: pa.Table) -> dict[str, Any]:
-    said = truth["sample_id"].to_numpy()
-    differ = np.flatnonzero((said != samples) & ~lines.bad.mask)
+    said = truth["sample_id"].combine_chunks()
+    equal = pc.fill_null(pc.equal(said.cast(pa.int64(), safe=False), pa.array(samples)), False).to_numpy(zero_copy_only=False)
+    differ = np.flatnonzero(~equal & ~lines.bad.mask)
     if len(differ):
-        row = int(differ[0])
+        row, found = int(differ[0]), values_at(said)(differ[:1])[0]
         raise DataError(
-            f"{file.truth}: row {lines.bad.lines[row]}: expected sample_id {samples[row]} as in {file.path}, found {said[row]}",
+            f"{file.truth}: row {lines.bad.lines[row]}: expected sample_id {samples[row]} as in {file.path}, found {found}",
             "truth goes row by row with the skeleton",
         )
     labels: dict[str, Any] = {}
     for name in TRUTH_COLUMNS[1:]:
-        values: Float64s = truth[name].to_numpy().astype(np.float64)
-        lines.bad.mark(~((values >= 0) & (values <= 1)), TRUTH, name, lambda rows, v=values: [str(x) for x in v[rows]])  # type: ignore[misc]
+        column = truth[name].combine_chunks()
+        values: Float64s = pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy(zero_copy_only=False)
+        lines.bad.mark(~((values >= 0) & (values <= 1)), TRUTH, name, values_at(column))
         labels[name] = values.astype(np.float32)
     return labels
