@@ -124,23 +124,28 @@ def test_of_two_jobs_on_one_folder_one_wins(job: list[str], undisturbed: dict[st
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_is_held_by_one_and_taken_up_by_its_own(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), resumable_folder(out, "data set", False, "one") as folder:
-        (folder / "half").write_text("done")
-        with (
-            pytest.raises(ConfigError, match=r"another job is writing .*out\nhint: wait for it"),
-            resumable_folder(out, "data set", False, "one"),
-        ):
-            pass
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt), resumable_folder(out, "data set", False, "one") as folder:
-        assert (folder / "half").read_text() == "done"
-        raise KeyboardInterrupt
-    with pytest.raises(ConfigError, match="no"), resumable_folder(out, "data set", False, "another") as folder:
-        assert not (folder / "half").exists()
+def interrupted(out: Path, identity: str, found: list[str]) -> None:
+    """A job that another one meets, and that is interrupted; `found` is what it finds."""
+    with resumable_folder(out, "data set", False, identity) as folder:
+        assert sorted(path.name for path in folder.iterdir()) == ["job", *found]
+        (folder / "work").write_text("done")
+        with pytest.raises(ConfigError, match=r"another job is writing .*out\nhint: wait for it") as met:
+            resumable_folder(out, "data set", False, identity).__enter__()
+        raise KeyboardInterrupt from met.value
+
+
+def failed(out: Path) -> None:
+    with resumable_folder(out, "data set", False, "one"):
         raise ConfigError("no")
-    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_held_by_one_and_taken_up_by_its_own(tmp_path: Path) -> None:
+    for identity, found in (("one", []), ("one", ["work"]), ("another", [])):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(tmp_path / "out", identity, list(found))
+    with pytest.raises(ConfigError, match="no"):
+        failed(tmp_path / "out")
+    assert not list(tmp_path.iterdir()), "what failed leaves nothing"
 
 
 @pytest.fixture

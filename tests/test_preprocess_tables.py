@@ -162,7 +162,13 @@ WEIGHTED = {"name": "l", "kind": "weighted_list", "weights_column": "w"}
         ({"l": [[1], [1], []], "w": [[1.0], [None], []]}, WEIGHTED, {}, "number", "row 2, column w: "),
         ({"l": [[1], [1, None], []]}, {"name": "l", "kind": "list"}, {}, "null in a list", r"row 2, column l: .*found \[1, None\]"),
         ({"c": pa.array([1, 2**63, 2], pa.uint64())}, {}, {}, "id", "row 2, column c: .*fits int64, found 9223372036854775808"),
-        ({"w": [1.0, 0.0, 1.0]}, {}, {"weight": "w"}, "weight", "row 2, column w: weight: expected a finite number above 0, found 0.0"),
+        (
+            {"w": [1.0, 0.0, 1.0]},
+            {},
+            {"weight": "w"},
+            "weight",
+            "row 2, column w: weight: expected a finite number above 0 .*found 0.0",
+        ),
         ({"p": [1.0, -0.5, 1.0], "r": [0.5] * 3}, {}, {"true_propensity": "p", "true_cvr": "r"}, "truth", "row 2, column p: truth: "),
     ],
 )

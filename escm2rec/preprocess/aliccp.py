@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 
 from escm2rec.errors import DataError
 from escm2rec.preprocess.aliccp_columns import ABSENT, INDEX_BYTES, AliccpColumns, SideColumns, common_keys, key_text, present
@@ -17,7 +19,7 @@ from escm2rec.preprocess.digits import whole_numbers
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.ragged import Array, Bools, Float64s, Int64s
 from escm2rec.preprocess.records import CommonRecords
-from escm2rec.preprocess.rejections import IDENTIFIER, LABEL, MISSING_COMMON, SEVERAL, TRUTH
+from escm2rec.preprocess.rejections import IDENTIFIER, LABEL, MISSING_COMMON, SEVERAL, TRUTH, values_at
 
 HEADER = 5  # sample_id, click, buy, common_feature_index, feature_num
 TRUTH_COLUMNS = ("sample_id", "true_propensity", "true_cvr")
@@ -37,6 +39,8 @@ class SkeletonFile:
         truth = _TruthRows(self.file, first_row) if self._read_truth else None
         for block in text_blocks(self.file.path, BLOCK_BYTES, start, stop, first_row):
             yield self._task(block, truth.take(block.lines) if truth is not None else None)
+        if truth is not None and stop is None:
+            truth.finish()
 
     def _task(self, block: TextBlock, truth: pa.Table | None) -> Callable[[], RawBlock]:
         return lambda: self._parse(block, truth)
@@ -119,12 +123,22 @@ def check_truth(file: RawFile, lines: int) -> None:
 def _open_truth(file: RawFile) -> pq.ParquetFile:
     try:
         parquet = pq.ParquetFile(file.truth)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file.truth} is not a Parquet file: {error}", "fetch or simulate it again") from error
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(file, error) from error
     missing = [name for name in TRUTH_COLUMNS if name not in parquet.schema_arrow.names]
     if missing:
         raise DataError(f"{file.truth} has no column {missing[0]!r}", f"a truth file has {', '.join(TRUTH_COLUMNS)}")
+    for name in TRUTH_COLUMNS:
+        kind = parquet.schema_arrow.field(name).type
+        whole = name == "sample_id"
+        if not (pt.is_integer(kind) or (not whole and pt.is_floating(kind))):
+            expected = "a whole number" if whole else "a number"
+            raise DataError(f"{file.truth}: column {name!r}: expected {expected}, found type {kind}", "fetch or simulate it again")
     return parquet
+
+
+def _damaged(file: RawFile, error: Exception) -> DataError:
+    return DataError(f"{file.truth} is not a Parquet file, or is damaged: {error}", "fetch or simulate it again")
 
 
 class _TruthRows:
@@ -132,35 +146,51 @@ class _TruthRows:
 
     def __init__(self, file: RawFile, first: int) -> None:
         parquet = _open_truth(file)
-        group = 0
+        self._file, group = file, 0
         while group < parquet.num_row_groups and (rows := parquet.metadata.row_group(group).num_rows) <= first:
             group, first = group + 1, first - rows
         self._batches = parquet.iter_batches(row_groups=range(group, parquet.num_row_groups), columns=list(TRUTH_COLUMNS))
         self._rest = pa.table({name: [] for name in TRUTH_COLUMNS}, schema=parquet.schema_arrow.empty_table().select(TRUTH_COLUMNS).schema)
         self.take(first)
 
+    def _next(self) -> pa.RecordBatch | None:
+        try:
+            return next(self._batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(self._file, error) from error
+
+    def finish(self) -> None:
+        """DataError when rows are left."""
+        if len(self._rest) or self._next() is not None:
+            raise DataError(f"{self._file.truth} has more rows than {self._file.path}", "truth goes row by row with the skeleton")
+
     def take(self, rows: int) -> pa.Table:
-        """The next rows."""
+        """The next rows; DataError when there are fewer."""
         parts = [self._rest]
         while sum(len(part) for part in parts) < rows:
-            parts.append(pa.Table.from_batches([next(self._batches)]))
+            batch = self._next()
+            if batch is None:
+                raise DataError(f"{self._file.truth} has fewer rows than {self._file.path}", "truth goes row by row with the skeleton")
+            parts.append(pa.Table.from_batches([batch]))
         table = pa.concat_tables(parts)
         self._rest = table.slice(rows)
         return table.slice(0, rows)
 
 
 def _truth_labels(file: RawFile, lines: Lines, samples: Int64s, truth: pa.Table) -> dict[str, Any]:
-    said = truth["sample_id"].to_numpy()
-    differ = np.flatnonzero((said != samples) & ~lines.bad.mask)
+    said = truth["sample_id"].combine_chunks()
+    equal = pc.fill_null(pc.equal(said.cast(pa.int64(), safe=False), pa.array(samples)), False).to_numpy(zero_copy_only=False)
+    differ = np.flatnonzero(~equal & ~lines.bad.mask)
     if len(differ):
-        row = int(differ[0])
+        row, found = int(differ[0]), values_at(said)(differ[:1])[0]
         raise DataError(
-            f"{file.truth}: row {lines.bad.lines[row]}: expected sample_id {samples[row]} as in {file.path}, found {said[row]}",
+            f"{file.truth}: row {lines.bad.lines[row]}: expected sample_id {samples[row]} as in {file.path}, found {found}",
             "truth goes row by row with the skeleton",
         )
     labels: dict[str, Any] = {}
     for name in TRUTH_COLUMNS[1:]:
-        values: Float64s = truth[name].to_numpy().astype(np.float64)
-        lines.bad.mark(~((values >= 0) & (values <= 1)), TRUTH, name, lambda rows, v=values: [str(x) for x in v[rows]])  # type: ignore[misc]
+        column = truth[name].combine_chunks()
+        values: Float64s = pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy(zero_copy_only=False)
+        lines.bad.mark(~((values >= 0) & (values <= 1)), TRUTH, name, values_at(column))
         labels[name] = values.astype(np.float32)
     return labels

@@ -15,6 +15,7 @@ from escm2rec.preprocess.ragged import Bools, Bytes, Float64s, Int64s, UInt64s, 
 PAD = 24  # bytes that must be readable before and after the text
 MAX_INT64 = np.uint64(2**63 - 1)
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MIN_FLOAT32 = float(np.finfo(np.float32).tiny)
 
 _ZEROS = np.uint64(0x3030303030303030)
 _SIXES = np.uint64(0x0606060606060606)

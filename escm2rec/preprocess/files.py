@@ -56,10 +56,13 @@ def raw_files(source: Source, path: Path, labels: bool = True) -> list[RawFile]:
 def _matching(path: Path, pattern: str, labels: bool) -> list[Path]:
     """The files of a pattern in a folder, in the order of their names; a file is itself."""
     if path.is_file():
+        _check_readable(path)
         return [path]
     if not path.is_dir():
         raise DataError(f"no raw logs at {path}", "check the path")
-    found = sorted(entry for entry in path.iterdir() if entry.is_file() and fnmatch.fnmatchcase(entry.name, pattern))
+    found = sorted(entry for entry in path.iterdir() if fnmatch.fnmatchcase(entry.name, pattern))
+    for entry in found:
+        _check_readable(entry)
     _refuse_nested(path, pattern)
     if not found:
         hint = "set data.source to the names of the files" if labels else "pass the files themselves"
@@ -104,6 +107,21 @@ def _matrices(source: MatrixSource, folder: Path, labels: bool) -> list[RawFile]
     assert train is not None
     files = [RawFile(train, user_features=users, item_features=items)]
     return files if test is None else [*files, RawFile(test, train=train, user_features=users, item_features=items)]
+
+
+def _check_readable(path: Path) -> None:
+    """DataError for what has the name of a file and cannot be read as one: to pass it over would lose rows."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{str(path)!r}: its name is no UTF-8", "rename the file") from error
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "a link to nowhere" if path.is_symlink() else "no file"
+        raise DataError(f"{path} is {what}, and its name is that of an input file", "move it, or set data.source to other names")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", "check who may read it") from error
 
 
 def _refuse_nested(path: Path, pattern: str) -> None:

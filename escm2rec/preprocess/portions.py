@@ -103,7 +103,7 @@ def other_ranges(source: Source, file: RawFile) -> list[Range]:
         return [Range(file, 0, 1, 0, count_lines((file.path, 0, size)), size)]
     try:
         metadata = pq.read_metadata(file.path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise not_parquet(file.path, error) from error
     ranges: list[Range] = []
     first = row = 0

@@ -45,10 +45,12 @@ UNEQUAL = Reason("unequal lists", "as many weights as values")
 NULL_IN_LIST = Reason("null in a list", "values and weights without null")
 PAIR = Reason("weighted value", "a value, the weight separator, and a weight that fits float32")
 TRUTH = Reason("truth", "a probability from 0 to 1")
-WEIGHT = Reason("weight", "a finite number above 0")
+WEIGHT = Reason("weight", "a finite number above 0 that fits float32")
 RATING = Reason("rating", "a number from 0, 0 where there is no rating")
 RATED_TWICE = Reason("rated in train and test", "a test rating of a pair that is not in the training matrix", only_counted=True)
 COLUMNS = Reason("number of columns", "as many columns as the header names")
+TEXT = Reason("text", "text in UTF-8")
+TORN = Reason("torn line", "one row a line: quotes that close in it, and no CR inside")
 CONVERSION = Reason(
     "conversion without click",
     "no conversion where click is 0",

@@ -17,7 +17,7 @@ from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawColumn
 from escm2rec.preprocess.digits import MAX_FLOAT32, MAX_INT64, parse_decimals
 from escm2rec.preprocess.ragged import Bools, Float64s, Int64s, Ragged, offsets_of
-from escm2rec.preprocess.rejections import INT64, NULL_IN_LIST, NUMBER, PAIR, UNEQUAL, BadRows, values_at
+from escm2rec.preprocess.rejections import INT64, NULL_IN_LIST, NUMBER, PAIR, TEXT, UNEQUAL, BadRows, values_at
 from escm2rec.preprocess.transforms import clipped, cut
 from escm2rec.schema import Feature
 
@@ -109,8 +109,9 @@ def numbers_of(column: TableColumn) -> Float64s:
 def _values(column: TableColumn, flat: pa.Array, rows: Int64s) -> Any:
     """Values without null as int64 (numpy) or strings (Arrow); `rows` says whose each is."""
     kind = flat.type
-    if pt.is_string(kind) or pt.is_large_string(kind):
-        return flat.cast(pa.large_string())
+    if pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind):
+        text = flat.cast(pa.large_string())
+        return text if column.is_csv else _utf8(column, text, rows)  # of a CSV it was checked
     if pt.is_boolean(kind):
         return flat.cast(pa.uint8()).to_numpy(zero_copy_only=False).astype(np.int64)
     if pt.is_integer(kind):
@@ -122,6 +123,24 @@ def _values(column: TableColumn, flat: pa.Array, rows: Int64s) -> Any:
     if pt.is_null(kind) and not len(flat):
         return np.empty(0, dtype=np.int64)
     raise column.wrong_type("whole numbers or strings")
+
+
+def _utf8(column: TableColumn, flat: pa.Array, rows: Int64s) -> pa.Array:
+    """The strings; Parquet does not check that they are UTF-8, so rows with others are marked, and those are then empty."""
+    try:
+        flat.validate(full=True)
+        return flat
+    except pa.ArrowInvalid:
+        raw = flat.cast(pa.large_binary()).to_pylist()
+    at = np.flatnonzero([value.decode(errors="replace").encode() != value for value in raw])
+    wrong = np.zeros(len(raw), dtype=np.bool_)
+    wrong[at] = True
+
+    def seen(places: Int64s) -> list[str]:
+        return [repr(raw[first]) for first in at[np.searchsorted(rows[at], places)]]
+
+    column.bad.mark(_rows_with(wrong, rows, len(column.array)), TEXT, column.name, seen)
+    return pc.if_else(pa.array(wrong), pa.scalar("", pa.large_string()), flat)
 
 
 def _rows_with(wrong: Bools, rows: Int64s, count: int) -> Bools:

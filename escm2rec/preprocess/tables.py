@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 
 from escm2rec.config import EventsSource, TableSource
 from escm2rec.errors import DataError
+from escm2rec.preprocess.aliccp_text import text_blocks
 from escm2rec.preprocess.block import RawBlock, Request
+from escm2rec.preprocess.digits import MAX_FLOAT32, MIN_FLOAT32, PAD, slices
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.outcomes import impression_columns, labels_of, read_outcomes
-from escm2rec.preprocess.ragged import Int64s
-from escm2rec.preprocess.rejections import COLUMNS, FIRST_OFFENDERS, LABEL, TRUTH, WEIGHT, BadRows, Rejection, values_at
+from escm2rec.preprocess.ragged import Bytes, Int64s
+from escm2rec.preprocess.rejections import COLUMNS, LABEL, TORN, TRUTH, WEIGHT, BadRows, Rejection, values_at
 from escm2rec.preprocess.table_columns import TableColumn, numbers_of, raw_column
 
 CSV_BLOCK_BYTES = 16 << 20
@@ -75,7 +77,7 @@ class TableFile:
                 near = difflib.get_close_matches(column, available, n=1)
                 raise DataError(
                     f"{self.file.path} has no column {column!r}",
-                    f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(available[:20])}",
+                    f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(name[:40] for name in available[:20])}",
                 )
         return [name for name in available if name in wanted]
 
@@ -88,49 +90,98 @@ class TableFile:
                 for batch in parquet.iter_batches(self._block_rows, row_groups=groups, columns=columns):
                     yield pa.Table.from_batches([batch]), np.arange(row, row + len(batch), dtype=np.int64), []
                     row += len(batch)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise not_parquet(self.file.path, error) from error
 
     def _csv_batches(self) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
-        path = self.file.path
+        header: list[str] | None = None
+        for block in text_blocks(self.file.path, CSV_BLOCK_BYTES):
+            text = block.buffer[PAD:-PAD]
+            bad = BadRows(self.file.path, block.first_line + 1 + np.arange(block.lines, dtype=np.int64))
+            if header is None:
+                end = int(np.argmax(text == ord("\n"))) + 1
+                header = self._csv_header(text[:end].tobytes())
+                text, bad = text[end:], BadRows(self.file.path, bad.lines[1:])
+            wanted = self._wanted(header)
+            if len(text):
+                yield self._csv_table(text, header, wanted, bad)
+
+    def _csv_header(self, line: bytes) -> list[str]:
+        """The names in the first line."""
+        path, line = self.file.path, line.rstrip(b"\r\n")
+        if b"\r" in line:
+            raise DataError(f"{path}: row 1: expected lines that end in LF or CRLF, found a CR", "write the table with LF line ends")
+        self._check_utf8(np.frombuffer(line, dtype=np.uint8), np.ones(1, dtype=np.int64))
+        try:
+            names: list[str] = pa_csv.read_csv(pa.BufferReader(line + b"\n")).column_names
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path} is not a CSV table: {error}", "a header line and comma-separated columns are expected") from error
+        return names
+
+    def _csv_table(self, text: Bytes, header: list[str], wanted: list[str], bad: BadRows) -> tuple[pa.Table, Int64s, list[Rejection]]:
+        """The rows of whole lines, their line numbers, and what became of the other lines: a row is one line, a blank line is none."""
+        table, skipped = self._parsed(text, header, wanted, bad.lines)
+        at = np.arange(len(bad.lines))  # of the lines that are parsed
+        if len(table) + len(skipped) != len(at):  # rare
+            text, at = _without_blank_lines(text)
+            table, skipped = self._parsed(text, header, wanted, bad.lines[at])
+        if len(table) + len(skipped) != len(at) or _has_lone_cr(text):
+            # A quoted cell goes on in the next line, or a CR ends a row: both at once would even out.
+            text, at = _without_torn_lines(text, at, bad)
+            table, skipped = self._parsed(text, header, wanted, bad.lines[at])
+        if len(table) + len(skipped) != len(at):
+            raise DataError(
+                f"{self.file.path}: rows {bad.lines[0]} to {bad.lines[-1]}: expected {TORN.expected}, found other quotes and line ends",
+                "mend them, or write the table as Parquet",
+            )
+        if skipped:
+            faults = {int(at[place]): fault for place, fault in skipped}
+            where = np.zeros(len(bad.lines), dtype=np.bool_)
+            where[list(faults)] = True
+            bad.mark(where, COLUMNS, "", lambda rows: [faults[row] for row in rows.tolist()])
+            at = np.delete(at, [place for place, _ in skipped])
+        return table, bad.lines[at], bad.found
+
+    def _parsed(self, text: Bytes, header: list[str], wanted: list[str], numbers: Int64s) -> tuple[pa.Table, list[tuple[int, str]]]:
+        """The wanted columns, and place and fault of the lines with a wrong number of columns."""
+        if not len(text):
+            return pa.table({name: pa.array([], pa.string()) for name in wanted}), []
         skipped: list[tuple[int, str]] = []
 
         def invalid(row: pa_csv.InvalidRow) -> str:
-            skipped.append((row.number, f"{row.actual_columns} columns instead of {row.expected_columns} in {row.text!r}"))
+            fault = f"{row.actual_columns} columns instead of {row.expected_columns} in {row.text[:60]!r}"
+            skipped.append((row.number - 1, fault))
             return "skip"
 
         try:
-            header = pa_csv.open_csv(path, parse_options=pa_csv.ParseOptions(invalid_row_handler=lambda row: "skip")).schema.names
-            wanted = self._wanted(header)
-            convert = pa_csv.ConvertOptions(
-                column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted, null_values=[""], strings_can_be_null=True
-            )
-            reader = pa_csv.open_csv(
-                path,
-                pa_csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
+            table = pa_csv.read_csv(
+                pa.BufferReader(pa.py_buffer(text)),
+                pa_csv.ReadOptions(use_threads=False, block_size=len(text) + 1, column_names=header),
                 pa_csv.ParseOptions(invalid_row_handler=invalid),
-                convert,
+                pa_csv.ConvertOptions(
+                    column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted, null_values=[""], strings_can_be_null=True
+                ),
             )
-            line = 2
-            for batch in reader:
-                lines, rejections = self._csv_lines(line, len(batch), skipped)
-                line += len(batch) + len(skipped)
-                skipped.clear()
-                yield pa.Table.from_batches([batch]), lines, rejections
-            if skipped:
-                yield pa.table({name: pa.array([], pa.string()) for name in wanted}), *self._csv_lines(line, 0, skipped)
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{path} is not a CSV table: {error}", "a header line and comma-separated columns are expected") from error
+        except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+            self._check_utf8(text, numbers)
+            raise DataError(
+                f"{self.file.path}: rows {numbers[0]} to {numbers[-1]}: expected comma-separated columns, found: {error}",
+                "a header line and comma-separated columns are expected",
+            ) from error
+        return table, skipped
 
-    def _csv_lines(self, line: int, count: int, skipped: list[tuple[int, str]]) -> tuple[Int64s, list[Rejection]]:
-        """Line numbers of the rows of a batch that begins at `line`, lines with a wrong number of columns passed over."""
-        if not skipped:
-            return np.arange(line, line + count, dtype=np.int64), []
-        numbers = [number for number, _ in skipped]
-        lines = np.setdiff1d(np.arange(line, line + count + len(skipped), dtype=np.int64), numbers)[:count]
-        first = skipped[:FIRST_OFFENDERS]
-        rows, seen = [row for row, _ in first], [text[:120] for _, text in first]
-        return lines, [Rejection(COLUMNS, str(self.file.path), "", len(skipped), rows, seen)]
+    def _check_utf8(self, text: Bytes, numbers: Int64s) -> None:
+        """DataError at the first of these lines that is no UTF-8, if there is one."""
+        raw = text.tobytes()
+        try:
+            raw.decode()
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start)
+            seen = raw.split(b"\n")[line].decode("latin-1")
+            raise DataError(
+                f"{self.file.path}: row {numbers[line]}: expected text in UTF-8, found {seen[:80]!r} (read as Latin-1)",
+                "convert the file to UTF-8; is it compressed, or no text at all?",
+            ) from error
 
     def _block(self, table: pa.Table, first: int, lines: Int64s, rejections: list[Rejection]) -> RawBlock:
         bad = BadRows(self.file.path, lines)
@@ -153,7 +204,45 @@ class TableFile:
             bad.mark((values != 0) & (values != 1), LABEL, column.name, seen)
             return np.nan_to_num(values).astype(np.uint8)
         if name == "weight":
-            bad.mark(~(np.isfinite(values) & (values > 0)), WEIGHT, column.name, seen)
+            good, reason = (values >= MIN_FLOAT32) & (values <= MAX_FLOAT32), WEIGHT
         else:
-            bad.mark(~((values >= 0) & (values <= 1)), TRUTH, column.name, seen)
-        return values.astype(np.float32)
+            good, reason = (values >= 0) & (values <= 1), TRUTH
+        bad.mark(~good, reason, column.name, seen)
+        return np.where(good, values, 1).astype(np.float32)
+
+
+def _lines_of(text: Bytes) -> tuple[Int64s, Int64s]:
+    """Start of each line, and where the next one starts."""
+    ends = np.flatnonzero(text == ord("\n")) + 1
+    return np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]), ends
+
+
+def _has_lone_cr(text: Bytes) -> bool:
+    """Whether a CR is not before a LF."""
+    at = np.flatnonzero(text == ord("\r"))  # a text ends with LF
+    return bool((text[at + 1] != ord("\n")).any())
+
+
+def _without_blank_lines(text: Bytes) -> tuple[Bytes, Int64s]:
+    """The other lines, and their places."""
+    starts, ends = _lines_of(text)
+    lengths = ends - starts
+    held = (lengths > 2) | ((lengths == 2) & (text[starts] != ord("\r")))
+    return text[np.repeat(held, lengths)], np.flatnonzero(held)
+
+
+def _without_torn_lines(text: Bytes, at: Int64s, bad: BadRows) -> tuple[Bytes, Int64s]:
+    """The text without the lines whose quotes do not pair or that a CR cuts, which are marked bad, and the places of the others."""
+    starts, ends = _lines_of(text)
+    cuts = (text == ord("\r")) & (np.append(text[1:], ord("\n")) != ord("\n"))
+    torn = np.add.reduceat((text == ord('"')).astype(np.int64), starts) % 2 == 1
+    torn |= np.add.reduceat(cuts.astype(np.int64), starts) > 0
+    where = np.zeros(len(bad.lines), dtype=np.bool_)
+    where[at[torn]] = True
+
+    def seen(rows: Int64s) -> list[str]:
+        places = np.searchsorted(at, rows)
+        return [repr(line) for line in slices(text, starts[places], ends[places] - 1).to_pylist()]
+
+    bad.mark(where, TORN, "", seen)
+    return text[np.repeat(~torn, ends - starts)], at[~torn]
