@@ -66,6 +66,8 @@ def preprocess(
     input: str,
     out: str,
     memory_gib: float = 4.0,
+    engine: str = "local",
+    address: Optional[str] = None,
     set: Optional[str] = None,
     overwrite: bool = False,
     image: str = torchx.IMAGE,
@@ -77,13 +79,15 @@ def preprocess(
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
-    """Turn raw logs into a data set, in one process.
+    """Turn raw logs into a data set, by a process a core of one host or on a Ray cluster.
 
     Args:
         config: YAML config file
         input: folder with the raw logs
         out: folder for the data set
         memory_gib: what counts, sorts and lookups may take, beside 300 MB
+        engine: local (processes of this host), or ray
+        address: address of the Ray cluster
         set: config overrides, as a.b=value,c.d=value
         overwrite: replace what is at out
         image: container image, or the directory to run in on schedulers without containers
@@ -95,7 +99,8 @@ def preprocess(
         max_retries: how often the scheduler may start it again
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
-    arguments = _options(config=config, input=input, out=out, memory_gib=memory_gib, set=_overrides(set), overwrite=overwrite)
+    where = {"engine": engine, "address": address}
+    arguments = _options(config=config, input=input, out=out, memory_gib=memory_gib, **where, set=_overrides(set), overwrite=overwrite)
     resource = specs.resource(cpu=cpu, memMB=memory_mb, h=h)
     return _single_process("preprocess", arguments, image, name, resource, env, max_retries, mounts)
 
