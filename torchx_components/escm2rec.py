@@ -66,7 +66,7 @@ def preprocess(
     input: str,
     out: str,
     memory_gib: float = 4.0,
-    engine: str = "local",
+    engine: Optional[str] = None,
     address: Optional[str] = None,
     set: Optional[str] = None,
     overwrite: bool = False,
@@ -86,7 +86,7 @@ def preprocess(
         input: folder with the raw logs
         out: folder for the data set
         memory_gib: what counts, sorts and lookups may take, beside 300 MB
-        engine: local (processes of this host), or ray
+        engine: local (processes of this host, the default), or ray
         address: address of the Ray cluster
         set: config overrides, as a.b=value,c.d=value
         overwrite: replace what is at out
