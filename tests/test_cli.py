@@ -112,7 +112,7 @@ CALLS: list[tuple[str, str, list[str], Callable[[Config], list[Any]]]] = [
         "preprocess",
         "escm2rec.preprocess",
         ["--config", "CONFIG", "--input", "i", "--out", "o"],
-        lambda config: [config.data, Path("i"), Path("o"), False, 4.0],
+        lambda config: [config.data, Path("i"), Path("o"), False, 4.0, None],
     ),
     (
         "train",
@@ -322,3 +322,10 @@ def test_packages_are_checked_before_torch_is_loaded(
     }
     assert run(verb, *options[verb]) == 2
     assert capsys.readouterr().err == "error: torchrec is not installed\nhint: install it\n"
+
+
+def test_an_address_without_ray_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(Path(__file__).parents[1] / "data" / "aliexpress.yaml")
+    code = run("preprocess", "--config", config, "--input", "i", "--out", "o", "--address", "a:1")
+    assert code == 2
+    assert "error: --address is of a Ray cluster\nhint: add --engine ray" in capsys.readouterr().err
