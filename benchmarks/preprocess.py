@@ -1,15 +1,17 @@
-"""Speed of preprocess on simulated Ali-CCP text, and of three ways to parse that text. Prints one JSON object.
+"""Speed of preprocess on simulated Ali-CCP text beside loops over rows in Python, and of four parsers of that text. Prints one JSON object.
 
     python -m benchmarks.preprocess --impressions 1000000
 
-whole: raw text to data set, with data/aliccp.yaml, each time in a process of its own, whose peak memory is told; also at a quarter and at
-four times the impressions, to see whether memory grows with them. parse: every feature of every line to flat columns (line, field, id,
+whole: raw text to data set, with data/aliccp.yaml, each time in processes of their own, whose peak memory together is told; also at a
+quarter and at four times the impressions, to see whether memory grows with them. rowwise: a quarter of the impressions by
+benchmarks/rowwise.py, which makes the same rows, and how many times as long it took. parse: every feature of every line to flat columns (line, field, id,
 value), best of `--repeats`; duckdb is measured when it is installed. MB are 10^6 bytes of raw text.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import shutil
@@ -24,6 +26,7 @@ from typing import Any
 
 import polars as pl
 
+from benchmarks import rowwise
 from benchmarks.machine import facts
 from escm2rec.config import SimulationConfig, load_config
 from escm2rec.preprocess.aliccp_text import BLOCK_BYTES, FieldCodes, Lines, Needs, TextBlock, text_blocks
@@ -116,15 +119,37 @@ def in_own_process(logs: Path, out: Path) -> dict[str, Any]:
     command += ["--input", str(logs), "--out", str(out), "--overwrite"]
     peaks = {"RssAnon": 0, "RssFile": 0}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
-        status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            for name, found in re.findall(r"^(RssAnon|RssFile):\s+(\d+) kB", status.read_text(), re.MULTILINE):
-                peaks[name] = max(peaks[name], int(found))
+            for name, held in memory_of(process.pid).items():
+                peaks[name] = max(peaks[name], held)
             time.sleep(0.02)
         assert process.returncode == 0
         assert process.stdout is not None
         result: dict[str, Any] = json.loads(process.stdout.read())
     return {**result, "own_mb": peaks["RssAnon"] / 1e3, "mapped_mb": peaks["RssFile"] / 1e3}
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """kB of a process and all that it started: their own, and pages of files, which they may share, counted in each."""
+    held = {"RssAnon": 0, "RssFile": 0}
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for name, found in re.findall(r"^(RssAnon|RssFile):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
+            held[name] += int(found)
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            for name, more in memory_of(int(child)).items():
+                held[name] += more
+    return held
+
+
+def rowwise_rate(logs: Path, out: Path, whole: dict[str, Any]) -> dict[str, Any]:
+    """Loops over rows on the same logs, once; and how many times the seconds of preprocess (`whole`) they took."""
+    config = load_config(ROOT / "data" / "aliccp.yaml", ["data.split={by: file, train: '*'}"]).data
+    began = time.perf_counter()
+    rows = rowwise.run(config, logs, out)
+    seconds = time.perf_counter() - began
+    size = sum(file.stat().st_size for file in logs.glob("*.csv"))
+    times = seconds / statistics.median(whole["seconds"])
+    return {"impressions": rows, "seconds": round(seconds, 2), "mb_per_s": round(size / seconds / 1e6, 1), "times": round(times, 1)}
 
 
 def main() -> None:
@@ -141,14 +166,19 @@ def main() -> None:
             simulate(logs, impressions, 1, SimulationConfig(), overwrite=True)
             whole[impressions] = whole_rate(logs, out, arguments.repeats)
             shutil.rmtree(out)
+            if impressions < arguments.impressions:
+                loops = rowwise_rate(logs, out, whole[impressions])
+                shutil.rmtree(out)
         files = sorted(logs.glob("*.csv"))
         fields = sorted({feature.column for feature in load_config(ROOT / "data" / "aliccp.yaml").data.features})
-        for name, parser in {"numpy": parse_with_numpy, "polars": parse_with_polars, "duckdb": parse_with_duckdb}.items():
+        parsers = {"numpy": parse_with_numpy, "polars": parse_with_polars, "duckdb": parse_with_duckdb, "python": rowwise.parse_with_python}
+        for name, parser in parsers.items():
             try:
                 parse[name] = parse_rate(parser, files, fields, arguments.repeats)
             except ImportError:
                 parse[name] = None
-    record = {"machine": facts(), "threads": default_workers(), "whole": [whole[size] for size in sorted(whole)], "parse": parse}
+    sizes = [whole[size] for size in sorted(whole)]
+    record = {"machine": facts(), "processes": default_workers(), "whole": sizes, "rowwise": loops, "parse": parse}
     print(json.dumps(record, indent=1))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.machine import facts
 from escm2rec.config import SimulationConfig
 from escm2rec.errors import ConfigError
 from escm2rec.folder import resumable_folder
@@ -24,7 +25,8 @@ from escm2rec.simulate import simulate
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPRESSIONS = 6_000
-KILLS = int(os.environ.get("ESCM2REC_KILLS", "3"))
+KILLS = int(os.environ.get("ESCM2REC_KILLS", "3"))  # `make prove`: 30
+PROOF = os.environ.get("ESCM2REC_KILLS_PROOF")  # where to write what was shown
 TIMEOUT_S = 150
 # A job so small runs in one process and one portion; as many portions, spills, buckets and parts as a large one has, and two processes:
 WORKER = """
@@ -95,12 +97,15 @@ def test_processes_make_what_one_process_makes(job: list[str], undisturbed: dict
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.timeout(240 + 30 * KILLS)
 def test_a_killed_job_is_taken_up(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """kill -9 at random moments of one job, again and again, until it ends: the same bytes, nothing beside them, no process left."""
     moments, killed, out = random.Random(0), 0, tmp_path / "out"
+    lived: list[float] = []
     while killed < KILLS:
         process = start(job, out)
-        time.sleep(moments.uniform(0.3, 4.0))
+        lived.append(moments.uniform(0.3, 4.0))
+        time.sleep(lived[-1])
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=TIMEOUT_S)
         killed += process.returncode == -signal.SIGKILL
@@ -111,6 +116,14 @@ def test_a_killed_job_is_taken_up(job: list[str], undisturbed: dict[str, Any], t
         run(job, out)
     assert content(out) == undisturbed
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    if PROOF:
+        record = {
+            "machine": facts(),
+            "kills": killed,
+            "seconds_lived": [round(each, 2) for each in lived],
+            "files_compared": len(undisturbed),
+        }
+        Path(PROOF).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def test_of_two_jobs_on_one_folder_one_wins(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
