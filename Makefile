@@ -2,7 +2,7 @@
 # test      ruff, mypy and pytest, as .ci/run does
 # demo      simulate, preprocess, train, evaluate and score in .demo
 # bench     the speed benchmarks; each prints JSON
-# prove     the long proofs: the full study, just under two hours on 2 idle cores (goes on where it was cut off); writes docs/study.md
+# prove     the long proofs: preprocess killed 30 times, and the full study, just under two hours on 2 idle cores (goes on where it was cut off); writes docs/study.md
 # wheel     build dist/*.whl
 # clean     remove what these made, but not .venv
 
@@ -57,9 +57,11 @@ demo: install
 bench: install
 	$(BIN)/python -m benchmarks.preprocess
 	$(BIN)/python -m benchmarks.reader
+	$(BIN)/python -m benchmarks.reader
 	$(BIN)/python -m benchmarks.train
 
-prove: install
+prove: $(INSTALLED_DEV)
+	ESCM2REC_KILLS=30 ESCM2REC_KILLS_PROOF=docs/results/kills.json $(BIN)/python -m pytest tests/test_preprocess_engine.py
 	$(BIN)/escm2rec study --preset full --out .study > docs/results/study.json.partial
 	$(BIN)/python -m escm2rec.study.document .study > docs/study.md.partial
 	mv docs/results/study.json.partial docs/results/study.json

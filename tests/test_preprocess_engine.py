@@ -117,12 +117,8 @@ def test_a_killed_job_is_taken_up(job: list[str], undisturbed: dict[str, Any], t
     assert content(out) == undisturbed
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
     if PROOF:
-        record = {
-            "machine": facts(),
-            "kills": killed,
-            "seconds_lived": [round(each, 2) for each in lived],
-            "files_compared": len(undisturbed),
-        }
+        seconds = [round(each, 2) for each in lived]
+        record = {"machine": facts(), "kills": killed, "seconds_lived": seconds, "files_compared": len(undisturbed)}
         Path(PROOF).write_text(json.dumps(record, indent=1) + "\n")
 
 
