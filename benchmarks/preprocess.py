@@ -4,8 +4,8 @@
 
 whole: raw text to data set, with data/aliccp.yaml, each time in processes of their own, whose peak memory together is told; also at a
 quarter and at four times the impressions, to see whether memory grows with them. rowwise: a quarter of the impressions by
-benchmarks/rowwise.py, which makes the same rows, and how many times as long it took. parse: every feature of every line to flat columns (line, field, id,
-value), best of `--repeats`; duckdb is measured when it is installed. MB are 10^6 bytes of raw text.
+benchmarks/rowwise.py, which makes the same rows, and how many times as long it took. parse: every feature of every line to flat columns
+(line, field, id, value), best of `--repeats`. MB are 10^6 bytes of raw text.
 """
 
 from __future__ import annotations
