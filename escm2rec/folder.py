@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from escm2rec.errors import ConfigError, DataError, Escm2Error
+from escm2rec.errors import ConfigError, DataError
 from escm2rec.paths import DataPath
 
 MANIFEST = "manifest.json"
@@ -52,8 +52,8 @@ def new_folder(path: Path, kind: str, overwrite: bool) -> Iterator[Path]:
 def resumable_folder(path: Path, kind: str, overwrite: bool, identity: str) -> Iterator[Path]:
     """The same, but a folder that a killed job of the same `identity` left is yielded as it is.
 
-    An Escm2Error removes it, any other exception leaves it to be taken up. `JOB` in it holds the identity, and goes before it takes its
-    place; a complete folder has the identity as `made_from` in its manifest.
+    A ConfigError or DataError removes it, any other exception leaves it to be taken up. `JOB` in it holds the identity, and goes before it
+    takes its place; a complete folder has the identity as `made_from` in its manifest.
     """
     path = path.absolute()
     with _locked_partial(path, kind, overwrite) as partial:
@@ -66,7 +66,7 @@ def resumable_folder(path: Path, kind: str, overwrite: bool, identity: str) -> I
             yield partial
             (partial / JOB).unlink(missing_ok=True)
             _take_place(partial, path, overwrite)
-        except Escm2Error:
+        except (ConfigError, DataError):
             shutil.rmtree(partial, ignore_errors=True)
             raise
 

@@ -122,6 +122,31 @@ def test_a_killed_job_is_taken_up(job: list[str], undisturbed: dict[str, Any], t
         Path(PROOF).write_text(json.dumps(record, indent=1) + "\n")
 
 
+def children(pid: int) -> list[int]:
+    """Worker processes of a job, as far as they have started."""
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child for child in found if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def test_a_killed_worker_is_told_and_its_job_taken_up(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """What the first job spilled and did not tell of, in smaller spills, does not count."""
+    process, out = start(job, tmp_path / "out"), tmp_path / "out"
+    began = time.monotonic()
+    while not (workers := children(process.pid)):
+        assert time.monotonic() - began < TIMEOUT_S
+        time.sleep(0.02)
+    os.kill(workers[0], signal.SIGKILL)
+    said, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert "a worker process of preprocess was killed, perhaps for its memory\nhint: the same command goes on where it stopped" in said
+    work = tmp_path / ".out.partial" / "work"
+    for name in ("rows-00000-7.arrow", "times-00000-7.npy"):
+        (work / name).write_bytes(b"not told of")
+    run(job, out)
+    assert content(out) == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_of_two_jobs_on_one_folder_one_wins(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     both = [start(job, out) for _ in range(2)]

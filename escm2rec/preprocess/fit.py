@@ -16,7 +16,7 @@ from escm2rec.preprocess.block import RawColumn
 from escm2rec.preprocess.buckets import count_numbers, fit_boundaries
 from escm2rec.preprocess.moments import Moments
 from escm2rec.preprocess.ragged import Int64s, Ragged
-from escm2rec.preprocess.read import first_records, read, records_of
+from escm2rec.preprocess.read import first_records, read, records_of, spill_names
 from escm2rec.preprocess.steps import Job
 from escm2rec.preprocess.value_counts import ValueCounter, count_values
 from escm2rec.preprocess.vocabulary import fit_vocabulary, write_lookup
@@ -45,8 +45,8 @@ def add_times(job: Job) -> None:
     """Write TIMES from what was read; nothing where the source has no common records."""
     count = int(first_records(records_of(job))[-1])
     times = np.zeros(count, dtype=np.int64)
-    for path in sorted(job.work.glob("times-*-*.npy")):
-        records, part = np.load(path)
+    for name in spill_names(job):
+        records, part = np.load(job.work / f"times-{name}.npy")
         times[records] += part  # each record once a file
     np.save(job.work / TIMES, times)
 

@@ -96,6 +96,11 @@ def read(job: Job, number: int) -> dict[str, Any]:
     return job.once(f"read-{number:05d}", lambda folder: _Reader(job, number, folder).read())
 
 
+def spill_names(job: Job) -> list[str]:
+    """Of all that `read` spilled, in the order of the input. Files that are not told of are of a run that was killed, with other memory."""
+    return [f"{portion:05d}-{spill}" for portion in range(len(job.portions)) for spill in range(read(job, portion)["spills"])]
+
+
 class _Reader:
     """Reads one portion into `rows-*.arrow`: raw columns of usable rows, sorted by split and bucket, whose bounds are in `bounds-*.npy`."""
 

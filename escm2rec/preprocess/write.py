@@ -16,7 +16,7 @@ from escm2rec.config import KEPT_PREFIX, SPLITS, Split
 from escm2rec.folder import sha256_of
 from escm2rec.preprocess.encoder import Encoder, Rows, encode
 from escm2rec.preprocess.ragged import Int64s
-from escm2rec.preprocess.read import LABEL, records_of
+from escm2rec.preprocess.read import LABEL, records_of, spill_names
 from escm2rec.preprocess.records import encode_records
 from escm2rec.preprocess.spill import from_arrow, one_batch, read_batch
 from escm2rec.preprocess.spilled import read_rows
@@ -63,8 +63,9 @@ class Spilled(NamedTuple):
     @classmethod
     def of(cls, job: Job) -> Spilled:
         """All of a job, in the order of the input."""
-        paths = sorted(job.work.glob("rows-*-*.arrow"), key=lambda path: [int(number) for number in path.stem.split("-")[1:]])
-        bounds = [np.load(path.with_name(path.name.replace("rows-", "bounds-")).with_suffix(".npy")) for path in paths]
+        names = spill_names(job)
+        paths = [job.work / f"rows-{name}.arrow" for name in names]
+        bounds = [np.load(job.work / f"bounds-{name}.npy") for name in names]
         return cls(paths, np.array(bounds, np.int64).reshape(len(paths), len(SPLITS) * job.buckets + 1))
 
     def parts(self, job: Job) -> list[Part]:
