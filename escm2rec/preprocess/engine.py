@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from escm2rec.errors import ConfigError, Escm2Error, RunError
 from escm2rec.heap import share_one_heap
+from escm2rec.orphans import end_with_parent
 from escm2rec.preprocess.parallel import default_workers
 
 Item = TypeVar("Item")
@@ -113,16 +113,8 @@ def local_engine() -> Iterator[Engine]:
 
 
 def _start_worker() -> None:
-    """No worker outlives a job that was killed: it would hold memory that the next one needs."""
     share_one_heap()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, name="escm2rec-preprocess-parent", daemon=True).start()
+    end_with_parent()
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from escm2rec.errors import RunError
 from escm2rec.folder import write_json
 from escm2rec.models.predictions import Predictions
+from escm2rec.orphans import end_with_parent
 from escm2rec.progress import Progress
 from escm2rec.study.candidates import CANDIDATES, INCUMBENT, Candidate
 from escm2rec.study.cell import Draw, draw_world, train
@@ -93,16 +93,9 @@ def _judges(task: Task, draw: Draw) -> dict[str, Predictions]:
 
 
 def _start_worker() -> None:
-    """One thread a worker; and none outlives a study that was killed, or it would go on writing beside the one that takes over."""
+    """One thread a worker; and none outlives a study that was killed."""
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, name="escm2rec-study-parent", daemon=True).start()
+    end_with_parent()
 
 
 def default_workers() -> int:
