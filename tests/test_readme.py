@@ -61,7 +61,9 @@ def test_no_place_is_left_unfilled() -> None:
 
 def test_figures_are_those_of_the_results() -> None:
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "docs" / "results").glob("*.json")}
-    assert set(results) == {"train", "preprocess", "reader", "hillstrom", "study"}
+    assert set(results) == {"train", "preprocess", "reader", "kills", "hillstrom", "study"}
+    assert f"kill -9 at {results['kills']['kills']} random moments" in README
+    assert results["kills"]["files_compared"] > 10
     single, mix = (results["reader"]["speed"][shape]["rows_per_s"]["reader"] for shape in ("20 single", "14 single, 6 lists"))
     assert f"{single / 1e6:.2f} M rows/s of 20 single-valued columns, {mix / 1e6:.2f} M of 14 single and 6 lists" in README
     assert single >= 1.5e6
