@@ -61,7 +61,11 @@ def test_no_place_is_left_unfilled() -> None:
 
 def test_figures_are_those_of_the_results() -> None:
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "docs" / "results").glob("*.json")}
-    assert set(results) == {"train", "preprocess", "reader", "kills", "hillstrom", "study"}
+    assert set(results) == {"train", "preprocess", "reader", "kills", "preprocess_steps", "hillstrom", "study"}
+    steps = results["preprocess_steps"]
+    largest = steps["whole"][-1]
+    assert f"{largest['mb_per_s']:.0f} MB/s at 4 M impressions and {largest['peak_own_mb'][0]} MB of own memory" in README
+    assert f"reached {steps['parse']['python']['mb_per_s']:.0f} MB/s; {steps['rowwise']['times']} times as fast" in README
     assert f"kill -9 at {results['kills']['kills']} random moments" in README
     assert results["kills"]["files_compared"] > 10
     single, mix = (results["reader"]["speed"][shape]["rows_per_s"]["reader"] for shape in ("20 single", "14 single, 6 lists"))
