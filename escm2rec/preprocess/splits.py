@@ -31,11 +31,6 @@ def split_column(split: AnySplit) -> str | None:
     return None if isinstance(split, FileSplit) else split.column
 
 
-def file_may_train(split: AnySplit, file: RawFile) -> bool:
-    """Whether a file can hold training rows."""
-    return not isinstance(split, FileSplit) or _by_file(split, file) == TRAIN
-
-
 def split_numbers(split: AnySplit, block: RawBlock) -> Numbers:
     """Position in SPLITS of each row's split, -1 for none.
 
