@@ -1,11 +1,14 @@
-"""Where and when a figure was measured."""
+"""Where and when a figure was measured, and the memory of a command."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
+import re
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -35,3 +38,29 @@ def _processor() -> str:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def run_and_watch(command: list[str]) -> tuple[bytes, dict[str, float]]:
+    """What a command prints, and the most memory that it and all that it started had at once: `own_mb`, and pages of files, `mapped_mb`,
+    counted in each process that maps them. It must end well; what it says on stderr is not shown."""
+    peaks = {"RssAnon": 0, "RssFile": 0}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+        while process.poll() is None:
+            for name, held in memory_of(process.pid).items():
+                peaks[name] = max(peaks[name], held)
+            time.sleep(0.02)
+        assert process.returncode == 0
+        assert process.stdout is not None
+        return process.stdout.read(), {"own_mb": peaks["RssAnon"] / 1e3, "mapped_mb": peaks["RssFile"] / 1e3}
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """kB of a process and all that it started: their own, and pages of files, which they may share, counted in each."""
+    held = {"RssAnon": 0, "RssFile": 0}
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for name, found in re.findall(r"^(RssAnon|RssFile):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
+            held[name] += int(found)
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            for name, more in memory_of(int(child)).items():
+                held[name] += more
+    return held

@@ -11,12 +11,9 @@ benchmarks/rowwise.py, which makes the same rows, and how many times as long it 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +24,7 @@ from typing import Any
 import polars as pl
 
 from benchmarks import rowwise
-from benchmarks.machine import facts
+from benchmarks.machine import facts, run_and_watch
 from escm2rec.config import SimulationConfig, load_config
 from escm2rec.preprocess.aliccp_text import BLOCK_BYTES, FieldCodes, Lines, Needs, TextBlock, text_blocks
 from escm2rec.preprocess.parallel import default_workers, ordered_map
@@ -117,28 +114,9 @@ def in_own_process(logs: Path, out: Path) -> dict[str, Any]:
     """What `escm2rec preprocess` prints, and the most memory that it had: its own, and pages of files that it maps."""
     command = [sys.executable, "-m", "escm2rec", "preprocess", "--config", str(ROOT / "data" / "aliccp.yaml"), "--set", SPLIT]
     command += ["--input", str(logs), "--out", str(out), "--overwrite"]
-    peaks = {"RssAnon": 0, "RssFile": 0}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
-        while process.poll() is None:
-            for name, held in memory_of(process.pid).items():
-                peaks[name] = max(peaks[name], held)
-            time.sleep(0.02)
-        assert process.returncode == 0
-        assert process.stdout is not None
-        result: dict[str, Any] = json.loads(process.stdout.read())
-    return {**result, "own_mb": peaks["RssAnon"] / 1e3, "mapped_mb": peaks["RssFile"] / 1e3}
-
-
-def memory_of(pid: int) -> dict[str, int]:
-    """kB of a process and all that it started: their own, and pages of files, which they may share, counted in each."""
-    held = {"RssAnon": 0, "RssFile": 0}
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-        for name, found in re.findall(r"^(RssAnon|RssFile):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
-            held[name] += int(found)
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            for name, more in memory_of(int(child)).items():
-                held[name] += more
-    return held
+    printed, peaks = run_and_watch(command)
+    result: dict[str, Any] = json.loads(printed)
+    return {**result, **peaks}
 
 
 def rowwise_rate(logs: Path, out: Path, whole: dict[str, Any]) -> dict[str, Any]:
