@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from escm2rec.config import DataConfig, EventsSource, load_config
@@ -188,6 +188,7 @@ rows_of |= {name: st.lists(st.builds(event, keys, times, users, items), max_size
     open_windows=st.sampled_from(["drop", "keep"]),
     suffix=st.sampled_from([".parquet", ".csv"]),
 )
+@example([shown(1, 0)], [], [event(None, 30)], 0, None, "drop", ".parquet")  # the log ends with a row that is bad for its lack of keys
 def test_the_join_does_what_its_rules_say(
     tmp_path_factory: pytest.TempPathFactory,
     impressions: Rows,
