@@ -27,6 +27,7 @@ def database(folder: Path, memory_bytes: int, file: str = ":memory:") -> Iterato
     folder.mkdir(parents=True, exist_ok=True)
     limits = {"memory_limit": f"{max(memory_bytes, LEAST_BYTES) >> 20}MiB", "threads": default_workers(), "temp_directory": str(folder)}
     with closing(duckdb.connect(file if file == ":memory:" else str(folder / file), config=limits)) as connection:
+        connection.execute("SET enable_progress_bar = false")  # of a worker it goes to stdout, among the results
         try:
             yield connection
         except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
