@@ -56,7 +56,8 @@ demo: install
 
 bench: install
 	$(BIN)/python -m benchmarks.preprocess
-	$(BIN)/python -m benchmarks.reader
+	$(BIN)/python -m benchmarks.table
+	$(BIN)/python -m benchmarks.layout
 	$(BIN)/python -m benchmarks.reader
 	$(BIN)/python -m benchmarks.train
 

@@ -34,6 +34,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.machine import facts
 from benchmarks.reference import reference_schema, write_reference_data
+from escm2rec.cells import CELLS, from_cells
 from escm2rec.config import TableSource
 from escm2rec.folder import new_folder, write_manifest
 from escm2rec.reader.batch import Batch
@@ -55,9 +56,9 @@ def iter_batches(dataset: Dataset) -> Iterator[Batch]:
             lengths, values = [], []
             for name in names:
                 column = table.column(name)
-                is_list = pa.types.is_list(column.type)
-                lengths.append(np.diff(column.offsets.to_numpy()) if is_list else np.ones(len(column), np.int32))
-                values.append((column.flatten() if is_list else column).to_numpy())
+                flat, offsets = from_cells(column, pa.int32()) if column.type == CELLS else (column, np.arange(len(column) + 1))
+                lengths.append(np.diff(offsets).astype(np.int32))
+                values.append(flat.to_numpy())
             yield _batch(names, np.concatenate(lengths), np.concatenate(values), table["click"].to_numpy(), table["conversion"].to_numpy())
 
 

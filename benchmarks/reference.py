@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from escm2rec.cells import to_cells
 from escm2rec.config import TableSource
 from escm2rec.folder import new_folder, sha256_of, write_manifest
-from escm2rec.preprocess.write import PARQUET
+from escm2rec.preprocess.write import layout_of
 from escm2rec.schema import Feature, Schema
 
 TABLE_ROWS = 1_000_000
@@ -36,7 +37,7 @@ def write_reference_data(
         for number, start in enumerate(range(0, rows, rows_per_file)):
             name = f"train/part-{number:05d}.parquet"
             table = _impressions(schema, min(rows_per_file, rows - start), np.random.default_rng(number))
-            pq.write_table(table, folder / name, row_group_size=rows_per_group, **PARQUET)
+            pq.write_table(table, folder / name, row_group_size=rows_per_group, **layout_of(table.schema))
             clicks, conversions = int(np.sum(table["click"])), int(np.sum(table["conversion"]))
             entry = {"path": name, "rows": table.num_rows, "clicks": clicks, "conversions": conversions}
             files.append({**entry, "sha256": sha256_of(folder / name)})
@@ -59,8 +60,7 @@ def _impressions(schema: Schema, rows: int, rng: np.random.Generator) -> pa.Tabl
         else:
             lengths = rng.poisson(LIST_LENGTH, rows)
             offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-            kind = pa.list_(pa.field("element", pa.int32(), nullable=False))
-            columns[feature.name] = pa.ListArray.from_arrays(offsets, pa.array(_ids(int(offsets[-1]), rng)), type=kind)
+            columns[feature.name] = to_cells(_ids(int(offsets[-1]), rng), offsets)
     click = (rng.random(rows) < 0.04).astype(np.uint8)
     columns["click"] = pa.array(click)
     columns["conversion"] = pa.array(click * (rng.random(rows) < 0.05).astype(np.uint8))

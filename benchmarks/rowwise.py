@@ -5,6 +5,7 @@ The same data set of one split, but for what no row needs: no checks, no manifes
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from escm2rec.config import DataConfig, FeatureConfig
-from escm2rec.preprocess.write import PARQUET
+from escm2rec.preprocess.write import layout_of
 
 Fields = dict[str, list[tuple[int, float]]]
 MASK = (1 << 64) - 1
@@ -51,7 +52,7 @@ def run(config: DataConfig, logs: Path, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(table), config.rows_per_file)):
         part = table.slice(start, config.rows_per_file)
-        pq.write_table(part, out / f"part-{number:05d}.parquet", row_group_size=config.rows_per_group, **PARQUET)
+        pq.write_table(part, out / f"part-{number:05d}.parquet", row_group_size=config.rows_per_group, **layout_of(table.schema))
     return len(rows)
 
 
@@ -96,8 +97,9 @@ def encode(feature: FeatureConfig, rows: list[list[tuple[int, float]]]) -> dict[
     if feature.kind == "categorical":
         return {feature.name: [values[0] if values else None for values in ids]}
     if feature.kind == "list":
-        return {feature.name: ids}
-    return {feature.name: ids, f"{feature.name}.weight": [[weight for _, weight in values] for values in rows]}
+        return {feature.name: [struct.pack(f"<{len(row)}i", *row) for row in ids]}
+    weights = [struct.pack(f"<{len(row)}f", *(weight for _, weight in row)) for row in rows]
+    return {feature.name: [struct.pack(f"<{len(row)}i", *row) for row in ids], f"{feature.name}.weight": weights}
 
 
 def kind(config: DataConfig, name: str) -> pa.DataType:
@@ -111,7 +113,7 @@ def kind(config: DataConfig, name: str) -> pa.DataType:
         return pa.float32()
     if feature.kind == "categorical":
         return pa.int32()
-    return pa.list_(pa.field("element", pa.float32() if name.endswith(".weight") else pa.int32(), nullable=False))
+    return pa.binary()
 
 
 def order_key(place: int) -> int:

@@ -35,7 +35,7 @@ import yaml
 from benchmarks.machine import facts, run_and_watch
 from escm2rec.config import SimulationConfig
 from escm2rec.preprocess.parallel import default_workers
-from escm2rec.preprocess.write import PARQUET
+from escm2rec.preprocess.write import layout_of
 from escm2rec.simulate import simulate
 
 PIECE_ROWS = 1_000_000
@@ -110,8 +110,8 @@ def whole(table: Path, work: Path, shape: str, memory_gib: float) -> dict[str, A
 def plain(table: Path, work: Path, shape: str) -> float:
     """Seconds of copying the columns by pyarrow."""
     began = time.perf_counter()
-    for number, batch in enumerate(_batches(table, shape)):
-        pq.write_table(pa.Table.from_batches([batch]), work / f"plain-{number:05d}.parquet", **PARQUET)
+    for batch in _batches(table, shape):
+        pq.write_table(pa.Table.from_batches([batch]), work / "plain.parquet", **layout_of(batch.schema))
     return time.perf_counter() - began
 
 

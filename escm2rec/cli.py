@@ -105,8 +105,11 @@ def preprocess(
     It holds encoded splits, vocabularies, a schema and a manifest. A job that was killed is taken up by the same command.
     """
     from escm2rec.heap import share_one_heap
+    from escm2rec.workers import is_small, ready_workers
 
     share_one_heap()
+    if engine == "local" and not is_small([input]):
+        ready_workers()  # while this process reads the config and imports
     from escm2rec.config import load_config
     from escm2rec.preprocess import preprocess
 

@@ -4,15 +4,15 @@ The schema is written by preprocess, travels with every run, and lets `score` en
 
 Encoded Parquet columns of one impression:
 
-    <feature>          categorical: int32, null when missing; list, weighted_list: list<int32>, empty when missing;
-                       numeric: float32, standardised, 0 when missing; in buckets as categorical
-    <feature>.weight   weighted_list: list<float32>, as long as its values
+    <feature>          categorical: int32, null when missing; numeric: float32, standardised, 0 when missing, in buckets as categorical;
+                       list, weighted_list: bytes, int32 ids little-endian and end to end, none when missing (`escm2rec.cells`)
+    <feature>.weight   weighted_list: bytes, such float32, as many as its values
     click, conversion  uint8, 0 or 1
     weight             float32, only when the source names one or unclicked training impressions were left out (then in every split)
     true_propensity, true_cvr   float32, only for simulated logs
     kept.<column>      raw columns carried along, with their own types
 
-What is never null says so in the Parquet schema: lists and their elements, numbers, labels.
+What is never null says so in the Parquet schema: lists, numbers, labels.
 """
 
 from __future__ import annotations

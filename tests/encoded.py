@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from escm2rec.cells import from_cells, to_cells
 from escm2rec.config import Config, TableSource, parse_config
 from escm2rec.folder import new_folder, write_manifest
 from escm2rec.schema import Feature, Schema
@@ -38,7 +39,8 @@ def impressions(rows: int, seed: int) -> pa.Table:
     click = rng.random(rows) < propensity
     conversion = click & (rng.random(rows) < cvr)
     tags, history = _lists(rng, rows, TABLE_ROWS["tags"]), _lists(rng, rows, TABLE_ROWS["history"])
-    weights = pa.ListArray.from_arrays(history.offsets, rng.random(len(history.values)).astype(np.float32))
+    held, offsets = from_cells(history, pa.int32())
+    weights = to_cells(rng.random(len(held)).astype(np.float32), offsets)
     return pa.table(
         {
             "user": pa.array(user.astype(np.int32)),
@@ -92,6 +94,6 @@ def _counts(table: pa.Table) -> dict[str, int]:
     return {"rows": table.num_rows, "clicks": int(np.sum(table["click"])), "conversions": int(np.sum(table["conversion"]))}
 
 
-def _lists(rng: np.random.Generator, rows: int, size: int) -> pa.ListArray:
+def _lists(rng: np.random.Generator, rows: int, size: int) -> pa.Array:
     offsets = np.concatenate(([0], np.cumsum(rng.integers(0, 5, rows)))).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, rng.integers(0, size, offsets[-1]).astype(np.int32))
+    return to_cells(rng.integers(0, size, offsets[-1]).astype(np.int32), offsets)

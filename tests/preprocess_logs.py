@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from escm2rec.cells import with_lists
 from escm2rec.config import DataConfig
 from escm2rec.preprocess import preprocess
 from escm2rec.preprocess.read import order_of
@@ -104,7 +105,7 @@ def read_split(folder: Path, split: str = "train", **places: int | Sequence[int]
     `places` names tables (without .parquet) with how many rows they have, or common files (without .csv) with each impression's record.
     """
     files = sorted((folder / split).glob("*.parquet"))
-    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    rows = [row for file in files for row in with_lists(pq.read_table(file)).to_pylist()]
     if not places:
         return rows
     order = np.argsort(np.concatenate([_keys(name, numbers) for name, numbers in places.items()]), kind="stable")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from escm2rec.cells import with_lists
 from escm2rec.evaluation import propensity
 from escm2rec.evaluation.balance import held_values, number_differences, standardised_differences, value_differences
 from escm2rec.evaluation.propensity import PropensityDiagnostics
@@ -57,7 +58,7 @@ def diagnosed(rows: dict[str, Any], size: int, weight: Any = None, q: Any = None
 
 def covariates(table: Any, name: str, folded: int = 10**9) -> list[Any]:
     """An indicator a value, no value among them."""
-    values = table[name].to_pylist()
+    values = with_lists(table)[name].to_pylist()
     sets = [
         {row % folded for row in (value if isinstance(value, list) else [value] if value is not None else [])} or {-1} for value in values
     ]

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from escm2rec.cells import from_cells, to_cells, with_lists
 from escm2rec.cli import main
 from escm2rec.config import parse_config
 from escm2rec.errors import ConfigError, DataError
@@ -90,7 +91,7 @@ def test_frequent_values_come_with_their_share_of_all_values(record: dict[str, A
 
 def test_rows_of_a_hashed_table_are_counted(record: dict[str, Any], data: Path, tables: dict[str, pa.Table]) -> None:
     told = record["features"]["hashed"]
-    counts = np.bincount(pq.read_table(data / "train")["hashed"].combine_chunks().flatten().to_numpy(), minlength=16)
+    counts = np.bincount(with_lists(pq.read_table(data / "train"))["hashed"].combine_chunks().flatten().to_numpy(), minlength=16)
     assert counts.sum() == len(tables["train"]["tags"].combine_chunks().flatten())
     assert [(entry["value"], entry["count"]) for entry in told["top"]] == [
         (int(row), int(counts[row])) for row in np.argsort(-counts, kind="stable")[:5]
@@ -182,8 +183,8 @@ def test_what_is_no_data_set_or_damaged_is_told(data: Path, tmp_path: Path) -> N
     damaged = Path(shutil.copytree(data, tmp_path / "damaged"))
     part = damaged / "train" / "part-00000.parquet"
     table = pq.read_table(part)
-    lists = table["hashed"].combine_chunks()
-    outside = pa.ListArray.from_arrays(lists.offsets, pa.array(np.full(len(lists.values), 16, np.int32)))
+    held, offsets = from_cells(table["hashed"].combine_chunks(), pa.int32())
+    outside = to_cells(np.full(len(held), 16, np.int32), offsets)
     pq.write_table(table.set_column(table.column_names.index("hashed"), "hashed", outside), part, row_group_size=400)
     with pytest.raises(DataError, match=r"row group 0, column hashed: id 16 is out of range, its table has rows 0 to 15"):
         inspect(damaged)

@@ -32,8 +32,9 @@ TIMEOUT_S = 150
 WORKER = """
 import sys
 from pathlib import Path
+from escm2rec import workers
 from escm2rec.preprocess import pipeline, portions, read
-portions.PORTION_BYTES, read.SPILL_BYTES, pipeline.BUCKET_ROWS, pipeline.SMALL_BYTES = 200_000, 1_000_000, 500, int(sys.argv[4])
+portions.PORTION_BYTES, read.SPILL_BYTES, pipeline.BUCKET_ROWS, workers.SMALL_BYTES = 200_000, 1_000_000, 500, int(sys.argv[4])
 from escm2rec.config import load_config
 from escm2rec.preprocess import preprocess
 if __name__ == "__main__":
@@ -123,9 +124,10 @@ def test_a_killed_job_is_taken_up(job: list[str], undisturbed: dict[str, Any], t
 
 
 def children(pid: int) -> list[int]:
-    """Worker processes of a job, as far as they have started."""
+    """Worker processes of a job, as far as they have started: children of its fork server."""
     found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [child for child in found if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    servers = [child for child in found if "forkserver" in Path(f"/proc/{child}/cmdline").read_text()]
+    return [int(child) for server in servers for child in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
 
 
 def test_a_killed_worker_is_told_and_its_job_taken_up(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:

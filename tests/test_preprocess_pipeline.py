@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from escm2rec.cells import with_lists
 from escm2rec.config import DataConfig
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.preprocess import encode_raw, preprocess, raw_files
@@ -247,7 +248,7 @@ def test_encode_raw_needs_no_labels_and_keeps_files_apart(tmp_path: Path) -> Non
         ("two.parquet", 1),
     ]
     expected = [{name: row[name] for name in ("c", "t")} for row in read_split(out, train=3)]
-    rows = [row for block in blocks for row in block.table.to_pylist()]
+    rows = [row for block in blocks for row in with_lists(block.table).to_pylist()]
     assert rows == [{**row, "kept.who": name} for name in ("one", "two") for row in expected]
 
 

@@ -17,6 +17,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from escm2rec.cells import with_lists
 from escm2rec.config import DataConfig, FeatureConfig, parse_config
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.inspection.inspect import inspect
@@ -238,7 +239,7 @@ def test_encoded_columns_are_those_of_plain_python(tmp_path: Path) -> None:
     out, _ = made(table_config([*TRANSFORMED, WEIGHTED], keep=["row"]), source, tmp_path / "out")
     schema = Schema.load(out / "schema.json")
     features = {feature.name: feature for feature in schema.features}
-    rows = split_table(out, "train").sort_by("kept.row").to_pylist()
+    rows = with_lists(split_table(out, "train")).sort_by("kept.row").to_pylist()
 
     prices = columns["price"]
     logs = [None if price is None else math.log1p(min(max(price, 0), 50)) for price in prices]
@@ -283,7 +284,7 @@ def test_sides_of_an_impression_are_cut_and_crossed_as_one(tmp_path: Path) -> No
     logs = write_aliccp(tmp_path / "logs", lines, common)
     features = [each for each in TWO_SIDES if "508" not in str(each)]
     out, _ = made(aliccp_config(features=features, keep=["sample_id"]), logs, tmp_path / "out")
-    rows = split_table(out, "train").sort_by("kept.sample_id").to_pylist()
+    rows = with_lists(split_table(out, "train")).sort_by("kept.sample_id").to_pylist()
     first, last = values_of(out, "first"), values_of(out, "last")
     assert [[first[value] for value in row["first"]] for row in rows] == [[1, 2, 5], [5, 6, 7]]
     assert [[last[value] for value in row["last"]] for row in rows] == [[6, 7, 8], [6, 7, 8]]

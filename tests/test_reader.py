@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.reader import order, write_grouped_data
+from escm2rec.cells import with_lists
 from escm2rec.errors import DataError
 from escm2rec.reader.columns import Columns, Slice, assemble, decode
 from escm2rec.reader.dataset import Dataset, RowGroup
@@ -191,7 +193,7 @@ def test_batches_hold_what_the_files_hold() -> None:
     table = impressions(50, seed=3)
     columns = decode(table, schema(), labels=True, where="table")
     batch = assemble([Slice(columns, 7, 20), Slice(columns, 31, 33)], schema(), padded_rows=17)
-    rows = [table.slice(row, 1).to_pylist()[0] for row in [*range(7, 20), 31, 32]]
+    rows = [with_lists(table.slice(row, 1)).to_pylist()[0] for row in [*range(7, 20), 31, 32]]
     assert (len(batch), batch.num_rows) == (17, 15)
     checked = 0
     for keyed, weighted in ((batch.features, False), (batch.weighted_features, True)):
@@ -221,6 +223,13 @@ def _damaged(tmp_path: Path, column: str, array: pa.Array, rows_per_group: int =
 
 
 LISTS = pa.list_(pa.int32())
+
+
+def cells(lists: list[list[Any]], kind: Any = np.int32) -> pa.Array:
+    """Lists as a data set has them."""
+    return pa.array([np.array(each, kind).tobytes() for each in lists], pa.binary())
+
+
 INT32 = pa.int32()
 BAD_IDS: dict[str, tuple[str, pa.Array, str]] = {
     # Rows 0 to 39 are the first row group, rows 40 to 79 the second, which has row 57.
@@ -240,12 +249,18 @@ BAD_IDS: dict[str, tuple[str, pa.Array, str]] = {
         pa.array([None, 1] * 28 + [None, -9] + [None] * 62, INT32),
         "row 57, column scene: id -9 is",
     ),
-    "in a list": ("tags", pa.array([[1, 2], []] * 28 + [[], [5, 60]] + [[]] * 62, LISTS), "row 57, column tags: id 60 is out of range"),
-    "negative in a list": ("tags", pa.array([[1, 2], []] * 28 + [[], [-7, 5]] + [[]] * 62, LISTS), "row 57, column tags: id -7 is out of"),
-    "missing in a list": ("tags", pa.array([[1, 2], [None]] * 60, LISTS), "column tags: a list holds a missing id"),
+    "in a list": ("tags", cells([[1, 2], []] * 28 + [[], [5, 60]] + [[]] * 62), "row 57, column tags: id 60 is out of range"),
+    "negative in a list": ("tags", cells([[1, 2], []] * 28 + [[], [-7, 5]] + [[]] * 62), "row 57, column tags: id -7 is out of"),
+    "a list that is missing": ("tags", pa.array([b"\1\0\0\0"] * 57 + [None] + [b""] * 62), "row 57, column tags: a list is missing"),
+    "half a value": (
+        "tags",
+        pa.array([b""] * 57 + [b"\1\0\0\0" * 2 + b"\1"] + [b""] * 62),
+        "row 57, column tags: a list of 9 bytes is no whole",
+    ),
+    "lists of another version": ("tags", pa.array([[1]] * 120, LISTS), "column tags: it is of type list<.*int32>, expected binary"),
     "of another type": ("user", pa.array([1.5] * 120), "column user: it is of type double, expected int32"),
     "a list of one": ("user", pa.array([[1]] * 120, LISTS), "column user: it is of type list<.*int32>, expected int32"),
-    "not a list": ("tags", pa.array([1] * 120, INT32), "column tags: it is of type int32, expected list<.*int32>"),
+    "not a list": ("tags", pa.array([1] * 120, INT32), "column tags: it is of type int32, expected binary"),
 }
 
 
@@ -261,7 +276,7 @@ def test_a_bad_id_names_its_file_the_row_in_it_column_and_value(tmp_path: Path, 
 
 def test_a_bad_id_in_a_slice_of_lists_names_its_row() -> None:
     table = impressions(50, seed=3)
-    bad = pa.array([[1, 2, 3]] * 30 + [[4, 60]] + [[]] * 19, LISTS)
+    bad = cells([[1, 2, 3]] * 30 + [[4, 60]] + [[]] * 19)
     table = table.set_column(table.column_names.index("tags"), "tags", bad).slice(20)
     with pytest.raises(DataError, match="table, row 30, column tags: id 60"):
         decode(table, schema(), labels=True, where="table", first_row=20)
@@ -271,7 +286,7 @@ def test_a_column_that_is_missing_and_weights_that_are_too_few_are_refused() -> 
     table = impressions(50, seed=3)
     with pytest.raises(DataError, match="table: no column 'scene'"):
         decode(table.drop_columns(["scene"]), schema(), labels=True, where="table")
-    weights = pa.array([[1.0]] * 50, pa.list_(pa.float32()))
+    weights = cells([[1.0]] * 50, np.float32)
     with pytest.raises(DataError, match=r"table, column history.weight: not as many weights as values"):
         decode(
             table.set_column(table.column_names.index("history.weight"), "history.weight", weights), schema(), labels=True, where="table"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from escm2rec.cells import with_lists
 from escm2rec.config import SPLITS, Split
 from escm2rec.errors import DataError
 from escm2rec.paths import open_parquet
@@ -82,8 +83,9 @@ def _piece(group: RowGroup, features: list[Feature], step: int) -> _Piece:
     where = f"{group.path}, row group {group.index}"
     try:
         with open_parquet(group.path) as file:
-            table = file.read_row_group(group.index, columns=[feature.name for feature in features], use_threads=False).combine_chunks()
-    except (OSError, pa.ArrowInvalid) as error:
+            table = file.read_row_group(group.index, columns=[feature.name for feature in features], use_threads=False)
+            table = with_lists(table).combine_chunks()
+    except (OSError, ValueError) as error:  # of pyarrow too
         raise DataError(f"{where} cannot be read: {error}", "the data set is damaged: preprocess again") from error
     piece = _Piece(group.num_rows, {}, {}, {})
     for feature in features:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -15,10 +14,10 @@ from escm2rec.errors import ConfigError, Escm2Error, RunError
 from escm2rec.heap import share_one_heap
 from escm2rec.orphans import end_with_parent
 from escm2rec.preprocess.parallel import default_workers
+from escm2rec.workers import ONE_THREAD, ready_workers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-ONE_THREAD = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 class Engine(Protocol):
@@ -48,8 +47,9 @@ class LocalEngine:
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """See Engine. RunError when a process was killed."""
-        running = [self._pool.submit(function, item) for item in items]
+        running: list[Future[Result]] = []
         try:
+            running += [self._pool.submit(function, item) for item in items]
             for future in running:
                 yield future.result()
         except BrokenProcessPool as error:
@@ -98,21 +98,15 @@ def _told(function: Callable[[Item], Result], item: Item) -> tuple[Result | None
 def local_engine() -> Iterator[Engine]:
     """As many processes as processors that this one may use, at most 8."""
     workers = default_workers()
-    before = {name: os.environ.get(name) for name in ONE_THREAD}
-    os.environ.update(ONE_THREAD)  # read by libraries when they are loaded, so before a process starts
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=ready_workers(), initializer=_start_worker)
     try:
         yield LocalEngine(pool, workers)
     finally:
         pool.shutdown(cancel_futures=True)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _start_worker() -> None:
+    os.environ.update(ONE_THREAD)  # where another program's fork server was there before
     share_one_heap()
     end_with_parent()
 

@@ -33,9 +33,9 @@ from escm2rec.preprocess.steps import WORK, Job, once
 from escm2rec.preprocess.write import COUNTS, Spilled, encode_common, write
 from escm2rec.progress import Progress
 from escm2rec.schema import Feature, Schema
+from escm2rec.workers import is_small
 
 DEFAULT_MEMORY_GIB = 4.0
-SMALL_BYTES = 16 << 20  # of input: with less, processes take longer to start than to work
 BUCKET_ROWS = 1 << 17
 BUCKET_BYTES = 64 << 20  # of input
 
@@ -103,8 +103,8 @@ def _identity(config: DataConfig, files: list[RawFile]) -> str:
 def _engine(files: list[RawFile], ray_address: str | None) -> AbstractContextManager[Engine]:
     if ray_address is not None:
         return ray_engine(ray_address)
-    small = sum(path.stat().st_size for file in files for path in file.all_paths) < SMALL_BYTES
-    return nullcontext(HereEngine()) if small else local_engine()
+    paths = dict.fromkeys(path for file in files for path in file.all_paths)
+    return nullcontext(HereEngine()) if is_small(paths) else local_engine()
 
 
 class _Maker:

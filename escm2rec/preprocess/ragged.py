@@ -44,8 +44,8 @@ class Ragged:
         if not len(self.values):
             return Ragged(self.values, np.zeros(len(rows) + 1, dtype=np.int64), self.weights)
         if isinstance(self.values, np.ndarray) and len(rows) and rows.min() >= 0:
-            values, offsets = _gather(self.values, self.offsets, rows)
-            return Ragged(values, offsets, None if self.weights is None else _gather(self.weights, self.offsets, rows)[0])
+            values, offsets = gather(self.values, self.offsets, rows)
+            return Ragged(values, offsets, None if self.weights is None else gather(self.weights, self.offsets, rows)[0])
         offsets, index = ragged_index(self.offsets, rows)
         values = self.values.take(pa.array(index)) if isinstance(self.values, pa.Array) else self.values[index]
         return Ragged(values, offsets, None if self.weights is None else self.weights[index])
@@ -63,11 +63,21 @@ class Ragged:
         return Ragged(values, offsets, None if self.weights is None else self.weights[index])
 
 
-def _gather(values: Array, offsets: Int64s, rows: Int64s) -> tuple[Array, Int64s]:
-    """By polars, which copies whole rows: 0.8 ns a value of lists of 270, where an index of each value costs 23 (docs/decisions/0009)."""
-    lists = pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))))
-    taken = lists.gather(rows).to_arrow()
-    return taken.values.to_numpy(), taken.offsets.to_numpy()
+def gather(values: Array, offsets: Int64s, rows: Int64s) -> tuple[Array, Int64s]:
+    """Values and offsets of the rows at these positions, copied row by row: an index of each value takes many times as long
+    (docs/decisions/0009)."""
+    if len(rows) * 4 < len(offsets):  # a few rows of many: polars alone need not pass over all offsets
+        lists = pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))))
+        taken = lists.gather(rows).to_arrow()
+        return taken.values.to_numpy(), taken.offsets.to_numpy()
+    size = values.dtype.itemsize
+    places = offsets * size
+    small = max(int(places[-1]), int((places[rows + 1] - places[rows]).sum())) < 1 << 31  # offsets of 32 bits are a third faster
+    kind, width = (pa.binary(), np.int32) if small else (pa.large_binary(), np.int64)
+    cells = pa.Array.from_buffers(kind, len(offsets) - 1, [None, pa.py_buffer(places.astype(width)), pa.py_buffer(values)])
+    _, taken_places, data = cells.take(pa.array(rows)).buffers()
+    new = np.frombuffer(taken_places, width)[: len(rows) + 1].astype(np.int64) // size
+    return np.frombuffer(data, values.dtype)[: new[-1]], new
 
 
 def offsets_of(lengths: Array) -> Int64s:

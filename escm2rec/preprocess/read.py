@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from escm2rec.config import KEPT_PREFIX, SPLITS, AliccpSource
@@ -21,7 +20,7 @@ from escm2rec.preprocess.labels import apply_click_rule
 from escm2rec.preprocess.moments import Moments
 from escm2rec.preprocess.negatives import keep_negatives
 from escm2rec.preprocess.portions import Range
-from escm2rec.preprocess.ragged import Int64s, Ragged, UInt64s, offsets_of
+from escm2rec.preprocess.ragged import Int64s, Ragged, UInt64s, gather, offsets_of
 from escm2rec.preprocess.records import SPILL_BYTES, CommonRecords, RecordWriter, common_tasks, index_records, open_records
 from escm2rec.preprocess.rejections import NO_SPLIT, Rejected, Rejection
 from escm2rec.preprocess.sources import Opener
@@ -270,9 +269,9 @@ def bucket_of(keys: UInt64s, buckets: int) -> Int64s:
 
 
 def _take(array: pa.Array, rows: Int64s) -> pa.Array:
-    if pa.types.is_large_list(array.type) and array.type.value_type != pa.large_string():
-        taken: pa.Array = pl.Series(pl.from_arrow(array)).gather(rows).to_arrow()
-        return taken
+    if pa.types.is_large_list(array.type) and array.type.value_type != pa.large_string() and len(array.values):
+        values, offsets = gather(array.values.to_numpy(), array.offsets.to_numpy(), rows)
+        return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
     return array.take(pa.array(rows))
 
 

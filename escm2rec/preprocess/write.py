@@ -18,7 +18,7 @@ from escm2rec.preprocess.encoder import Encoder, Rows, encode
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.preprocess.read import LABEL, records_of, spill_names
 from escm2rec.preprocess.records import encode_records
-from escm2rec.preprocess.spill import from_arrow, one_batch, read_batch
+from escm2rec.preprocess.spill import MappedBatch, from_arrow, one_batch
 from escm2rec.preprocess.spilled import read_rows
 from escm2rec.preprocess.steps import Job
 from escm2rec.preprocess.vocabulary import open_lookup
@@ -26,9 +26,13 @@ from escm2rec.schema import Schema
 
 COUNTS = ("rows", "clicks", "conversions")
 
-# Measured on grouped Ali-CCP rows (docs/decisions/0001-columnar-engine.md): plain values are written and read twice as fast as
-# dictionaries, and are smaller, because neighbouring impressions of a user repeat the same lists.
-PARQUET: dict[str, Any] = {"compression": "lz4", "use_dictionary": False, "write_statistics": False}
+FOUR_BYTES = (pa.int32(), pa.float32())
+
+
+def layout_of(schema: pa.Schema) -> dict[str, Any]:
+    """How parts are written, by measurement (docs/decisions/0010): plain values and lz4, numbers with their bytes apart."""
+    numbers = [field.name for field in schema if field.type in FOUR_BYTES]
+    return {"compression": "lz4", "use_dictionary": False, "write_statistics": False, "use_byte_stream_split": numbers or False}
 
 
 def encode_common(job: Job, number: int) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def _write(job: Job, part: Part, path: Path) -> dict[str, Any]:
 def _buckets(job: Job, part: Part) -> Iterator[tuple[pa.RecordBatch, Int64s]]:
     """The buckets that hold rows of a part, and the places of these in order."""
     spilled = Spilled.of(job)
-    batches = [read_batch(path) for path in spilled.batches]
+    mapped = [MappedBatch(path) for path in spilled.batches]
     begin = SPLITS.index(part.split) * job.buckets
     sizes = np.diff(spilled.bounds[:, begin : begin + job.buckets + 1], axis=1).sum(axis=0)
     starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -109,13 +113,9 @@ def _buckets(job: Job, part: Part) -> Iterator[tuple[pa.RecordBatch, Int64s]]:
         if first >= last:
             continue
         cuts = spilled.bounds[:, begin + bucket : begin + bucket + 2].tolist()
-        batch = one_batch([_columns(batch.slice(at, end - at)) for batch, (at, end) in zip(batches, cuts, strict=True) if end > at])
+        batch = one_batch([each.copy(at, end) for each, (at, end) in zip(mapped, cuts, strict=True) if end > at])
         order = np.argsort(batch["key"].to_numpy().view(np.uint64), kind="stable")
         yield batch, order[first - low : last - low]
-
-
-def _columns(batch: pa.RecordBatch) -> dict[str, pa.Array]:
-    return dict(zip(batch.schema.names, batch.columns, strict=True))
 
 
 def _rows(encoder: Encoder, batch: pa.RecordBatch) -> Rows:
@@ -153,7 +153,7 @@ class _PartWriter:
         table = waiting.slice(0, rows)
         self._waiting, self._rows_waiting = [waiting.slice(rows)], len(waiting) - rows
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, table.schema, **PARQUET)
+            self._writer = pq.ParquetWriter(self._path, table.schema, **layout_of(table.schema))
         self._writer.write_table(table, row_group_size=rows)
         for name, count in zip(COUNTS, (rows, pc.sum(table["click"]).as_py(), pc.sum(table["conversion"]).as_py()), strict=True):
             self._counts[name] += count

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from escm2rec.cells import CELLS, from_cells
 from escm2rec.config import KEPT_PREFIX
 from escm2rec.errors import DataError
 from escm2rec.reader.batch import Batch
@@ -19,7 +20,7 @@ from escm2rec.schema import Feature, Schema
 
 Array = npt.NDArray[Any]
 Order = npt.NDArray[np.int64]
-DAMAGED = "the data set is damaged or of another schema: preprocess again"
+DAMAGED = "the data set is damaged, or of another schema or version of escm2rec: preprocess again"
 
 
 @dataclass(frozen=True)
@@ -163,20 +164,19 @@ def _numbers(table: pa.Table, name: str, where: str, order: Order | None) -> Arr
 def _jagged(table: pa.Table, feature: Feature, where: str, order: Order | None, first_row: int) -> JaggedColumn:
     array = _column(table, feature.name, where)
     told = f"{where}, column {feature.name}"
-    expected = pa.list_(pa.int32()) if feature.is_list else pa.int32()
-    if not _alike(array.type, expected):
+    expected = CELLS if feature.is_list else pa.int32()
+    if array.type != expected:
         raise DataError(f"{told}: it is of type {array.type}, expected {expected}", DAMAGED)
     if not feature.is_list:
         return _single(array, feature, where, order, first_row)
-    offsets, values = _ragged(array)
-    if values.null_count:
-        raise DataError(f"{told}: a list holds a missing id", DAMAGED)
+    values, offsets = _lists(array, feature.name, pa.int32(), where, first_row)
     _check_ids(values.to_numpy(), offsets, feature, where, first_row)
     weights = None
     if feature.kind == "weighted_list":
-        weight_offsets, weights = _ragged(_column(table, feature.weight_column, where))
+        name = feature.weight_column
+        weights, weight_offsets = _lists(_column(table, name, where), name, pa.float32(), where, first_row)
         if not np.array_equal(weight_offsets, offsets):
-            raise DataError(f"{where}, column {feature.weight_column}: not as many weights as values", "preprocess again")
+            raise DataError(f"{where}, column {name}: not as many weights as values", "preprocess again")
     if order is None:
         return JaggedColumn(values.to_numpy(), offsets, None if weights is None else weights.to_numpy())
     return _permuted(offsets, values, weights, order)
@@ -195,11 +195,13 @@ def _single(array: pa.Array, feature: Feature, where: str, order: Order | None, 
     return JaggedColumn(values[present], np.concatenate(([0], np.cumsum(present))))
 
 
-def _ragged(array: pa.Array) -> tuple[Array, pa.Array]:
-    """Offsets from 0 on, and values, of a list array; a slice of one keeps its parent's values, and its offsets say where its own begin."""
-    offsets = array.offsets.to_numpy()
-    first, last = int(offsets[0]), int(offsets[-1])
-    return offsets - first if first else offsets, array.values.slice(first, last - first)
+def _lists(array: pa.Array, column: str, kind: pa.DataType, where: str, first_row: int) -> tuple[pa.Array, Array]:
+    """Values and offsets of a column of lists."""
+    try:
+        return from_cells(array, kind)
+    except ValueError as error:
+        fault, row = error.args
+        raise DataError(f"{where}, row {first_row + row}, column {column}: {fault}", DAMAGED) from error
 
 
 def _permuted(offsets: Array, values: pa.Array, weights: pa.Array | None, order: Order) -> JaggedColumn:
@@ -213,13 +215,6 @@ def _permuted(offsets: Array, values: pa.Array, weights: pa.Array | None, order:
     )
     taken_offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths)
     return JaggedColumn(taken.numpy(), taken_offsets.numpy(), None if weights is None else taken_weights.numpy())
-
-
-def _alike(one: pa.DataType, other: pa.DataType) -> bool:
-    """Whether types are equal but for what their lists call an element and whether it may be null."""
-    if pa.types.is_list(one) and pa.types.is_list(other):
-        return _alike(one.value_type, other.value_type)
-    return bool(one == other)
 
 
 def _check_ids(ids: Array, offsets: Array | None, feature: Feature, where: str, first_row: int) -> None:
