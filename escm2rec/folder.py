@@ -84,6 +84,10 @@ def _identity_of(partial: Path) -> str | None:
     return str(manifest.get("made_from"))
 
 
+def _cannot_write(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot write to {path.parent}: {error.strerror or error}", "choose another --out or mend its permissions")
+
+
 @contextmanager
 def _locked_partial(path: Path, kind: str, overwrite: bool) -> Iterator[Path]:
     """The folder beside `path` that is to take its place, held by this process alone until it ends, however it ends."""
@@ -92,12 +96,14 @@ def _locked_partial(path: Path, kind: str, overwrite: bool) -> Iterator[Path]:
         refuse_existing(path, kind, overwrite)
         try:
             partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        try:
             lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             continue  # another job finished in between
         except OSError as error:
-            hint = "choose another --out or mend its permissions"
-            raise ConfigError(f"cannot write to {path.parent}: {error.strerror or error}", hint) from error
+            raise _cannot_write(path, error) from error
         try:
             _lock(lock, path)
             if not _is(partial, lock):

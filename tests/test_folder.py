@@ -112,6 +112,14 @@ def test_a_place_under_a_file_is_named(tmp_path: Path) -> None:
         made(tmp_path / "file" / "out")
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc")
+def test_a_place_where_no_folder_can_be_made_is_named() -> None:
+    """There mkdir says that there is no such file, as another job's finishing does: it must not be waited for."""
+    with pytest.raises(ConfigError, match=r"cannot write to /proc/self: No such file or directory\nhint: choose another --out"):
+        made(Path("/proc/self/out"))
+
+
 MANIFESTS: dict[str, tuple[str | None, str]] = {
     "incomplete": (None, "the data set at .* is incomplete: it has no manifest"),
     "somebody else's": (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from escm2rec.config import DataConfig
 from escm2rec.errors import DataError
-from escm2rec.preprocess import preprocess
+from escm2rec.preprocess import portions, preprocess, tables
 from escm2rec.preprocess.stable_hash import hash64
 from tests.preprocess_logs import made, read_split, table_config, values_of, write_parquet
 
@@ -289,3 +289,39 @@ def test_a_weights_column_beside_csv_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("l,w,click,conversion\n1|2,0.5|1,0,0\n")
     with pytest.raises(DataError, match=r"feature 'l' has a weights_column, which is for Parquet\nhint: .*: 12:0\.5\|7:1"):
         preprocess(table_config([WEIGHTED]), tmp_path / "a.csv", tmp_path / "out")
+
+
+def test_a_csv_cut_anywhere_is_the_same_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CRLF, lines that are no rows and none at the end: bytes, counts and line numbers are those of one cut."""
+    rng = np.random.default_rng(0)
+    lines = [f"{rng.integers(50)},w{rng.integers(9)}|w{rng.integers(9)},{rng.random():.3f},{number % 3 % 2},0" for number in range(400)]
+    lines[17], lines[200], lines[201], lines[333] = "", "1,2", 'x,"open,1.0,0,0', "7,,not a number,1,0"
+    text = "\r\n".join(["c,t,x,click,conversion", *lines])
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    (tmp_path / "b.csv").write_bytes("\n".join(["c,t,x,click,conversion", *lines[::-1]]).encode())
+    features: list[dict[str, Any]] = [
+        {"name": "c", "kind": "categorical"},
+        {"name": "t", "kind": "list"},
+        {"name": "x", "kind": "numeric", "buckets": 4},
+    ]
+    split = {"by": "hash", "train": 0.7, "validation": 0.1, "test": 0.2}
+    config = table_config(features, source={"files": "*.csv"}, split=split, bad_rows="count", rows_per_file=100)
+    made(config, tmp_path, tmp_path / "one")
+    monkeypatch.setattr(portions, "PORTION_BYTES", 700)
+    assert len(portions.text_cuts(tmp_path / "a.csv")) > 8
+    made(config, tmp_path, tmp_path / "many")
+    names = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*") if path.name != "manifest.json"]
+    assert len(names) > 8
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes(), name
+    told = [json.loads((tmp_path / out / "manifest.json").read_text()) for out in ("one", "many")]
+    assert told[0]["rejected"] == told[1]["rejected"]
+    assert {reason: entry["rows"] for reason, entry in told[0]["rejected"].items()} == {"number of columns": 2, "torn line": 2, "number": 2}
+    assert sum(split["rows"] for split in told[0]["splits"].values()) == 800 - 2 - 6
+
+
+def test_a_first_line_without_end_is_no_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "CSV_BLOCK_BYTES", 1 << 20)
+    (tmp_path / "a.csv").write_bytes(b"a" * (1 << 20) + b"\n1\n")
+    with pytest.raises(DataError, match=r"a.csv is not a CSV table: its first line has more than 1 MiB\nhint: is it text at all?"):
+        preprocess(table_config([{"name": "c", "kind": "categorical"}], source={"files": "*.csv"}), tmp_path, tmp_path / "out")

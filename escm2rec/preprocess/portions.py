@@ -26,7 +26,7 @@ READ_BYTES = 4 << 20
 class Range:
     """Consecutive rows of one file: from byte `start` to before `stop` of a text, the same in row groups of a Parquet table.
 
-    A CSV table and a matrix are one range. `rows` is how many rows there are at most, `bytes` a measure of the work.
+    A matrix and a CSV of an event log are one range. `rows` is how many rows there are at most, `bytes` a measure of the work.
     """
 
     file: RawFile
@@ -91,7 +91,7 @@ def text_ranges(file: RawFile, cuts: list[tuple[int, int]], lines: Iterator[int]
 
 
 def other_ranges(source: Source, file: RawFile) -> list[Range]:
-    """The ranges of a table or a matrix."""
+    """The ranges of a Parquet table, a matrix, or the impressions of an event log."""
     assert not isinstance(source, AliccpSource)
     size = file.path.stat().st_size
     if isinstance(source, MatrixSource):
@@ -99,8 +99,8 @@ def other_ranges(source: Source, file: RawFile) -> list[Range]:
         return [Range(file, 0, 1, 0, shape.users * shape.items, size)]
     if size == 0:
         raise DataError(f"{file.path} is empty (0 bytes)", "was the copy or the export interrupted?")
-    if file.path.suffix == ".csv":
-        return [Range(file, 0, 1, 0, count_lines((file.path, 0, size)), size)]
+    if file.path.suffix == ".csv":  # an event log's: its outcomes are by row, not by line
+        return [Range(file, 0, size, 0, count_lines((file.path, 0, size)), size)]
     try:
         metadata = pq.read_metadata(file.path)
     except (pa.ArrowException, OSError) as error:

@@ -49,7 +49,7 @@ class TableFile:
 
     def tasks(self, start: int = 0, stop: int | None = None, first_row: int = 0) -> Iterator[Callable[[], RawBlock]]:
         """One task a batch of rows, in order; each makes its columns. Of the whole file, or of some row groups of a Parquet file and their
-        first row."""
+        first row, or of some bytes of a CSV and their first line, from 0."""
         row = first_row
         for table, lines, rejections in self.batches(start, stop, first_row):
             yield self._task(table, row, lines, rejections)
@@ -59,7 +59,7 @@ class TableFile:
         """The columns that are wanted as they are in the file, the place of each row, and lines that are no rows."""
         if self.file.path.stat().st_size == 0:
             raise DataError(f"{self.file.path} is empty (0 bytes)", "was the copy or the export interrupted?")
-        return self._csv_batches() if self._is_csv else self._parquet_batches(start, stop, first_row)
+        return self._csv_batches(start, stop, first_row) if self._is_csv else self._parquet_batches(start, stop, first_row)
 
     def _task(self, table: pa.Table, first: int, lines: Int64s, rejections: list[Rejection]) -> Callable[[], RawBlock]:
         return lambda: self._block(table, first, lines, rejections)
@@ -93,22 +93,26 @@ class TableFile:
         except (pa.ArrowException, OSError) as error:
             raise not_parquet(self.file.path, error) from error
 
-    def _csv_batches(self) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
-        header: list[str] | None = None
-        for block in text_blocks(self.file.path, CSV_BLOCK_BYTES):
+    def _csv_batches(self, start: int, stop: int | None, first_line: int) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
+        header = self._csv_header()
+        wanted = self._wanted(header)
+        for block in text_blocks(self.file.path, CSV_BLOCK_BYTES, start, stop, first_line):
             text = block.buffer[PAD:-PAD]
             bad = BadRows(self.file.path, block.first_line + 1 + np.arange(block.lines, dtype=np.int64))
-            if header is None:
+            if block.first_line == 0:
                 end = int(np.argmax(text == ord("\n"))) + 1
-                header = self._csv_header(text[:end].tobytes())
                 text, bad = text[end:], BadRows(self.file.path, bad.lines[1:])
-            wanted = self._wanted(header)
             if len(text):
                 yield self._csv_table(text, header, wanted, bad)
 
-    def _csv_header(self, line: bytes) -> list[str]:
+    def _csv_header(self) -> list[str]:
         """The names in the first line."""
-        path, line = self.file.path, line.rstrip(b"\r\n")
+        path = self.file.path
+        with path.open("rb") as file:
+            line = file.readline(CSV_BLOCK_BYTES)
+        if len(line) == CSV_BLOCK_BYTES:
+            raise DataError(f"{path} is not a CSV table: its first line has more than {CSV_BLOCK_BYTES >> 20} MiB", "is it text at all?")
+        line = line.rstrip(b"\r\n")
         if b"\r" in line:
             raise DataError(f"{path}: row 1: expected lines that end in LF or CRLF, found a CR", "write the table with LF line ends")
         self._check_utf8(np.frombuffer(line, dtype=np.uint8), np.ones(1, dtype=np.int64))
@@ -193,7 +197,8 @@ class TableFile:
         labels |= {name: self._label(name, columns(column), bad) for name, column in self._labels.items()}
         features = {feature.name: raw_column(feature, columns, self._source) for feature in self._request.features}
         extras = {name: columns(name).array for name in self._request.extras}
-        rows = first + np.arange(len(table), dtype=np.int64)
+        # Lines of a CSV that are no rows count too, so that a row's place does not depend on where the file was cut.
+        rows = lines - 2 if self._is_csv else lines - 1
         block = RawBlock(self.file, rows, lines, features, extras, labels, None, [*rejections, *bad.found])
         return block.take(bad.good)
 
