@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -41,17 +42,22 @@ def _processor() -> str:
 
 
 def run_and_watch(command: list[str]) -> tuple[bytes, dict[str, float]]:
-    """What a command prints, and the most memory that it and all that it started had at once: `own_mb`, and pages of files, `mapped_mb`,
-    counted in each process that maps them. It must end well; what it says on stderr is not shown."""
+    """What a command prints, and the most memory that it and all that it started had at once: `own_mb`, and pages of files, `mapped_mb`.
+
+    Pages that processes share count in each. The command must end well; what it says on stderr is not shown.
+    """
     peaks = {"RssAnon": 0, "RssFile": 0}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+    with (
+        tempfile.TemporaryFile() as printed,
+        subprocess.Popen(command, stdout=printed, stderr=subprocess.DEVNULL, cwd=ROOT) as process,
+    ):
         while process.poll() is None:
             for name, held in memory_of(process.pid).items():
                 peaks[name] = max(peaks[name], held)
             time.sleep(0.02)
-        assert process.returncode == 0
-        assert process.stdout is not None
-        return process.stdout.read(), {"own_mb": peaks["RssAnon"] / 1e3, "mapped_mb": peaks["RssFile"] / 1e3}
+        assert process.returncode == 0, f"{' '.join(command)} ended with {process.returncode}"
+        printed.seek(0)
+        return printed.read(), {"own_mb": peaks["RssAnon"] / 1e3, "mapped_mb": peaks["RssFile"] / 1e3}
 
 
 def memory_of(pid: int) -> dict[str, int]:

@@ -17,19 +17,20 @@ from escm2rec.errors import DataError
 
 CELLS = pa.binary()
 BYTES = 4  # of an id or a weight
+MOST_BYTES = 1 << 30
 Array = npt.NDArray[Any]
 
 
 def to_cells(values: Array, offsets: npt.NDArray[np.integer[Any]]) -> pa.Array:
     """One cell a row: row i holds int32 or float32 `values[offsets[i]:offsets[i + 1]]`. The values are not copied.
 
-    DataError when they are 2 GiB or more.
+    DataError when they have more than 1 GiB: two of them may come into one row group, which Arrow reads up to 2 GiB of.
     """
     assert values.dtype.itemsize == BYTES
     places = np.asarray(offsets, np.int64) * BYTES
-    if places[-1] > np.iinfo(np.int32).max:
+    if places[-1] > MOST_BYTES:
         raise DataError(
-            f"the lists of one row group have {offsets[-1]:,} values, of 4 bytes: they must be less than 2 GiB",
+            f"the lists of a feature have {offsets[-1]:,} values of 4 bytes in one row group, which is more than 1 GiB",
             "set data.rows_per_group lower, or a max_length",
         )
     buffers = [None, pa.py_buffer(places.astype(np.int32)), pa.py_buffer(np.ascontiguousarray(values))]

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ MANIFEST = "manifest.json"
 JOB = "job"  # in an unfinished folder that can be taken up: what it is made from
 RUN_CONFIG = "config.json"  # what an unfinished run has
 LAYOUT_VERSION = 1
+LAYOUTS = {"data set": 2}  # of other kinds than LAYOUT_VERSION; 2: lists as cells of bytes
 MAKERS = {"data set": "preprocess", "run": "train", "study": "study"}
 MARKS = {"data set": ("schema.json", "train"), "run": (RUN_CONFIG, "checkpoints", "candidates")}
 """What an unfinished folder of a kind already has; of the other kinds nothing is known."""
@@ -146,9 +148,13 @@ def _empty(folder: Path) -> None:
 
 
 def _take_place(partial: Path, path: Path, overwrite: bool) -> None:
+    """Whoever is killed in between leaves the old folder whole, beside the new one."""
+    old = path.with_name(f".{path.name}.old")
     if overwrite and path.exists():
-        shutil.rmtree(path)
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
     os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
@@ -188,8 +194,8 @@ def _is_of_kind(path: DataPath, kind: str) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a file that is whole or absent."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write JSON to a file that is whole or absent, also where another process writes the same."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
@@ -198,7 +204,7 @@ def read_manifest(folder: DataPath, kind: str, required: frozenset[str] = frozen
     """The manifest of a complete folder.
 
     `kind` is what a person calls the folder ("data set", "run", "predictions"), stored as `kind` in the manifest; `required` are the keys
-    that it must have. Raises DataError when the folder is absent, incomplete, of another kind, or of a newer layout.
+    that it must have. Raises DataError when the folder is absent, incomplete, of another kind, or of another layout.
     """
     if not folder.is_dir():
         raise DataError(f"no {kind} at {folder}", _where(folder.parent, kind))
@@ -219,10 +225,11 @@ def read_manifest(folder: DataPath, kind: str, required: frozenset[str] = frozen
     if not isinstance(manifest.get("version"), int) or not required <= manifest.keys():
         lacks = ", ".join(sorted(required - manifest.keys())) or "a version"
         raise DataError(f"{path} lacks {lacks}: it was changed after it was written", f"run the command that makes the {kind} again")
-    if manifest["version"] > LAYOUT_VERSION:
-        raise DataError(
-            f"{folder} has layout version {manifest['version']}, this escm2rec reads up to {LAYOUT_VERSION}", "use a newer escm2rec"
-        )
+    layout = layout_of(kind)
+    if manifest["version"] > layout:
+        raise DataError(f"{folder} has layout version {manifest['version']}, this escm2rec reads up to {layout}", "use a newer escm2rec")
+    if manifest["version"] < layout:
+        raise DataError(f"{folder} has layout version {manifest['version']}, this escm2rec reads {layout}", f"{MAKERS[kind]} again")
     return manifest
 
 
@@ -234,9 +241,14 @@ def _where(folder: DataPath, kind: str) -> str:
     return f"give the folder that {MAKERS[kind]} made as its --out" if kind in MAKERS else "check the path"
 
 
+def layout_of(kind: str) -> int:
+    """The layout version that folders of a kind are written in."""
+    return LAYOUTS.get(kind, LAYOUT_VERSION)
+
+
 def write_manifest(folder: Path, kind: str, content: dict[str, Any]) -> None:
     """Write the manifest that makes a folder complete."""
-    write_json(folder / MANIFEST, {"kind": kind, "version": LAYOUT_VERSION, **content})
+    write_json(folder / MANIFEST, {"kind": kind, "version": layout_of(kind), **content})
 
 
 def sha256_of(path: Path) -> str:

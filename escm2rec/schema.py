@@ -24,11 +24,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from escm2rec.config import WEIGHT_SUFFIX, Source
+from escm2rec.config import WEIGHT_SUFFIX, FeatureConfig, Source
 from escm2rec.errors import DataError
 from escm2rec.paths import DataPath
 
 SCHEMA_VERSION = 1
+CONFIGURED = ("name", "kind", "column", "weights_column", "pooling", "log1p", "max_length", "clip")
+"""Settings of a feature that stand in the schema as they stand in the config."""
 UNLESS_NONE = ("cross", "max_length", "max_length_keeps", "clip", "boundaries")
 """Settings that came later: written where they are used, so that the hash of an older schema stands."""
 
@@ -69,6 +71,32 @@ class Feature(BaseModel):
     @model_serializer(mode="wrap")
     def _used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in dump(self).items() if value is not None or name not in UNLESS_NONE}
+
+    @classmethod
+    def of(cls, feature: FeatureConfig) -> Self:
+        """A feature as configured, before anything is fitted."""
+        return cls(
+            **{name: getattr(feature, name) for name in CONFIGURED},
+            cross=None if feature.cross is None else tuple(feature.cross),
+            max_length_keeps=None if feature.max_length is None else feature.max_length_keeps,
+        )
+
+    def differs_from(self, feature: FeatureConfig) -> str | None:
+        """What a config says and this feature is not, or None: `min_count 2` and other limits of a vocabulary are not known any more."""
+        asked = type(self).of(feature)
+        for name in (*CONFIGURED, "cross", "max_length_keeps"):
+            if getattr(asked, name) != getattr(self, name):
+                return f"{name} {getattr(asked, name)!r}, the data set was made with {getattr(self, name)!r}"
+        encoding = None if not feature.is_table else "buckets" if feature.buckets else "hash" if feature.hash_size else "vocabulary"
+        rows = self.num_embeddings if encoding == "hash" else None
+        for name, wanted, held in (
+            ("encoding", encoding, self.encoding),
+            ("hash_size", feature.hash_size, rows),
+            ("oov_rows", feature.oov_rows if encoding == "vocabulary" else 0, self.oov_rows),
+        ):
+            if wanted != held:
+                return f"{name} {wanted!r}, the data set was made with {held!r}"
+        return None
 
     @property
     def is_table(self) -> bool:

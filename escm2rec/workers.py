@@ -1,16 +1,23 @@
-"""Worker processes of preprocess: forked from one that has imported what they need, which starts while this process still imports."""
+"""Worker processes of preprocess. The command has them forked from a process that imports what they need while it still imports itself.
+
+A program that calls `preprocess` gets processes that start by themselves: a fork server would stay with it, and be that of its own pools.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 
 ONE_THREAD = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
 SMALL_BYTES = 16 << 20  # of input: with less, processes take longer to start than to work
+
+_server: ForkServerContext | None = None
 
 
 def is_small(paths: Iterable[Path]) -> bool:
@@ -25,18 +32,39 @@ def _bytes(path: Path) -> int:
     return sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file()) if path.is_dir() else path.stat().st_size
 
 
-def ready_workers() -> ForkServerContext:
-    """Start the process that workers are forked from, unless there is one in this process's service already."""
+def ready_workers() -> None:
+    """Start the process that workers are forked from, in a program that is this command alone."""
+    global _server
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["escm2rec.preprocess"])
-    before = {name: os.environ.get(name) for name in ONE_THREAD}
-    os.environ.update(ONE_THREAD)  # read by libraries when they are loaded
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
     try:
-        forkserver.ensure_running()
+        with _environment():
+            forkserver.ensure_running()
+    except OSError:
+        return  # its socket has no place, for one where TMPDIR is long
+    finally:
+        signal.signal(signal.SIGINT, before)
+    _server = context
+
+
+@contextmanager
+def starting_workers() -> Iterator[ForkServerContext | SpawnContext]:
+    """Where workers come from, while they start."""
+    with _environment():
+        yield _server or multiprocessing.get_context("spawn")
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """One thread a process: read by libraries when they are loaded, so before a process starts."""
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
+    try:
+        yield
     finally:
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-    return context

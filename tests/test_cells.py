@@ -36,7 +36,7 @@ def test_a_cell_is_its_values_in_little_endian() -> None:
 
 
 def test_more_than_arrow_can_address_is_refused() -> None:
-    with pytest.raises(DataError, match=r"the lists of one row group have 536,870,912 values, of 4 bytes: they must be less than 2 GiB"):
+    with pytest.raises(DataError, match=r"the lists of a feature have 536,870,912 values of 4 bytes in one row group, which is more"):
         to_cells(np.zeros(1, np.int32), np.array([0, 2**29]))
 
 

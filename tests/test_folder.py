@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from escm2rec.errors import ConfigError, DataError
-from escm2rec.folder import LAYOUT_VERSION, new_folder, read_manifest, refuse_existing, refuse_overlap, write_manifest
+from escm2rec.folder import layout_of, new_folder, read_manifest, refuse_existing, refuse_overlap, write_manifest
 
 
 def made(path: Path, text: str = "whole", overwrite: bool = False) -> Path:
@@ -31,7 +31,7 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
         fail_half_way(out, overwrite=False)
     assert list(tmp_path.iterdir()) == []
     made(out)
-    assert read_manifest(out, "data set") == {"kind": "data set", "version": LAYOUT_VERSION, "rows": 1}
+    assert read_manifest(out, "data set") == {"kind": "data set", "version": layout_of("data set"), "rows": 1}
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -55,6 +55,25 @@ def test_a_failed_overwrite_keeps_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fail_half_way(out, overwrite=True)
     assert (out / "part").read_text() == "whole"
+
+
+def test_an_overwrite_that_is_killed_leaves_the_old_folder_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = made(tmp_path / "out")
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target) == out:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made(out, "other", overwrite=True)
+    assert (tmp_path / ".out.old" / "part").read_text() == "whole"
+    made(out, "other", overwrite=True)
+    assert (out / "part").read_text() == "other"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_folder_of_somebody_else_is_never_overwritten(tmp_path: Path) -> None:
@@ -133,7 +152,11 @@ MANIFESTS: dict[str, tuple[str | None, str]] = {
     "without a version": (json.dumps({"kind": "data set", "version": "x", "splits": 1}), "lacks a version"),
     "newer": (
         json.dumps({"kind": "data set", "version": 99, "splits": {}}),
-        f"has layout version 99, this escm2rec reads up to {LAYOUT_VERSION}",
+        f"has layout version 99, this escm2rec reads up to {layout_of('data set')}",
+    ),
+    "older": (
+        json.dumps({"kind": "data set", "version": 1, "splits": {}}),
+        r"has layout version 1, this escm2rec reads 2\nhint: preprocess again",
     ),
 }
 

@@ -15,8 +15,7 @@ import pytest
 from escm2rec.config import DataConfig
 from escm2rec.errors import Escm2Error
 from escm2rec.preprocess import encode_raw, preprocess, raw_files
-from escm2rec.preprocess.fit import draft
-from escm2rec.schema import Schema
+from escm2rec.schema import Feature, Schema
 from tests.hostile import CASES, EMPTY, KINDS, Case
 from tests.preprocess_logs import read_split, values_of
 
@@ -120,7 +119,7 @@ def test_score_reads_a_hostile_input_alike(case: Case, tmp_path: Path) -> None:
 def scored_rows(case: Case, logs: Path, value_type: str) -> int | str:
     """How many rows `score` would encode, or the error that it would end with."""
     hashed = {"encoding": "hash", "num_embeddings": 9, "value_type": value_type}
-    drafts = (draft(feature) for feature in case.config.features)
+    drafts = (Feature.of(feature) for feature in case.config.features)
     schema = Schema(source=case.config.source, features=tuple(d.model_copy(update=hashed if d.is_table else {}) for d in drafts))
     try:
         files = raw_files(schema.source, logs)

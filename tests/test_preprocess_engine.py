@@ -38,6 +38,8 @@ portions.PORTION_BYTES, read.SPILL_BYTES, pipeline.BUCKET_ROWS, workers.SMALL_BY
 from escm2rec.config import load_config
 from escm2rec.preprocess import preprocess
 if __name__ == "__main__":
+    if sys.argv[4] == "0" and len(sys.argv) == 5:
+        workers.ready_workers()  # as the command does
     config = load_config(Path(sys.argv[1])).data
     preprocess(config, Path(sys.argv[2]), Path(sys.argv[3]), ray_address=sys.argv[5] if len(sys.argv) > 5 else None)
 """
@@ -63,8 +65,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [sys.executable, str(folder / "worker.py"), str(folder / "config.yaml"), str(folder / "logs")]
 
 
-def start(job: list[str], out: Path, processes: bool = True, address: str | None = None) -> subprocess.Popen[str]:
-    command = [*job, str(out), "0" if processes else "1000000000", *([address] if address else [])]
+def start(job: list[str], out: Path, few_bytes: int = 0, address: str | None = None) -> subprocess.Popen[str]:
+    """With less than `few_bytes` of input it is one process; with 0 it forks its workers."""
+    command = [*job, str(out), str(few_bytes), *([address] if address else [])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -85,15 +88,17 @@ def content(out: Path) -> dict[str, Any]:
 def undisturbed(job: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process makes."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    run(job, out, processes=False)
+    run(job, out, few_bytes=1 << 30)
     made = content(out)
     assert made["manifest.json"]["rejected"]["malformed line"]["rows"] == 1
     assert len([name for name in made if name.startswith("train/")]) > 2
     return made
 
 
-def test_processes_make_what_one_process_makes(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
-    run(job, tmp_path / "out")
+@pytest.mark.parametrize("forked", [True, False])
+def test_processes_make_what_one_process_makes(job: list[str], undisturbed: dict[str, Any], tmp_path: Path, forked: bool) -> None:
+    """Forked by the command, or started afresh in a program that calls."""
+    run(job, tmp_path / "out", few_bytes=0 if forked else 1)
     assert content(tmp_path / "out") == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

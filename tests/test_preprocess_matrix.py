@@ -16,10 +16,9 @@ from escm2rec.errors import DataError
 from escm2rec.preprocess import encode_raw, raw_files
 from escm2rec.preprocess.block import RawBlock, Request
 from escm2rec.preprocess.files import RawFile
-from escm2rec.preprocess.fit import draft
 from escm2rec.preprocess.matrix import MatrixFile
 from escm2rec.preprocess.ragged import Ragged
-from escm2rec.schema import Schema
+from escm2rec.schema import Feature, Schema
 from tests.preprocess_logs import made, read_split, values_of
 from tests.rating_world import FEATURES, Ratings, matrix_config, write_ratings
 
@@ -107,7 +106,7 @@ def blocks_of(folder: Path, name: str, block_rows: int) -> list[RawBlock]:
     """Blocks of one of the matrices, read with ids and labels."""
     source = config_of().source
     file = RawFile(folder / f"{name}.ascii", train=folder / "train.ascii" if name == "test" else None)
-    request = Request(tuple(draft(feature) for feature in config_of().features), ("item",))
+    request = Request(tuple(Feature.of(feature) for feature in config_of().features), ("item",))
     return [task() for task in MatrixFile(file, source, request, block_rows).tasks()]
 
 

@@ -1,6 +1,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from escm2rec.cells import with_lists
 from escm2rec.config import DataConfig
 from escm2rec.errors import ConfigError, DataError
-from escm2rec.preprocess import encode_raw, preprocess, raw_files
+from escm2rec.preprocess import encode_raw, portions, preprocess, raw_files
 from escm2rec.preprocess.parallel import ordered_map
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
@@ -26,6 +27,7 @@ from tests.preprocess_logs import (
     skeleton_line,
     small_aliccp,
     table_config,
+    values_of,
     write_aliccp,
     write_parquet,
 )
@@ -382,3 +384,37 @@ def test_a_vocabulary_that_is_missing_is_named(tmp_path: Path) -> None:
     (out / "vocabulary" / "c.parquet").unlink()
     with pytest.raises(DataError, match=r"vocabulary/c\.parquet is missing, the schema names it"):
         Dataset.open(out)
+
+
+@pytest.mark.parametrize("kind", ["categorical", "list"])
+def test_ids_that_are_narrow_in_one_portion_and_wide_in_another(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portions, "PORTION_BYTES", 100)
+    ids = [3, 2**31 - 1, 2**31, -(2**40)]
+    for number, value in enumerate(ids):
+        write_parquet(tmp_path / f"{number}.parquet", {"c": [[value, 3]] if kind == "list" else [value]})
+    out, _ = made(table_config([{"name": "c", "kind": kind}]), tmp_path, tmp_path / "out")
+    value_of = values_of(out, "c")
+    places: dict[str, Any] = {str(number): 1 for number in range(4)}
+    rows = read_split(out, **places)
+    back = [[value_of[row] for row in each["c"]] if kind == "list" else value_of[each["c"]] for each in rows]
+    assert back == ([[value, 3] for value in ids] if kind == "list" else ids)
+
+
+def test_kept_columns_of_any_type_come_back_as_they_were(tmp_path: Path) -> None:
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    kept = {
+        "strings": pa.array([["a", None], None, []], pa.large_list(pa.string())),
+        "ids": pa.array([None, [1, 2], []], pa.large_list(pa.int64())),
+        "times": pa.array([[moment], [], None], pa.large_list(pa.timestamp("us", "UTC"))),
+        "structs": pa.array([[{"a": 1}], None, [None]], pa.large_list(pa.struct([("a", pa.int32())]))),
+        "bytes": pa.array([b"ab", None, b""], pa.binary()),
+    }
+    write_parquet(tmp_path / "a.parquet", {"c": [1, 2, 3], **kept})
+    split = {"by": "hash", "train": 0.5, "validation": 0.25, "test": 0.25, "salt": "2"}
+    out, _ = made(table_config(ONE, keep=[*kept], split=split), tmp_path / "a.parquet", tmp_path / "out")
+    parts = [pq.read_table(path) for path in sorted(out.glob("t*/*.parquet")) + sorted(out.glob("validation/*.parquet"))]
+    back = pa.concat_tables(parts)
+    assert len(back) == 3
+    for name, column in kept.items():
+        assert sorted(map(repr, back[f"kept.{name}"].to_pylist())) == sorted(map(repr, column.to_pylist())), name
+        assert back.schema.field(f"kept.{name}").type == column.type

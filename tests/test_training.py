@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_and_another_config_are_refused(data: Path, tmp_pat
         tmp_path / "again",
     )
     assert [result["error"] for result in results] == ["ConfigError", "ConfigError", "ConfigError", "DataError"]
-    assert "feature 'age': the config says no such feature, the data set at" in results[0]["message"]
+    assert "feature 'age': the config says no such feature, the data set has one (" in results[0]["message"]
     assert f"the output folder {out} exists" in results[1]["message"]
     assert (
         "was trained with another config: model.embedding_dim, objective.kind, training.learning_rate_decay differ(s)"

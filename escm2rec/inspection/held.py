@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from escm2rec.cells import with_lists
+from escm2rec.cells import CELLS, from_cells
 from escm2rec.config import SPLITS, Split
 from escm2rec.errors import DataError
 from escm2rec.paths import open_parquet
@@ -84,8 +84,8 @@ def _piece(group: RowGroup, features: list[Feature], step: int) -> _Piece:
     try:
         with open_parquet(group.path) as file:
             table = file.read_row_group(group.index, columns=[feature.name for feature in features], use_threads=False)
-            table = with_lists(table).combine_chunks()
-    except (OSError, ValueError) as error:  # of pyarrow too
+            table = table.combine_chunks()
+    except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{where} cannot be read: {error}", "the data set is damaged: preprocess again") from error
     piece = _Piece(group.num_rows, {}, {}, {})
     for feature in features:
@@ -96,11 +96,22 @@ def _piece(group: RowGroup, features: list[Feature], step: int) -> _Piece:
             piece.numbers[feature.name] = column.to_numpy()[-group.start % step :: step]
             continue
         if feature.is_list:
-            piece.lengths[feature.name] = np.bincount(np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]))
+            flat, lengths = _lists(column, f"{where}, column {feature.name}")
+            piece.lengths[feature.name] = np.bincount(lengths)
         if is_counted(feature):
-            flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks]) if feature.is_list else column.drop_null()
-            piece.met[feature.name] = _distinct(flat.to_numpy(), feature, where)
+            piece.met[feature.name] = _distinct((flat if feature.is_list else column.drop_null()).to_numpy(), feature, where)
     return piece
+
+
+def _lists(column: pa.ChunkedArray, where: str) -> tuple[pa.Array, Int64s]:
+    """All values of a column of lists, and the length of each."""
+    if column.type != CELLS:
+        raise DataError(f"{where}: it is of type {column.type}, expected {CELLS}", "the data set is damaged: preprocess again")
+    try:
+        held = [from_cells(chunk, pa.int32()) for chunk in column.chunks]
+    except ValueError as error:
+        raise DataError(f"{where}: {error.args[0]}", "the data set is damaged: preprocess again") from error
+    return pa.concat_arrays([values for values, _ in held]), np.concatenate([np.diff(offsets) for _, offsets in held])
 
 
 def _distinct(rows: Int64s, feature: Feature, where: str) -> tuple[Int64s, Int64s]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,7 +14,7 @@ from escm2rec.errors import ConfigError, Escm2Error, RunError
 from escm2rec.heap import share_one_heap
 from escm2rec.orphans import end_with_parent
 from escm2rec.preprocess.parallel import default_workers
-from escm2rec.workers import ONE_THREAD, ready_workers
+from escm2rec.workers import ONE_THREAD, starting_workers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -98,15 +98,16 @@ def _told(function: Callable[[Item], Result], item: Item) -> tuple[Result | None
 def local_engine() -> Iterator[Engine]:
     """As many processes as processors that this one may use, at most 8."""
     workers = default_workers()
-    pool = ProcessPoolExecutor(workers, mp_context=ready_workers(), initializer=_start_worker)
-    try:
-        yield LocalEngine(pool, workers)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with starting_workers() as context:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+        try:
+            yield LocalEngine(pool, workers)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    os.environ.update(ONE_THREAD)  # where another program's fork server was there before
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent says what Ctrl-C means
     share_one_heap()
     end_with_parent()
 

@@ -73,7 +73,6 @@ class _Join:
         self._db.execute(f"CREATE TABLE conversions (k VARCHAR, t BIGINT{attribution})")
         self._rows: dict[Table, int] = {"impressions": 0, "clicks": 0, "conversions": 0}
         self._bad: dict[Table, int] = dict.fromkeys(self._rows, 0)
-        self._latest: int | None = None
         lengths = []
         for file in self._files:
             before = self._rows["impressions"]
@@ -99,9 +98,6 @@ class _Join:
             held = {"k": _key_texts(columns(key)) if key is not None else pa.nulls(len(rows), pa.large_string())}
             times, has_time = self._times(columns(time))
             held["t"] = pa.array(times, mask=~has_time)
-            if has_time.any():  # of bad rows too: the log went on at least so long
-                latest = int(times[has_time].max())
-                self._latest = latest if self._latest is None else max(self._latest, latest)
             held |= {name: _key_texts(columns(column)) for name, column in attribution.items()}
             if is_impressions:
                 self._insert(table, {"n": pa.array(self._rows[table] + np.arange(len(rows))), **held})
@@ -279,7 +275,9 @@ class _Join:
         said = self._source.log_end
         if said is not None:
             return round(moment(said) if isinstance(said, str) else said * MICROSECONDS[self._source.time_unit])
-        return self._latest
+        usable = "SELECT t FROM impressions WHERE k IS NOT NULL UNION ALL SELECT t FROM clicks UNION ALL SELECT t FROM conversions"
+        end: int | None = self._number(f"SELECT max(t) FROM ({usable})")
+        return end
 
     def _number(self, sql: str) -> Any:
         return self._db.execute(sql).fetchall()[0][0]

@@ -25,22 +25,6 @@ from escm2rec.schema import Feature
 TIMES = "times.npy"  # how often training rows point at each common record
 
 
-def draft(feature: FeatureConfig) -> Feature:
-    """A feature as configured, before anything is fitted."""
-    return Feature(
-        name=feature.name,
-        kind=feature.kind,
-        column=feature.column,
-        weights_column=feature.weights_column,
-        pooling=feature.pooling,
-        log1p=feature.log1p,
-        cross=None if feature.cross is None else tuple(feature.cross),
-        max_length=feature.max_length,
-        max_length_keeps=None if feature.max_length is None else feature.max_length_keeps,
-        clip=feature.clip,
-    )
-
-
 def add_times(job: Job) -> None:
     """Write TIMES from what was read; nothing where the source has no common records."""
     count = int(first_records(records_of(job))[-1])
@@ -116,7 +100,7 @@ def _fit_vocabulary(job: Job, feature: FeatureConfig, folder: Path) -> dict[str,
         "num_embeddings": feature.oov_rows + size,
         "oov_rows": feature.oov_rows,
     }
-    write_lookup(path, draft(feature).model_copy(update=fitted), folder, job.memory_bytes // 2)
+    write_lookup(path, Feature.of(feature).model_copy(update=fitted), folder, job.memory_bytes // 2)
     fitted["vocabulary_sha256"] = sha256_of(path)
     return fitted
 
@@ -128,6 +112,6 @@ def _common(job: Job, feature: FeatureConfig) -> Iterator[tuple[RawColumn, Int64
         return
     times, done = np.load(job.work / TIMES, mmap_mode="r"), 0
     for each in records:
-        for column in each.raw(draft(feature)):
+        for column in each.raw(Feature.of(feature)):
             yield column, np.asarray(times[done : done + len(column)])
             done += len(column)

@@ -17,13 +17,13 @@ from typing import Any
 from escm2rec import __version__
 from escm2rec.config import SPLITS, AliccpSource, DataConfig, EventsSource, TableSource
 from escm2rec.errors import DataError
-from escm2rec.folder import MANIFEST, refuse_overlap, resumable_folder, write_manifest
+from escm2rec.folder import MANIFEST, layout_of, refuse_overlap, resumable_folder, write_manifest
 from escm2rec.preprocess.aliccp import check_truth
 from escm2rec.preprocess.block import Request
 from escm2rec.preprocess.engine import Engine, HereEngine, local_engine, ray_engine
 from escm2rec.preprocess.events import join_events
 from escm2rec.preprocess.files import RawFile, raw_files
-from escm2rec.preprocess.fit import add_times, draft, fit
+from escm2rec.preprocess.fit import add_times, fit
 from escm2rec.preprocess.portions import Range, count_lines, other_ranges, portions_of, text_cuts, text_ranges
 from escm2rec.preprocess.read import check_type, index_common, read, read_common
 from escm2rec.preprocess.rejections import Rejected
@@ -95,9 +95,10 @@ def preprocess(
 
 
 def _identity(config: DataConfig, files: list[RawFile]) -> str:
-    """SHA-256 of all that a data set is made from: the version, the config, and names, sizes and times of the files."""
+    """SHA-256 of all that a data set is made from: the versions, the config, and names, sizes and times of the files."""
     told = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for file in files for path in file.all_paths]
-    return hashlib.sha256(json.dumps([__version__, config.model_dump(mode="json"), told], sort_keys=True).encode()).hexdigest()
+    made_from = [__version__, layout_of("data set"), config.model_dump(mode="json"), told]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
 def _engine(files: list[RawFile], ray_address: str | None) -> AbstractContextManager[Engine]:
@@ -178,7 +179,7 @@ class _Maker:
         self._total = rows
         column = split_column(config.split)
         extras = dict.fromkeys([*config.keep, *([column] if column is not None else [])])
-        request = Request.of((draft(feature) for feature in config.features), extras)
+        request = Request.of((Feature.of(feature) for feature in config.features), extras)
         portions = tuple(portions_of(ranges))
         return Job(config, request, self._folder, memory_bytes, tuple(files), tuple(portions_of(common)), portions, buckets)
 
@@ -238,7 +239,9 @@ class _Maker:
         if isinstance(source, AliccpSource):
             add_times(self._job)
         fitted = self._run("fit", fit, range(len(config.features)), "features")
-        features = tuple(Feature(**{**dict(draft(feature)), **update}) for feature, update in zip(config.features, fitted, strict=True))
+        features = tuple(
+            Feature(**{**dict(Feature.of(feature)), **update}) for feature, update in zip(config.features, fitted, strict=True)
+        )
         for feature in features:
             vocabulary = self._job.work / f"{feature.name}.parquet"
             if feature.encoding == "vocabulary":

@@ -44,11 +44,13 @@ def portions_of(ranges: Iterable[Range]) -> list[Portion]:
     """Consecutive ranges together, up to PORTION_BYTES; a larger one is alone."""
     portions: list[Portion] = []
     waiting: list[Range] = []
+    size = 0
     for each in ranges:
-        if waiting and sum(one.bytes for one in waiting) + each.bytes > PORTION_BYTES:
+        if waiting and size + each.bytes > PORTION_BYTES:
             portions.append(tuple(waiting))
-            waiting = []
+            waiting, size = [], 0
         waiting.append(each)
+        size += each.bytes
     return [*portions, tuple(waiting)] if waiting else portions
 
 

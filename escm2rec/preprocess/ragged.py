@@ -20,6 +20,9 @@ Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 
 
+SMALL_BYTES = 1 << 31  # offsets of 32 bits reach so far, and are a third faster
+
+
 @dataclass(frozen=True, slots=True)
 class Ragged:
     """Row i holds `values[offsets[i]:offsets[i + 1]]`, and the same slice of `weights` when there are any.
@@ -72,7 +75,7 @@ def gather(values: Array, offsets: Int64s, rows: Int64s) -> tuple[Array, Int64s]
         return taken.values.to_numpy(), taken.offsets.to_numpy()
     size = values.dtype.itemsize
     places = offsets * size
-    small = max(int(places[-1]), int((places[rows + 1] - places[rows]).sum())) < 1 << 31  # offsets of 32 bits are a third faster
+    small = max(int(places[-1]), int((places[rows + 1] - places[rows]).sum())) < SMALL_BYTES
     kind, width = (pa.binary(), np.int32) if small else (pa.large_binary(), np.int64)
     cells = pa.Array.from_buffers(kind, len(offsets) - 1, [None, pa.py_buffer(places.astype(width)), pa.py_buffer(values)])
     _, taken_places, data = cells.take(pa.array(rows)).buffers()

@@ -214,7 +214,8 @@ class _Reader:
         for column in batch.schema.names:
             array = batch[column]
             self._count(column, array, training)
-            columns[column] = _take(narrow(hashed(array)) if not column.startswith(KEPT_PREFIX) else array, order)
+            kept = column.startswith(KEPT_PREFIX)  # of any type, with null anywhere
+            columns[column] = array.take(pa.array(order)) if kept else _take(narrow(hashed(array)), order)
         self._training_rows += int(training.sum())
         self._count_records(columns, int(training.sum()), name)
         self._kept_types |= {
@@ -269,6 +270,7 @@ def bucket_of(keys: UInt64s, buckets: int) -> Int64s:
 
 
 def _take(array: pa.Array, rows: Int64s) -> pa.Array:
+    """Rows of a column of a feature or label; its lists and their values are never null."""
     if pa.types.is_large_list(array.type) and array.type.value_type != pa.large_string() and len(array.values):
         values, offsets = gather(array.values.to_numpy(), array.offsets.to_numpy(), rows)
         return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))

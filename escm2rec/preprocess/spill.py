@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,13 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from escm2rec.config import KEPT_PREFIX
 from escm2rec.preprocess.block import RawColumn
 from escm2rec.preprocess.ragged import Int64s, Ragged, offsets_of
 from escm2rec.preprocess.stable_hash import distinct, hash64
 from escm2rec.schema import Feature
 
+LIBC = ctypes.CDLL(None)
 WEIGHTS = ".weights"  # no feature has a dot in its name
 INT32 = np.iinfo(np.int32)
+WIDE = {pa.int64(): (pa.int32(), pa.int64()), pa.large_list(pa.int64()): (pa.large_list(pa.int32()), pa.large_list(pa.int64()))}
+"""What narrowed columns, and lists, are widened to."""
 
 
 def to_arrow(features: Iterable[Feature], columns: Mapping[str, RawColumn]) -> dict[str, pa.Array]:
@@ -78,8 +83,8 @@ def values_of(array: pa.Array) -> Any:
 
 
 def one_batch(batches: list[dict[str, pa.Array]]) -> pa.RecordBatch:
-    """Batches of equal columns end to end. One whose column holds no value takes the type that the others have there; all but one type
-    with values gives a TypeError that names column and types."""
+    """Batches of equal columns end to end. One whose column holds no value takes the type that the others have there, and whole numbers
+    that were narrowed are widened where others were not; else types that differ give a TypeError that names column and types."""
     columns = {name: _end_to_end(name, [batch[name] for batch in batches]) for name in batches[0]}
     return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
 
@@ -89,6 +94,9 @@ def _end_to_end(name: str, arrays: list[pa.Array]) -> pa.Array:
     if len(types) == 1:
         return pa.concat_arrays(arrays)
     held = list(dict.fromkeys(array.type for array in arrays if holds(array)))
+    wide = next((kind for kind in WIDE if set(held) <= set(WIDE[kind])), None)
+    if len(held) > 1 and wide is not None and not name.startswith(KEPT_PREFIX):
+        return pa.concat_arrays([array.cast(wide) if holds(array) else _empty(array, wide) for array in arrays])
     if len(held) > 1:
         raise TypeError(f"column {name!r} is of type {held[1]}, in earlier rows it is of type {held[0]}")
     kind = held[0] if held else types[0]
@@ -142,9 +150,9 @@ class MappedBatch:
     """The batch of such a file, in place: what is not looked at takes no memory."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.batch: pa.RecordBatch = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map))).get_batch(0)
+        with pa.memory_map(str(path)) as file:  # Python's own keeps the file open
+            self._bytes = file.read_buffer()
+        self.batch: pa.RecordBatch = pa.ipc.open_file(pa.BufferReader(self._bytes)).get_batch(0)
 
     def copy(self, start: int, stop: int) -> dict[str, pa.Array]:
         """The columns of these rows in memory of their own. What was mapped to read them is given back: up to 2 MiB around each, on kernels
@@ -153,7 +161,7 @@ class MappedBatch:
         columns = {
             name: pa.concat_arrays([column, column.slice(0, 0)]) for name, column in zip(rows.schema.names, rows.columns, strict=True)
         }
-        self._map.madvise(mmap.MADV_DONTNEED)
+        LIBC.madvise(ctypes.c_void_p(self._bytes.address), ctypes.c_size_t(self._bytes.size), mmap.MADV_DONTNEED)
         return columns
 
 

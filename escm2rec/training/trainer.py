@@ -271,13 +271,16 @@ def _start(config: Config, data: DataPath, out: Path, resume: bool, overwrite: b
 
 def _check_features(config: Config, dataset: Dataset) -> None:
     """ConfigError when the config describes other features than the data set was made with."""
-    asked = {feature.name: (feature.kind, feature.column) for feature in config.data.features}
-    held = {feature.name: (feature.kind, feature.column) for feature in dataset.schema.features}
+    asked = {feature.name: feature for feature in config.data.features}
+    held = {feature.name: feature for feature in dataset.schema.features}
     for name in sorted(asked.keys() | held.keys()):
-        if asked.get(name) != held.get(name):
-            said = [" of column ".join(features[name]) if name in features else "no such feature" for features in (asked, held)]
+        if name in asked and name in held:
+            said = held[name].differs_from(asked[name])
+        else:
+            said = "this feature, the data set was made without it" if name in asked else "no such feature, the data set has one"
+        if said is not None:
             raise ConfigError(
-                f"feature {name!r}: the config says {said[0]}, the data set at {dataset.path} was made with {said[1]}",
+                f"feature {name!r}: the config says {said} ({dataset.path})",
                 "preprocess again with this config, or train with the config of the data set",
             )
 

@@ -1,0 +1,52 @@
+"""Where workers of preprocess come from, in programs of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from escm2rec import workers
+from escm2rec.workers import is_small
+
+CODE = """
+import multiprocessing, sys
+from escm2rec.workers import ready_workers, starting_workers
+if sys.argv[1] == "command":
+    ready_workers()
+with starting_workers() as context:
+    print(context.get_start_method())
+"""
+
+
+def start_method(how: str, temporary: Path) -> str:
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    done = subprocess.run([sys.executable, "-c", CODE, how], env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def test_the_command_forks_them_and_a_program_that_calls_does_not(tmp_path: Path) -> None:
+    """A fork server stays, with its environment and what it imported, and would be that of the program's own pools."""
+    assert start_method("command", tmp_path) == "forkserver"
+    assert start_method("program", tmp_path) == "spawn"
+
+
+def test_a_temporary_folder_with_a_long_name_is_no_hindrance(tmp_path: Path) -> None:
+    """The socket of a fork server has a name of some hundred bytes at most."""
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    assert start_method("command", long) == "spawn"
+
+
+def test_what_is_small_is_told_of_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "SMALL_BYTES", 100)
+    (tmp_path / "a").write_bytes(b"x" * 60)
+    assert is_small([tmp_path]), "60 bytes"
+    assert not is_small([tmp_path / "a", tmp_path / "a"]), "120 bytes"
+    (tmp_path / "b").write_bytes(b"x" * 60)
+    assert not is_small([tmp_path])
+    assert is_small([tmp_path / "nowhere"]), "told of by who reads it"
