@@ -34,7 +34,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.machine import facts
 from benchmarks.reference import reference_schema, write_reference_data
-from escm2rec.cells import CELLS, from_cells
+from escm2rec.cells import CELLS, from_cells, with_lists
 from escm2rec.config import TableSource
 from escm2rec.folder import new_folder, write_manifest
 from escm2rec.reader.batch import Batch
@@ -66,7 +66,7 @@ def data_loader(dataset: Dataset) -> Iterator[Batch]:
     """The other plain way: torch's DataLoader over the rows of the first row group, each a dictionary."""
     names = [feature.name for feature in dataset.schema.tables]
     group = dataset.row_groups("train")[0]
-    rows: list[Row] = pq.ParquetFile(str(group.path)).read_row_group(group.index).to_pylist()
+    rows: list[Row] = with_lists(pq.ParquetFile(str(group.path)).read_row_group(group.index)).to_pylist()
 
     def collate(drawn: Sequence[Row]) -> Batch:
         ids = [row[name] if isinstance(row[name], list) else [row[name]] for name in names for row in drawn]

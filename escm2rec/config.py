@@ -726,8 +726,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     text = _read_text(Path(path))
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}", "check the indentation near the place named above") from error
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date that does not exist
+        raise ConfigError(f"{path} is not valid YAML: {error}", "check the indentation near the place named above, and dates") from error
     return parse_config(tree, overrides, where=str(path))
 
 
@@ -784,7 +784,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
             raise ConfigError(f"--set {path}: {parent!r} is not a section", "only keys of sections can be set; edit lists in the file")
     try:
         node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date that does not exist
         raise ConfigError(f"--set {path}: {value!r} is not valid YAML", "quote the value") from error
     return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import socket
 import subprocess
 import sys
 import types
@@ -16,6 +17,7 @@ import pytest
 from escm2rec import cli
 from escm2rec.config import Config, SimulationConfig, load_config
 from escm2rec.errors import ConfigError, DataError, Escm2Error, InstallationError, RunError
+from tests.preprocess_logs import write_parquet
 
 ROOT = Path(__file__).parents[1]
 VERBS = ("simulate", "preprocess", "train", "evaluate", "score")
@@ -322,6 +324,25 @@ def test_packages_are_checked_before_torch_is_loaded(
     }
     assert run(verb, *options[verb]) == 2
     assert capsys.readouterr().err == "error: torchrec is not installed\nhint: install it\n"
+
+
+@pytest.mark.timeout(60)
+def test_a_cluster_that_nobody_answers_for_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray itself would try for many minutes."""
+    pytest.importorskip("ray")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # nobody listens
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        write_parquet(tmp_path / "logs.parquet", {"c": [1, 2]})
+        (tmp_path / "config.yaml").write_text(
+            "data: {source: {kind: table}, split: {by: file, train: '*'}, features: [{name: c, kind: categorical}]}"
+        )
+        options = ["--config", str(tmp_path / "config.yaml"), "--input", str(tmp_path / "logs.parquet"), "--out", str(tmp_path / "out")]
+        code = run("preprocess", *options, "--engine", "ray", "--address", address)
+    assert code == 2
+    said = capsys.readouterr().err
+    assert f"error: no Ray cluster answers at '{address}': [Errno 111] Connection refused\nhint: start one with `ray start --head`" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "logs.parquet"]
 
 
 def test_an_address_without_ray_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,6 +218,7 @@ def test_all_problems_are_told_at_once() -> None:
 FILES: dict[str, tuple[str | bytes | None, str]] = {
     "absent": (None, "no config file at"),
     "no YAML": ("data: [", "is not valid YAML"),
+    "a date that is none": ("data: {split: {test_from: 2026-02-30}}", "is not valid YAML: day .*\nhint: .*, and dates"),
     "a list": ("- data", "must hold a mapping with the key 'data', found list"),
     "no text": (b"\xff\xfe\xff", "cannot read config"),
     "an object": ("data: !!python/object/apply:os.getcwd []", "is not valid YAML"),
@@ -246,6 +247,7 @@ OVERRIDES = {
     "=3": "--set takes a.b=value, got '=3'",
     "data.features.0.kind=list": "'features' is not a section|'0' is not a section",
     "training.epochs=[": r"--set training\.epochs: '\[' is not valid YAML",
+    "data.split.test_from=2026-13-01": r"--set data\.split\.test_from: '2026-13-01' is not valid YAML",
     "training.epoch=3": r"training\.epoch: unknown key; did you mean 'epochs'",
 }
 

@@ -172,7 +172,12 @@ def test_a_page_that_may_not_be_written_is_refused_before_anything_is_read(data:
     with pytest.raises(ConfigError, match=r"the page .* exists"):
         inspect(data, html=tmp_path, overwrite=True)
     page = tmp_path / "page.html"
-    page.write_text("old", encoding="utf-8")
+    page.write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"will not overwrite .*page.html: it is no page that escm2rec made"):
+        inspect(data, html=page, overwrite=True)
+    assert page.read_text() == "mine"
+    page.unlink()
+    inspect(data, html=page)
     inspect(data, html=page, overwrite=True)
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 

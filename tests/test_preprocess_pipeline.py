@@ -418,3 +418,20 @@ def test_kept_columns_of_any_type_come_back_as_they_were(tmp_path: Path) -> None
     for name, column in kept.items():
         assert sorted(map(repr, back[f"kept.{name}"].to_pylist())) == sorted(map(repr, column.to_pylist())), name
         assert back.schema.field(f"kept.{name}").type == column.type
+
+
+def test_a_split_that_is_asked_for_and_empty_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({"by": "time", "column": "ts", "test_from": 10**9}, ["test"]),
+        ({"by": "time", "column": "ts", "validation_from": 10**9, "test_from": 2 * 10**9}, ["validation", "test"]),
+        ({"by": "hash", "column": "c", "train": 1.0}, []),
+        ({"by": "file", "train": "*", "test": "test*"}, ["test"]),
+        ({"by": "column", "column": "c", "train": ["1", "2"], "validation": ["3"]}, ["validation"]),
+    ]
+    for split, empty in cases:
+        caplog.clear()
+        source = {"ts": [10**8, 10**8 + 1]} if split["by"] == "time" else {}
+        write_parquet(tmp_path / "a.parquet", {"c": [1, 2], **source})
+        preprocess(table_config(ONE, split=split), tmp_path / "a.parquet", tmp_path / "out", overwrite=True)
+        told = [f"data.split asks for a {name} split, and no usable row belongs to it" for name in empty]
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == told

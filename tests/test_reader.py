@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks.reader import order, write_grouped_data
+from benchmarks.reader import data_loader, iter_batches, order, write_grouped_data
+from benchmarks.reference import reference_schema, write_reference_data
 from escm2rec.cells import with_lists
 from escm2rec.errors import DataError
 from escm2rec.reader.columns import Columns, Slice, assemble, decode
@@ -379,3 +380,14 @@ def _settles(threads: int, within_s: float = 5.0) -> bool:
     while threading.active_count() > threads and time.monotonic() < until:
         time.sleep(0.02)
     return threading.active_count() <= threads
+
+
+def test_what_the_reader_is_timed_against_reads_the_same_ids(tmp_path: Path) -> None:
+    """Of one row group, which is all that the slow one reads; its order apart."""
+    write_reference_data(tmp_path / "data", 3_000, schema=reference_schema(2, 2))
+    data = Dataset.open(tmp_path / "data")
+    ways = [[batch for batch, _ in Reader(data, "train", 1_000).batches(0)], list(iter_batches(data)), list(data_loader(data))]
+    read = [torch.cat([batch.features.values() for batch in batches if batch.features is not None]).sort().values for batches in ways]
+    assert len(read[0]) > 10_000
+    assert torch.equal(read[0], read[1])
+    assert torch.equal(read[0], read[2])

@@ -91,6 +91,7 @@ PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="escm2rec">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
@@ -157,6 +158,15 @@ def write_html(report: Record, path: Path, title: str) -> None:
     sections = (_header(report, title), _observed(report), _truth(report), _calibration(report), _roc(report), _propensity(report))
     more = (_gauc(report), *(_groups(name, groups, _present(report)) for name, groups in report.get("groups", {}).items()), _words())
     write_page(path, title, (*sections, *more))
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `write_page` wrote."""
+    try:
+        with path.open("rb") as file:
+            return b'content="escm2rec"' in file.read(400)
+    except OSError:
+        return False
 
 
 def write_page(path: Path, title: str, sections: Sequence[str]) -> None:

@@ -92,6 +92,10 @@ def _check_page(html: Path | None, overwrite: bool) -> None:
     if html.exists() and not (overwrite and html.is_file()):
         hint = "choose another file" if html.is_dir() else "choose another, or pass --overwrite to replace it"
         raise ConfigError(f"the page {html} exists", hint)
+    from escm2rec.evaluation.html import is_page
+
+    if html.exists() and not is_page(html):
+        raise ConfigError(f"will not overwrite {html}: it is no page that escm2rec made", "choose another, or remove it by hand")
     if not html.parent.is_dir():
         raise ConfigError(f"no folder {html.parent} for the page", "make it first, or choose another place")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +19,7 @@ from escm2rec.workers import ONE_THREAD, starting_workers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+ANSWER_S = 5
 
 
 class Engine(Protocol):
@@ -112,6 +114,20 @@ def _start_worker() -> None:
     end_with_parent()
 
 
+def _no_cluster(address: str, error: Exception) -> ConfigError:
+    return ConfigError(f"no Ray cluster answers at {address!r}: {error}", "start one with `ray start --head`, and pass its address")
+
+
+def _refuse_silent(address: str) -> None:
+    """ConfigError when nobody listens at HOST:PORT: Ray itself tries for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), ANSWER_S).close()
+        except (OSError, OverflowError) as error:
+            raise _no_cluster(address, error) from error
+
+
 @contextmanager
 def ray_engine(address: str) -> Iterator[Engine]:
     """A cluster that runs already. Its nodes need escm2rec, the input and the output folder at the same paths."""
@@ -119,12 +135,11 @@ def ray_engine(address: str) -> Iterator[Engine]:
         import ray
     except ImportError as error:
         raise ConfigError("--engine ray needs the package ray", "pip install 'escm2rec[ray]'") from error
+    _refuse_silent(address)
     try:
         ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": ONE_THREAD})
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"no Ray cluster answers at {address!r}: {error}", "start one with `ray start --head`, and pass its address"
-        ) from error
+        raise _no_cluster(address, error) from error
     try:
         yield RayEngine(ray)
     finally:

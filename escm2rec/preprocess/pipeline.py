@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -28,13 +29,14 @@ from escm2rec.preprocess.portions import Range, count_lines, other_ranges, porti
 from escm2rec.preprocess.read import check_type, index_common, read, read_common
 from escm2rec.preprocess.rejections import Rejected
 from escm2rec.preprocess.shares import Shares
-from escm2rec.preprocess.splits import split_column
+from escm2rec.preprocess.splits import asked_splits, split_column
 from escm2rec.preprocess.steps import WORK, Job, once
 from escm2rec.preprocess.write import COUNTS, Spilled, encode_common, write
 from escm2rec.progress import Progress
 from escm2rec.schema import Feature, Schema
 from escm2rec.workers import is_small
 
+logger = logging.getLogger(__name__)
 DEFAULT_MEMORY_GIB = 4.0
 BUCKET_ROWS = 1 << 17
 BUCKET_BYTES = 64 << 20  # of input
@@ -136,6 +138,9 @@ class _Maker:
                 shares.add(part.split, file["rows"], held)
                 _add_file(splits[part.split], file, weights)
                 progress.add(file["rows"], file["path"])
+        for split in asked_splits(self._config.split):
+            if not splits[split]["rows"] and splits["train"]["rows"]:
+                logger.warning("data.split asks for a %s split, and no usable row belongs to it", split)
         if not splits["train"]["rows"]:
             raise DataError("no row belongs to the training split", "check data.split and data.conversion_without_click")
         return self._manifest(schema.hash(), splits, shares, told)

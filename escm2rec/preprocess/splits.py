@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from escm2rec.config import SPLITS, ColumnSplit, FileSplit, HashSplit, TimeSplit, moment
+from escm2rec.config import SPLITS, ColumnSplit, FileSplit, HashSplit, Split, TimeSplit, moment
 from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawBlock
 from escm2rec.preprocess.digits import parse_decimals
@@ -29,6 +29,15 @@ Numbers = npt.NDArray[np.int8]
 def split_column(split: AnySplit) -> str | None:
     """The raw column that the split reads, if any."""
     return None if isinstance(split, FileSplit) else split.column
+
+
+def asked_splits(split: AnySplit) -> list[Split]:
+    """Which of validation and test a config gives rows to."""
+    asks: dict[Split, tuple[str, ...]] = {
+        "validation": ("validation", "validation_share", "validation_from"),
+        "test": ("test", "test_from"),
+    }
+    return [name for name, keys in asks.items() if any(getattr(split, key, None) for key in keys)]
 
 
 def split_numbers(split: AnySplit, block: RawBlock) -> Numbers:
