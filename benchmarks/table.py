@@ -4,7 +4,7 @@
     python -m benchmarks.table --impressions 100000000 --distinct 20000000 --shape single --memory-gib 2 --repeats 1
 
 The table is what `simulate --format parquet` writes, and a column `device` of `--distinct` ids scattered over int64: each occurs, half of
-the impressions have a few of them. Shapes: `single`, 18 columns of one id, 4 numbers and a short list; `lists`, 4 long weighted lists
+the impressions have a few of them. Shapes: `single`, 15 columns of one id, 4 numbers and a short list; `lists`, 4 long weighted lists
 besides. values_per_s_per_core: ids and numbers in the data set (weights not counted) by seconds of the whole command, its start included,
 and cores. plain: the same columns and rows copied by pyarrow alone in one process and thread, raw ids and Parquet lists as they are, which
 checks, encodes and shuffles nothing. Memory is the most that the command and all that it started held at once.
