@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -194,8 +193,8 @@ def _is_of_kind(path: DataPath, kind: str) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a file that is whole or absent, also where another process writes the same."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    """Write JSON to a file that is whole or absent."""
+    partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 

@@ -65,5 +65,6 @@ def once(work: Path, name: str, make: Callable[[Path], dict[str, Any]], place: P
         result = make(Path(folder))
         for file in sorted(Path(folder).iterdir()):
             os.replace(file, (place or work) / file.name)
-    write_json(said, result)
+        write_json(Path(folder) / said.name, result)  # where no other run of the task writes
+        os.replace(Path(folder) / said.name, said)
     return result
