@@ -81,7 +81,9 @@ def write_dataset(out: Path, rows: dict[str, int], rows_per_file: int = 700, row
 
 def config(*overrides: str) -> Config:
     """A small config; its data section is not used, because the data set is there already."""
-    data = {"source": {"kind": "table"}, "features": [{"name": each.name, "kind": each.kind} for each in schema().features]}
+    tables = [{"name": each.name, "kind": each.kind, "hash_size": each.num_embeddings} for each in schema().tables]
+    numbers = [{"name": each.name, "kind": each.kind} for each in schema().numeric]
+    data = {"source": {"kind": "table"}, "features": [*tables, *numbers]}
     tree = {
         "data": {**data, "split": {"by": "hash", "train": 1.0}},
         "model": {"embedding_dim": 8, "tower_hidden": [16]},

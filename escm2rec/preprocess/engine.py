@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import socket
 from collections import deque
@@ -54,7 +55,7 @@ class LocalEngine:
             running += [self._pool.submit(function, item) for item in items]
             for future in running:
                 yield future.result()
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, EOFError) as error:  # EOFError of one that was killed while it started
             raise RunError(
                 "a worker process of preprocess was killed, perhaps for its memory",
                 "the same command goes on where it stopped; pass a smaller --memory-gib if memory ran out; a script that calls "
@@ -101,9 +102,14 @@ def local_engine() -> Iterator[Engine]:
     """As many processes as processors that this one may use, at most 8."""
     workers = default_workers()
     with starting_workers() as context:
+        others = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         try:
             yield LocalEngine(pool, workers)
+        except BaseException:  # nobody waits for what the others still do, and one whose start was cut short waits for ever
+            for child in set(multiprocessing.active_children()) - others:
+                child.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
