@@ -18,6 +18,7 @@ from escm2rec.errors import DataError
 CELLS = pa.binary()
 BYTES = 4  # of an id or a weight
 MOST_BYTES = 1 << 30
+DAMAGED = "the data set is damaged, or of another schema or version of escm2rec: preprocess again"
 Array = npt.NDArray[Any]
 
 
@@ -56,6 +57,17 @@ def from_cells(cells: pa.Array, kind: pa.DataType) -> tuple[pa.Array, npt.NDArra
         raise ValueError(f"a list of {offsets[row + 1] - offsets[row]} bytes is no whole number of values", row)
     count = int(offsets[-1]) // BYTES
     return pa.Array.from_buffers(kind, count, [None, data.slice(first, count * BYTES)]), offsets // BYTES
+
+
+def read_lists(array: pa.Array, column: str, kind: pa.DataType, where: str, first_row: int) -> tuple[pa.Array, Array]:
+    """Values and offsets of a column of lists; a DataError names `where`, the row, counted from `first_row`, and the column."""
+    if array.type != CELLS:
+        raise DataError(f"{where}, column {column}: it is of type {array.type}, expected {CELLS}", DAMAGED)
+    try:
+        return from_cells(array, kind)
+    except ValueError as error:
+        fault, row = error.args
+        raise DataError(f"{where}, row {first_row + row}, column {column}: {fault}", DAMAGED) from error
 
 
 def with_lists(table: pa.Table) -> pa.Table:

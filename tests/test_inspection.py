@@ -193,6 +193,10 @@ def test_what_is_no_data_set_or_damaged_is_told(data: Path, tmp_path: Path) -> N
     pq.write_table(table.set_column(table.column_names.index("hashed"), "hashed", outside), part, row_group_size=400)
     with pytest.raises(DataError, match=r"row group 0, column hashed: id 16 is out of range, its table has rows 0 to 15"):
         inspect(damaged)
+    torn = pa.array([*table["hashed"].to_pylist()[:450], b"abc", *table["hashed"].to_pylist()[451:]], pa.binary())
+    pq.write_table(table.set_column(table.column_names.index("hashed"), "hashed", torn), part, row_group_size=400)
+    with pytest.raises(DataError, match=r"part-00000.parquet, row 450, column hashed: a list of 3 bytes is no whole number of values"):
+        inspect(damaged)
     pq.write_table(table.drop_columns(["price"]), part, row_group_size=400)
     with pytest.raises(DataError, match="row group 0: no column 'price'"):
         inspect(damaged)

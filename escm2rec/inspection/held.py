@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from escm2rec.cells import CELLS, from_cells
+from escm2rec.cells import read_lists
 from escm2rec.config import SPLITS, Split
 from escm2rec.errors import DataError
 from escm2rec.paths import open_parquet
@@ -96,22 +96,11 @@ def _piece(group: RowGroup, features: list[Feature], step: int) -> _Piece:
             piece.numbers[feature.name] = column.to_numpy()[-group.start % step :: step]
             continue
         if feature.is_list:
-            flat, lengths = _lists(column, f"{where}, column {feature.name}")
-            piece.lengths[feature.name] = np.bincount(lengths)
+            flat, offsets = read_lists(column.chunk(0), feature.name, pa.int32(), str(group.path), group.first_row)
+            piece.lengths[feature.name] = np.bincount(np.diff(offsets))
         if is_counted(feature):
             piece.met[feature.name] = _distinct((flat if feature.is_list else column.drop_null()).to_numpy(), feature, where)
     return piece
-
-
-def _lists(column: pa.ChunkedArray, where: str) -> tuple[pa.Array, Int64s]:
-    """All values of a column of lists, and the length of each."""
-    if column.type != CELLS:
-        raise DataError(f"{where}: it is of type {column.type}, expected {CELLS}", "the data set is damaged: preprocess again")
-    try:
-        held = [from_cells(chunk, pa.int32()) for chunk in column.chunks]
-    except ValueError as error:
-        raise DataError(f"{where}: {error.args[0]}", "the data set is damaged: preprocess again") from error
-    return pa.concat_arrays([values for values, _ in held]), np.concatenate([np.diff(offsets) for _, offsets in held])
 
 
 def _distinct(rows: Int64s, feature: Feature, where: str) -> tuple[Int64s, Int64s]:

@@ -175,10 +175,11 @@ class _Maker:
                 if file.truth is not None:
                     check_truth(file, sum(each.rows for each in ranges if each.file == file))
         else:
-            texts = [file for file in files if isinstance(config.source, TableSource) and file.path.suffix == ".csv"]
-            cut = self._text_ranges([(file, file.path) for file in texts])
+            texts = {file for file in files if isinstance(config.source, TableSource) and file.path.suffix == ".csv"}
+            cut = self._text_ranges([(file, file.path) for file in files if file in texts])
             others = [each for file in files if file not in texts for each in other_ranges(config.source, file)]
-            ranges = sorted([*cut, *others], key=lambda each: files.index(each.file))
+            place = {file: number for number, file in enumerate(files)}
+            ranges = sorted([*cut, *others], key=lambda each: place[each.file])
         rows, size = sum(each.rows for each in ranges), sum(each.bytes for each in ranges)
         buckets = max(1, -(-rows // min(BUCKET_ROWS, config.rows_per_file)), -(-size // BUCKET_BYTES))
         self._total = rows

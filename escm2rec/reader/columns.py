@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from escm2rec.cells import CELLS, from_cells
+from escm2rec.cells import DAMAGED, read_lists
 from escm2rec.config import KEPT_PREFIX
 from escm2rec.errors import DataError
 from escm2rec.reader.batch import Batch
@@ -20,7 +20,6 @@ from escm2rec.schema import Feature, Schema
 
 Array = npt.NDArray[Any]
 Order = npt.NDArray[np.int64]
-DAMAGED = "the data set is damaged, or of another schema or version of escm2rec: preprocess again"
 
 
 @dataclass(frozen=True)
@@ -163,18 +162,16 @@ def _numbers(table: pa.Table, name: str, where: str, order: Order | None) -> Arr
 
 def _jagged(table: pa.Table, feature: Feature, where: str, order: Order | None, first_row: int) -> JaggedColumn:
     array = _column(table, feature.name, where)
-    told = f"{where}, column {feature.name}"
-    expected = CELLS if feature.is_list else pa.int32()
-    if array.type != expected:
-        raise DataError(f"{told}: it is of type {array.type}, expected {expected}", DAMAGED)
     if not feature.is_list:
+        if array.type != pa.int32():
+            raise DataError(f"{where}, column {feature.name}: it is of type {array.type}, expected int32", DAMAGED)
         return _single(array, feature, where, order, first_row)
-    values, offsets = _lists(array, feature.name, pa.int32(), where, first_row)
+    values, offsets = read_lists(array, feature.name, pa.int32(), where, first_row)
     _check_ids(values.to_numpy(), offsets, feature, where, first_row)
     weights = None
     if feature.kind == "weighted_list":
         name = feature.weight_column
-        weights, weight_offsets = _lists(_column(table, name, where), name, pa.float32(), where, first_row)
+        weights, weight_offsets = read_lists(_column(table, name, where), name, pa.float32(), where, first_row)
         if not np.array_equal(weight_offsets, offsets):
             raise DataError(f"{where}, column {name}: not as many weights as values", "preprocess again")
     if order is None:
@@ -193,15 +190,6 @@ def _single(array: pa.Array, feature: Feature, where: str, order: Order | None, 
     if order is not None:
         present = present[order]
     return JaggedColumn(values[present], np.concatenate(([0], np.cumsum(present))))
-
-
-def _lists(array: pa.Array, column: str, kind: pa.DataType, where: str, first_row: int) -> tuple[pa.Array, Array]:
-    """Values and offsets of a column of lists."""
-    try:
-        return from_cells(array, kind)
-    except ValueError as error:
-        fault, row = error.args
-        raise DataError(f"{where}, row {first_row + row}, column {column}: {fault}", DAMAGED) from error
 
 
 def _permuted(offsets: Array, values: pa.Array, weights: pa.Array | None, order: Order) -> JaggedColumn:
