@@ -785,7 +785,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     try:
         node[leaf] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date that does not exist
-        raise ConfigError(f"--set {path}: {value!r} is not valid YAML", "quote the value") from error
+        is_date = not isinstance(error, yaml.YAMLError)
+        what = f"no date: {error}" if is_date else "not valid YAML"
+        raise ConfigError(f"--set {path}: {value!r} is {what}", "give one that exists" if is_date else "quote the value") from error
     return path
 
 

@@ -247,7 +247,7 @@ OVERRIDES = {
     "=3": "--set takes a.b=value, got '=3'",
     "data.features.0.kind=list": "'features' is not a section|'0' is not a section",
     "training.epochs=[": r"--set training\.epochs: '\[' is not valid YAML",
-    "data.split.test_from=2026-13-01": r"--set data\.split\.test_from: '2026-13-01' is not valid YAML",
+    "data.split.test_from=2026-13-01": r"'2026-13-01' is no date: month must be in 1\.\.12\nhint: give one that exists",
     "training.epoch=3": r"training\.epoch: unknown key; did you mean 'epochs'",
 }
 
