@@ -28,13 +28,15 @@ IMPRESSIONS = 6_000
 KILLS = int(os.environ.get("ESCM2REC_KILLS", "3"))  # `make prove`: 30
 PROOF = os.environ.get("ESCM2REC_KILLS_PROOF")  # where to write what was shown
 TIMEOUT_S = 150
-# A job so small runs in one process and one portion; as many portions, spills, buckets and parts as a large one has, and two processes:
+# A job so small runs in one process and one portion; as many portions, spills, merges, buckets and parts as a large one has, and two
+# processes:
 WORKER = """
 import sys
 from pathlib import Path
 from escm2rec import workers
-from escm2rec.preprocess import pipeline, portions, read
+from escm2rec.preprocess import merge, pipeline, portions, read
 portions.PORTION_BYTES, read.SPILL_BYTES, pipeline.BUCKET_ROWS, workers.SMALL_BYTES = 200_000, 1_000_000, 500, int(sys.argv[4])
+merge.MERGED = 3 if workers.SMALL_BYTES <= 1 else 256
 from escm2rec.config import load_config
 from escm2rec.preprocess import preprocess
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ from escm2rec.preprocess.engine import Engine, HereEngine, local_engine, ray_eng
 from escm2rec.preprocess.events import join_events
 from escm2rec.preprocess.files import RawFile, raw_files
 from escm2rec.preprocess.fit import add_times, fit
+from escm2rec.preprocess.merge import index_rows, merge, merges
 from escm2rec.preprocess.portions import Range, count_lines, other_ranges, portions_of, text_cuts, text_ranges
 from escm2rec.preprocess.read import check_type, index_common, read, read_common
 from escm2rec.preprocess.rejections import Rejected
 from escm2rec.preprocess.shares import Shares
 from escm2rec.preprocess.splits import asked_splits, split_column
 from escm2rec.preprocess.steps import WORK, Job, once
-from escm2rec.preprocess.write import COUNTS, Spilled, encode_common, write
+from escm2rec.preprocess.write import COUNTS, Part, encode_common, parts_of, write
 from escm2rec.progress import Progress
 from escm2rec.schema import Feature, Schema
 from escm2rec.workers import is_small
@@ -131,7 +132,7 @@ class _Maker:
             self._run("encode", encode_common, range(len(schema.features)), "features")
         shares = Shares(schema)
         splits: dict[str, dict[str, Any]] = {split: {**dict.fromkeys(COUNTS, 0), "files": []} for split in SPLITS}
-        parts = Spilled.of(self._job).parts(self._job)
+        parts = self._sort()
         with Progress("write", sum(part.last - part.first for part in parts)) as progress:
             for part, file in zip(parts, self._engine.map(partial(write, self._job), parts), strict=True):
                 weights, held = file.pop("weights"), file.pop("held")
@@ -233,6 +234,13 @@ class _Maker:
                 results.append(told)
                 progress.add(sum(each.rows for each in portion), portion[0].file.name)
         return results
+
+    def _sort(self) -> list[Part]:
+        """Merge what was spilled, if it is in many files; the parts to write."""
+        index_rows(self._job)
+        if merges(self._job):
+            self._run("merge", merge, merges(self._job), "merges")
+        return parts_of(self._job)
 
     def _fit(self, told: list[dict[str, Any]]) -> Schema:
         """Fit every feature; the schema, written."""

@@ -20,11 +20,11 @@ from escm2rec.preprocess.labels import apply_click_rule
 from escm2rec.preprocess.moments import Moments
 from escm2rec.preprocess.negatives import keep_negatives
 from escm2rec.preprocess.portions import Range
-from escm2rec.preprocess.ragged import Int64s, Ragged, UInt64s, gather, offsets_of
+from escm2rec.preprocess.ragged import Int64s, Ragged, UInt64s, offsets_of
 from escm2rec.preprocess.records import SPILL_BYTES, CommonRecords, RecordWriter, common_tasks, index_records, open_records
 from escm2rec.preprocess.rejections import NO_SPLIT, Rejected, Rejection
 from escm2rec.preprocess.sources import Opener
-from escm2rec.preprocess.spill import hashed, narrow, one_batch, to_arrow, values_of, write_batch
+from escm2rec.preprocess.spill import hashed, narrow, one_batch, take, to_arrow, values_of, write_batch
 from escm2rec.preprocess.splits import TRAIN, split_column, split_numbers
 from escm2rec.preprocess.stable_hash import fnv1a64, row_hash, splitmix64
 from escm2rec.preprocess.steps import Job
@@ -214,8 +214,7 @@ class _Reader:
         for column in batch.schema.names:
             array = batch[column]
             self._count(column, array, training)
-            kept = column.startswith(KEPT_PREFIX)  # of any type, with null anywhere
-            columns[column] = array.take(pa.array(order)) if kept else _take(narrow(hashed(array)), order)
+            columns[column] = take(column, array if column.startswith(KEPT_PREFIX) else narrow(hashed(array)), order)
         self._training_rows += int(training.sum())
         self._count_records(columns, int(training.sum()), name)
         self._kept_types |= {
@@ -237,7 +236,7 @@ class _Reader:
         if name not in self._counters:
             return
         if not training.all():
-            array = _take(array, np.flatnonzero(training))
+            array = take(name, array, np.flatnonzero(training))
         numbers = pa.types.is_floating(array.type)  # to go into buckets
         self._counters[name].add(count_numbers(array.to_numpy()) if numbers else count_values(values_of(array)))
 
@@ -267,14 +266,6 @@ def bucket_of(keys: UInt64s, buckets: int) -> Int64s:
     """Which of so many equal parts of that range a key is in."""
     numbers: Int64s = ((keys >> np.uint64(11)).astype(np.float64) * 2.0**-53 * buckets).astype(np.int64)
     return numbers
-
-
-def _take(array: pa.Array, rows: Int64s) -> pa.Array:
-    """Rows of a column of a feature or label; its lists and their values are never null."""
-    if pa.types.is_large_list(array.type) and array.type.value_type != pa.large_string() and len(array.values):
-        values, offsets = gather(array.values.to_numpy(), array.offsets.to_numpy(), rows)
-        return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
-    return array.take(pa.array(rows))
 
 
 def _no_split(column: str | None, block: RawBlock, rows: Int64s) -> Rejection:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from escm2rec.config import KEPT_PREFIX
 from escm2rec.preprocess.block import RawColumn
-from escm2rec.preprocess.ragged import Int64s, Ragged, offsets_of
+from escm2rec.preprocess.ragged import Int64s, Ragged, gather, offsets_of
 from escm2rec.preprocess.stable_hash import distinct, hash64
 from escm2rec.schema import Feature
 
@@ -138,6 +138,15 @@ def hashed(array: pa.Array) -> pa.Array:
     words, index = distinct(array.fill_null("") if array.null_count else array)
     hashes = hash64(words).view(np.int64)[index]
     return pa.array(hashes, mask=array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None)
+
+
+def take(name: str, array: pa.Array, rows: Int64s) -> pa.Array:
+    """Rows of a column of this name. Lists of a feature and their values are never null; a kept column is of any type, null anywhere."""
+    numbers = pa.types.is_large_list(array.type) and array.type.value_type != pa.large_string()
+    if name.startswith(KEPT_PREFIX) or not numbers or not len(array.values):
+        return array.take(pa.array(rows))
+    values, offsets = gather(array.values.to_numpy(), array.offsets.to_numpy(), rows)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def write_batch(path: Path, batch: pa.RecordBatch) -> None:

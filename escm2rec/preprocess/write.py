@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +14,9 @@ import pyarrow.parquet as pq
 from escm2rec.config import KEPT_PREFIX, SPLITS, Split
 from escm2rec.folder import sha256_of
 from escm2rec.preprocess.encoder import Encoder, Rows, encode
-from escm2rec.preprocess.ragged import Int64s
-from escm2rec.preprocess.read import LABEL, records_of, spill_names
+from escm2rec.preprocess.merge import rows_of, sorted_rows
+from escm2rec.preprocess.ragged import Int64s, offsets_of
+from escm2rec.preprocess.read import LABEL, records_of
 from escm2rec.preprocess.records import encode_records
 from escm2rec.preprocess.spill import MappedBatch, from_arrow, one_batch
 from escm2rec.preprocess.spilled import read_rows
@@ -58,29 +58,14 @@ class Part(NamedTuple):
     last: int
 
 
-class Spilled(NamedTuple):
-    """What the portions left: batches of raw rows, and where each bucket begins in them [batches, splits x buckets + 1]."""
-
-    batches: list[Path]
-    bounds: Int64s
-
-    @classmethod
-    def of(cls, job: Job) -> Spilled:
-        """All of a job, in the order of the input."""
-        names = spill_names(job)
-        paths = [job.work / f"rows-{name}.arrow" for name in names]
-        bounds = [np.load(job.work / f"bounds-{name}.npy") for name in names]
-        return cls(paths, np.array(bounds, np.int64).reshape(len(paths), len(SPLITS) * job.buckets + 1))
-
-    def parts(self, job: Job) -> list[Part]:
-        """The files to write: `rows_per_file` rows each, the last of a split what is left."""
-        totals = np.diff(self.bounds, axis=1).sum(axis=0).reshape(len(SPLITS), job.buckets).sum(axis=1)
-        size = job.config.rows_per_file
-        return [
-            Part(split, number, first, min(first + size, rows))
-            for split, rows in zip(SPLITS, totals.tolist(), strict=True)
-            for number, first in enumerate(range(0, rows, size))
-        ]
+def parts_of(job: Job) -> list[Part]:
+    """The files to write: `rows_per_file` rows each, the last of a split what is left."""
+    size = job.config.rows_per_file
+    return [
+        Part(split, number, first, min(first + size, rows))
+        for split, rows in zip(SPLITS, rows_of(job).sum(axis=1).tolist(), strict=True)
+        for number, first in enumerate(range(0, rows, size))
+    ]
 
 
 def write(job: Job, part: Part) -> dict[str, Any]:
@@ -103,19 +88,19 @@ def _write(job: Job, part: Part, path: Path) -> dict[str, Any]:
 
 def _buckets(job: Job, part: Part) -> Iterator[tuple[pa.RecordBatch, Int64s]]:
     """The buckets that hold rows of a part, and the places of these in order."""
-    spilled = Spilled.of(job)
-    mapped = [MappedBatch(path) for path in spilled.batches]
-    begin = SPLITS.index(part.split) * job.buckets
-    sizes = np.diff(spilled.bounds[:, begin : begin + job.buckets + 1], axis=1).sum(axis=0)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    for bucket, (low, high) in enumerate(pairwise(starts.tolist())):
-        first, last = max(part.first, low), min(part.last, high)
-        if first >= last:
-            continue
-        cuts = spilled.bounds[:, begin + bucket : begin + bucket + 2].tolist()
-        batch = one_batch([each.copy(at, end) for each, (at, end) in zip(mapped, cuts, strict=True) if end > at])
-        order = np.argsort(batch["key"].to_numpy().view(np.uint64), kind="stable")
-        yield batch, order[first - low : last - low]
+    split = SPLITS.index(part.split)
+    starts = offsets_of(rows_of(job)[split])
+    first_bucket, last_bucket = (int(np.searchsorted(starts, row, side="right")) - 1 for row in (part.first, part.last - 1))
+    for rows in sorted_rows(job, first_bucket, last_bucket):
+        mapped = [MappedBatch(path) for path in rows.batches]
+        for bucket in range(max(rows.first, first_bucket), min(rows.last, last_bucket + 1)):
+            low, high = starts[bucket : bucket + 2].tolist()
+            if low == high:
+                continue
+            cuts = zip(mapped, rows.cuts(split, bucket), strict=True)
+            batch = one_batch([each.copy(start, stop) for each, (start, stop) in cuts if stop > start])
+            order = np.argsort(batch["key"].to_numpy().view(np.uint64), kind="stable")
+            yield batch, order[max(part.first, low) - low : min(part.last, high) - low]
 
 
 def _rows(encoder: Encoder, batch: pa.RecordBatch) -> Rows:
