@@ -169,13 +169,18 @@ class Reader:
 
 
 def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The same items, made by a background thread at most `depth` ahead; its exception is raised here."""
+    """The same items, made by a background thread at most `depth` ahead; its exception is raised here.
+
+    The thread ends when nobody wants more: the generator is closed, or the thread that took the last item has ended. It is waited for at
+    exit: one that Python drops there, in the middle of Arrow's code, aborts the process.
+    """
     done = object()
     ready: queue.Queue[object] = queue.Queue(maxsize=depth)
     stop = threading.Event()
+    taker = threading.current_thread()
 
     def put(item: object) -> bool:
-        while not stop.is_set():
+        while not stop.is_set() and taker.is_alive():
             try:
                 ready.put(item, timeout=0.1)
             except queue.Full:
@@ -192,13 +197,14 @@ def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
         except BaseException as error:  # handed to the consumer, which raises it
             put(error)
 
-    thread = threading.Thread(target=produce, name="escm2rec-reader", daemon=True)
+    thread = threading.Thread(target=produce, name="escm2rec-reader")
     thread.start()
     try:
         while (item := ready.get()) is not done:
             if isinstance(item, BaseException):
                 raise item
             yield item  # type: ignore[misc]
+            taker = threading.current_thread()
     finally:
         stop.set()
 
