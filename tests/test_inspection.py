@@ -26,6 +26,7 @@ from tests.test_evaluation_html import Page
 
 ROWS = 4_000
 HASHED = {"name": "hashed", "kind": "list", "column": "tags", "hash_size": 16}
+KIND = {"name": "kind", "kind": "categorical"}
 SPLIT = {"by": "file", "train": "a*.parquet", "test": "b*.parquet"}
 
 
@@ -131,11 +132,83 @@ def test_numbers_are_told_in_the_units_of_the_log(record: dict[str, Any], tables
         assert told["quantiles"]["train"][name] == pytest.approx(np.quantile(price, share), rel=1e-3, abs=1e-3)
 
 
+def numbers_with_gaps(rows: int, seed: int) -> pa.Table:
+    """`price` is missing in every third row, `stars` are so made that some are just their mean, `never` is there in the first log alone."""
+    rng = np.random.default_rng(seed)
+    gap = np.arange(rows) % 3 == 0
+    click = (rng.random(rows) < 0.2).astype(np.int8)
+    return pa.table(
+        {
+            "price": pa.array(rng.exponential(20.0, rows) + 100, mask=gap),
+            "stars": pa.array(np.tile([1.0, 2.0, 3.0, 2.0], rows // 4), mask=np.arange(rows) % 8 >= 4),
+            "never": pa.array(rng.normal(5, 1, rows), mask=np.full(rows, seed > 1)),
+            "same": pa.array(np.full(rows, 7.0), mask=gap),
+            "kind": np.arange(rows) % 5,
+            "click": click,
+            "conversion": click & (rng.random(rows) < 0.5).astype(np.int8),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def gaps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gaps")
+    (folder / "logs").mkdir()
+    pq.write_table(numbers_with_gaps(2_400, 1), folder / "logs" / "a.parquet")
+    pq.write_table(numbers_with_gaps(80, 2), folder / "logs" / "b.parquet")
+    features = [KIND, *({"name": name, "kind": "numeric"} for name in ("price", "stars", "never", "same"))]
+    tree = {"source": {"kind": "table"}, "features": features, "split": SPLIT, "rows_per_group": 500}
+    preprocess(parse_config({"data": tree}).data, folder / "logs", folder / "data")
+    return folder / "data"
+
+
+def test_numbers_are_those_that_were_there_with_the_share_missing_beside_them(gaps: Path, tmp_path: Path) -> None:
+    told = inspect(gaps, html=tmp_path / "page.html")["features"]
+    for split, seed, rows in (("train", 1, 2_400), ("test", 2, 80)):
+        table = numbers_with_gaps(rows, seed)
+        for name in ("price", "stars", "same"):
+            there = table[name].drop_null().to_numpy()
+            assert told[name]["missing"][split] == pytest.approx(1 - len(there) / rows)
+            for quantile, share in (("min", 0.0), ("p1", 0.01), ("p25", 0.25), ("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
+                assert told[name]["quantiles"][split][quantile] == pytest.approx(np.quantile(there, share), abs=1e-4), (name, quantile)
+    assert told["price"]["mean"] == pytest.approx(np.mean(numbers_with_gaps(2_400, 1)["price"].drop_null().to_numpy()))
+    assert told["stars"]["mean"] == 2.0, "the stars of 2 lie as missing ones do"
+    assert (told["never"]["missing"], told["never"]["quantiles"]["test"]) == ({"train": 0.0, "test": 1.0}, None)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "of the numbers that were there; missing is the share of the impressions without one" in page
+    numbers = page[page.index("<h2>Numbers</h2>") : page.index("<h2>Distributions")]
+    assert [row.split("</td>")[0] for row in numbers.split("<tbody>")[1].split("<td>")[1::10]] == ["33.3%", "50.0%", "0.00%", "33.3%"]
+
+
+def test_a_number_that_training_never_has_is_told_without_quantiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    pq.write_table(numbers_with_gaps(40, 2), tmp_path / "logs" / "a.parquet")
+    tree = {"source": {"kind": "table"}, "features": [KIND, {"name": "never", "kind": "numeric"}], "split": SPLIT}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]["never"]
+    assert (told["missing"], told["quantiles"]) == ({"train": 1.0}, {"train": None})
+    assert capsys.readouterr().err.splitlines()[-1].split() == ["never", "numeric", "–", "0.00%", "–", "–", "–"]
+    assert len(Page((tmp_path / "page.html").read_text(encoding="utf-8")).images) == 1, "that of the kind"
+
+
+@pytest.mark.parametrize("most", [1, 7, 800, 10_000])
+def test_a_sample_is_without_missing_numbers_and_with_as_many_of_the_mean_as_all_have(
+    gaps: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "SAMPLE_ROWS", most)
+    step = -(-2_400 // most)
+    numbers = held.held_by(Dataset.open(gaps))["train"].numbers
+    kept = {name: pq.read_table(gaps / "train")[name].to_numpy()[::step] for name in ("price", "stars")}
+    assert np.array_equal(numbers["price"], kept["price"][kept["price"] != 0])
+    zeros = np.count_nonzero(kept["stars"] == 0)
+    assert np.count_nonzero(numbers["stars"] == 0) == round(zeros / 3), "600 of 1,800 are the mean, not missing"
+
+
 @pytest.mark.parametrize("most", [1, 7, 4_000, 10_000])
 def test_a_sample_takes_every_kth_row_wherever_groups_begin(data: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held, "SAMPLE_ROWS", most)
     step = -(-ROWS // most)
-    numbers = np.concatenate(held.held_by(Dataset.open(data))["train"].numbers["price"])
+    numbers = held.held_by(Dataset.open(data))["train"].numbers["price"]
     assert np.array_equal(numbers, pq.read_table(data / "train")["price"].to_numpy()[::step])
 
 

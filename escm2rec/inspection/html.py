@@ -12,6 +12,7 @@ import numpy as np
 from escm2rec.config import Split
 from escm2rec.evaluation.html import aligned, facts, figure, note, table, write_page
 from escm2rec.inspection.held import SAMPLE_ROWS, Held
+from escm2rec.inspection.inspect import NUMERIC_QUANTILES
 from escm2rec.inspection.plots import histogram_plot, lengths_plot, skew_plot
 from escm2rec.inspection.table import kind_of, lengths_of, percent, value_of
 from escm2rec.preprocess.ragged import Int64s
@@ -98,16 +99,16 @@ def _numbers(features: Record) -> str:
     if not found:
         return ""
     told = list(found.values())
-    names = list(told[0]["quantiles"]["train"])
-    columns = [[percent(each["coverage"]["train"]) for each in told]]
+    columns = [[percent(each["missing"]["train"]) for each in told]]
     columns += [aligned([each[name] for each in told]) for name in ("mean", "std")]
-    columns += [aligned([each["quantiles"]["train"][name] for each in told]) for name in names]
+    columns += [aligned([(each["quantiles"]["train"] or {}).get(name) for each in told]) for name in NUMERIC_QUANTILES]
     said = (
-        f"In training; quantiles of about {SAMPLE_ROWS:,} impressions at most, in the units of the log, a missing number standing at "
-        "the mean. Mean and standard deviation are of the logarithm where log1p is set."
+        "In training, of the numbers that were there; missing is the share of the impressions without one. Quantiles, of "
+        f"{SAMPLE_ROWS:,} impressions at most, are in the units of the log. Mean and standard deviation are of the logarithm where log1p "
+        "is set."
     )
     logs = [f"{name}{', log1p' if each['log1p'] else ''}" for name, each in zip(_names(found), told, strict=True)]
-    return f"<h2>Numbers</h2>{table(['Feature', 'Coverage', 'Mean', 'Std', *names], logs, columns)}{note(said)}"
+    return f"<h2>Numbers</h2>{table(['Feature', 'Missing', 'Mean', 'Std', *NUMERIC_QUANTILES], logs, columns)}{note(said)}"
 
 
 def _plots(records: Record, features: dict[str, Feature], held: Held, counts: dict[str, Int64s]) -> Iterator[str]:
@@ -117,10 +118,10 @@ def _plots(records: Record, features: dict[str, Feature], held: Held, counts: di
             yield figure(escape(name), "share of the values on the most frequent rows", source)
         if name in held.lengths:
             yield figure(escape(name), "values an impression", lengths_plot(held.lengths[name]))
-        if name in held.numbers:
+        if len(held.numbers.get(name, ())):
             feature = features[name]
-            encoded = np.concatenate(held.numbers[name]).astype(np.float64) * feature.std + feature.mean
-            yield figure(escape(name), "log(1 + number)" if feature.log1p else "number", histogram_plot(encoded))
+            numbers = held.numbers[name].astype(np.float64) * feature.std + feature.mean
+            yield figure(escape(name), "log(1 + number)" if feature.log1p else "number", histogram_plot(numbers))
 
 
 def _words() -> str:

@@ -14,7 +14,7 @@ from escm2rec.errors import ConfigError, DataError
 from escm2rec.inspection.held import Held, held_by, is_counted
 from escm2rec.inspection.table import print_tables
 from escm2rec.paths import DataPath, open_parquet
-from escm2rec.preprocess.ragged import Float64s, Int64s
+from escm2rec.preprocess.ragged import Float32s, Float64s, Int64s
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Feature
 
@@ -58,7 +58,8 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
               values;
               concentration: share of the training values that fall on the most frequent hundredth of the rows;
               clip, cross and max_length as configured, where they are;
-              numeric: mean and std of training, and quantiles by split, in the units of the log, missing numbers standing at the mean
+              numeric: mean and std of training (of the logarithm with log1p), and by split missing (share of the impressions without a
+              number) and quantiles, in the units of the log; all are of the numbers that were there, quantiles None where none was
     rejected, negative_keep_rate, negatives_left_out, schema_hash   as preprocess wrote them
 
     Raises DataError when the data set is absent, incomplete or damaged, ConfigError when `html` may not be written.
@@ -124,8 +125,9 @@ def _feature(dataset: Dataset, feature: Feature, held: dict[Split, Held], top: _
     transforms = {"cross": feature.cross, "max_length": feature.max_length, "clip": feature.clip}
     record |= {name: list(told) if isinstance(told, tuple) else told for name, told in transforms.items() if told is not None}
     if not feature.is_table:
-        quantiles = {split: _number_quantiles(feature, np.concatenate(each.numbers[feature.name])) for split, each in held.items()}
-        return record | {"log1p": feature.log1p, "mean": feature.mean, "std": feature.std, "quantiles": quantiles}
+        record |= {"log1p": feature.log1p, "mean": feature.mean, "std": feature.std}
+        record["missing"] = {split: told["missing"][split] for split in held}
+        return record | {"quantiles": {split: _number_quantiles(feature, each.numbers[feature.name]) for split, each in held.items()}}
     record |= {"encoding": feature.encoding, "table_rows": feature.num_embeddings}
     if feature.encoding == "vocabulary":
         record |= {"values": feature.num_embeddings - feature.oov_rows, "oov": {split: told["oov"][split] for split in held}}
@@ -174,12 +176,14 @@ def length_quantiles(histogram: Int64s) -> Record:
     }
 
 
-def _number_quantiles(feature: Feature, encoded: Any) -> Record:
+def _number_quantiles(feature: Feature, encoded: Float32s) -> Record | None:
+    if not len(encoded):
+        return None
     raw = raw_numbers(feature, encoded)
     return dict(zip(NUMERIC_QUANTILES, np.quantile(raw, list(NUMERIC_QUANTILES.values())).tolist(), strict=True))
 
 
-def raw_numbers(feature: Feature, encoded: Any) -> Float64s:
+def raw_numbers(feature: Feature, encoded: Float32s) -> Float64s:
     """Encoded numbers in the units of the log."""
     raw: Float64s = encoded.astype(np.float64) * feature.std + feature.mean
     return np.expm1(raw) if feature.log1p else raw

@@ -58,6 +58,6 @@ def histogram_plot(numbers: Float64s) -> str:
     def draw(axes: Axes) -> None:
         axes.set_axisbelow(True)
         axes.stairs(counts / len(numbers), edges, fill=True, color=BLUE)
-        axes.set(xlabel="", ylabel="share of impressions", xlim=(low, high))
+        axes.set(xlabel="", ylabel="share of the numbers", xlim=(low, high))
 
     return image(draw, SIZE)

@@ -85,8 +85,7 @@ def most_frequent(told: Record) -> str:
     if told.get("top"):
         first = told["top"][0]
         return f"{value_of(told)}: {percent(first['share'])}"
-    if "quantiles" in told:
-        quantiles = told["quantiles"]["train"]
+    if quantiles := told.get("quantiles", {}).get("train"):
         return f"{quantiles['p1']:.3g} to {quantiles['p99']:.3g} (p1 to p99)"
     return "–"
 
