@@ -62,6 +62,58 @@ def test_splits_are_those_with_rows_and_their_rates(record: dict[str, Any], tabl
     assert (record["splits"]["train"]["files"], record["splits"]["train"]["row_groups"]) == (3, 11)
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+@pytest.mark.parametrize("weight", [None, "[w]"])
+def test_rates_say_whether_they_are_of_rows_or_of_weights(
+    weight: str | None, rate: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    for seed, name in ((1, "a"), (2, "b")):
+        table = raw_table(ROWS, seed, labels=True)
+        pq.write_table(table.append_column("[w]", pa.array(2.0 - table["click"].to_numpy())), tmp_path / "logs" / f"{name}.parquet")
+    tree = {"source": {"kind": "table", "weight": weight}, "features": FEATURES, "split": SPLIT, "negative_keep_rate": rate}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")
+    said, page = " ".join(capsys.readouterr().err.split()), (tmp_path / "page.html").read_text(encoding="utf-8")
+    rows = {split for split, each in told["splits"].items() if each["rates_of"] == "rows"}
+    assert (told["weight"], rows) == (weight, set() if weight else {"test"} if rate < 1 else {"train", "test"})
+    for split in ("train", "test"):
+        each, kept = told["splits"][split], pq.read_table(tmp_path / "data" / split)
+        weights = kept["weight"].to_numpy().astype(np.float64) if weight or rate < 1 else np.ones(len(kept))
+        click = kept["click"].to_numpy()
+        assert each["ctr"] == pytest.approx((weights * click).sum() / weights.sum())
+        assert (each["weights"] is None) == (weight is None and rate == 1)
+        assert each["weights"] is None or each["weights"]["rows"] == pytest.approx(weights.sum())
+        assert (each["rates_of"] == "rows") == (each["ctr"] == pytest.approx(click.mean()))
+    sentence = {
+        (None, 1.0): "CTR, CVR and CTCVR are not weighted: of rows, each counting once (rows have no weights).",
+        ("[w]", 1.0): "CTR, CVR and CTCVR of train and test are weighted: of the sums of weights, not of the rows that are here. "
+        "Rows weigh what column [w] says. All else counts rows.",
+        (None, 0.25): "CTR, CVR and CTCVR of train are weighted: of the sums of weights, not of the rows that are here. Of the unclicked "
+        "training impressions 25.0% were kept, and each weighs 4 to make up for it. Those of test are of rows. All else counts rows.",
+        (
+            "[w]",
+            0.25,
+        ): "CTR, CVR and CTCVR of train and test are weighted: of the sums of weights, not of the rows that are here. Rows weigh "
+        "what column [w] says. Of the unclicked training impressions 25.0% were kept, and each weighs 4 times that to make up for it. "
+        "All else counts rows.",
+    }[weight, rate]
+    assert sentence in page
+    assert sentence in said
+    cells = page[page.index("<h2>Splits</h2>") : page.index("</table>")]
+    assert [cells.count(f"<td>{of}</td>") for of in ("rows", "weights")] == [len(rows), 2 - len(rows)]
+
+
+def test_weights_that_change_no_rate_are_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    table = raw_table(200, 1, labels=True)
+    pq.write_table(table.append_column("w", pa.array(np.ones(200))), tmp_path / "logs" / "a.parquet")
+    tree = {"source": {"kind": "table", "weight": "w"}, "features": FEATURES, "split": SPLIT}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    assert inspect(tmp_path / "data")["splits"]["train"]["rates_of"] == "rows"
+    assert "of rows, each counting once (weights do not change them)." in " ".join(capsys.readouterr().err.split())
+
+
 def test_coverage_and_vocabulary_are_those_of_the_log(record: dict[str, Any], tables: dict[str, pa.Table]) -> None:
     user, known = record["features"]["user"], set(tables["train"]["user"].drop_null().to_pylist())
     for split, table in tables.items():

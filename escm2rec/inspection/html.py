@@ -14,7 +14,7 @@ from escm2rec.evaluation.html import aligned, facts, figure, note, table, write_
 from escm2rec.inspection.held import SAMPLE_ROWS, Held
 from escm2rec.inspection.inspect import NUMERIC_QUANTILES
 from escm2rec.inspection.plots import histogram_plot, lengths_plot, skew_plot
-from escm2rec.inspection.table import kind_of, lengths_of, percent, value_of
+from escm2rec.inspection.table import kind_of, lengths_of, percent, rates_said, value_of
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.schema import Feature
 
@@ -39,7 +39,7 @@ def write_inspection(record: Record, features: tuple[Feature, ...], held: dict[S
     plots = list(_plots(record["features"], {feature.name: feature for feature in features}, held["train"], counts))
     shown = plots[:MAX_FEATURES_SHOWN]
     left = f"{len(plots) - len(shown)} more features are in the tables and in the JSON alone." if len(plots) > len(shown) else ""
-    sections = [_header(record), _splits(record["splits"]), _tables(record), _numbers(record["features"])]
+    sections = [_header(record), _splits(record), _tables(record), _numbers(record["features"])]
     drawn = f'<h2>Distributions in training</h2><div class="plots">{"".join(shown)}</div>{note(left)}' if shown else ""
     write_page(path, "What the data set holds", [*sections, drawn, _words()])
 
@@ -57,14 +57,16 @@ def _header(record: Record) -> str:
     return f'<header><h1>What the data set holds</h1><p class="soft">{parts}</p>{facts(told)}</header>'
 
 
-def _splits(splits: Record) -> str:
+def _splits(record: Record) -> str:
+    splits = record["splits"]
     told = list(splits.values())
     columns = [aligned([each[name] for each in told]) for name in ("rows", "clicks", "conversions")]
     columns += [[percent(each[name]) for each in told] for name in ("ctr", "cvr", "ctcvr")]
+    columns += [[each["rates_of"] for each in told]]
     columns += [aligned([each[name] for each in told]) for name in ("files", "row_groups")]
     columns.append([f"{each['bytes'] / 1e6:,.1f}" for each in told])
-    heads = ["Split", "Impressions", "Clicks", "Conversions", "CTR", "CVR\nof clicks", "CTCVR", "Files", "Row\ngroups", "MB"]
-    return f"<h2>Splits</h2>{table(heads, list(splits), columns)}"
+    heads = ["Split", "Impressions", "Clicks", "Conversions", "CTR", "CVR\nof clicks", "CTCVR", "Rates\nof", "Files", "Row\ngroups", "MB"]
+    return f"<h2>Splits</h2>{table(heads, list(splits), columns)}{note(escape(rates_said(record)))}"
 
 
 def _tables(record: Record) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from escm2rec.config import SPLITS, Split
+from escm2rec.config import SPLITS, ImpressionTable, Split
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.inspection.held import Held, held_by, is_counted
 from escm2rec.inspection.table import print_tables
@@ -49,8 +49,9 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
 
     Returns
 
-    splits    of each: rows, clicks, conversions, ctr, cvr (of the clicked) and ctcvr, weighted where rows have weights; files, row_groups
-              and bytes
+    splits    of each: rows, clicks, conversions; weights, the same with each row counting its weight, None where rows have none;
+              ctr, cvr (of the clicked) and ctcvr; rates_of, "weights" or "rows": what they are shares of ("rows" also where weights change
+              nothing); files, row_groups and bytes
     features  of each: kind, column, and by split coverage (share of the impressions with a value), in the order of the config;
               tables: encoding, table_rows, values (those with a row of their own), oov by split (share of the values without one);
               lists: lengths by split (mean, p50, p90, p99, max of the values an impression);
@@ -61,6 +62,9 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
               numeric: mean and std of training (of the logarithm with log1p), and by split missing (share of the impressions without a
               number) and quantiles, in the units of the log; all are of the numbers that were there, quantiles None where none was
     rejected, negative_keep_rate, negatives_left_out, schema_hash   as preprocess wrote them
+    weight    the column of the log that the weights are of, None where there is none
+
+    All that is not a rate of a split counts rows, whatever they weigh.
 
     Raises DataError when the data set is absent, incomplete or damaged, ConfigError when `html` may not be written.
     """
@@ -73,6 +77,7 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
     record: Record = {
         "data": str(data),
         **{name: manifest[name] for name in ("schema_hash", "negative_keep_rate", "negatives_left_out")},
+        "weight": _weight_column(dataset),
         "rejected": {reason: entry["rows"] for reason, entry in manifest["rejected"].items()},
         "splits": {split: _split(dataset, split) for split in SPLITS if manifest["splits"].get(split, {}).get("rows")},
         "features": features,
@@ -101,11 +106,18 @@ def _check_page(html: Path | None, overwrite: bool) -> None:
         raise ConfigError(f"no folder {html.parent} for the page", "make it first, or choose another place")
 
 
+def _weight_column(dataset: Dataset) -> str | None:
+    source = dataset.schema.source
+    return source.weight if isinstance(source, ImpressionTable) else None
+
+
 def _split(dataset: Dataset, split: Split) -> Record:
     counts, weighted = dataset.split_counts(split), dataset.weighted_counts(split)
     files = dataset.manifest["splits"][split]["files"]
     return {
         **counts,
+        "weights": weighted if dataset.schema.has_weight else None,
+        "rates_of": "rows" if weighted == counts else "weights",
         "ctr": weighted["clicks"] / weighted["rows"],
         "cvr": weighted["conversions"] / weighted["clicks"] if weighted["clicks"] else None,
         "ctcvr": weighted["conversions"] / weighted["rows"],
