@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -51,8 +52,8 @@ def record(data: Path) -> dict[str, Any]:
     return inspect(data, top=5)
 
 
-def test_splits_are_those_with_rows_and_their_rates(record: dict[str, Any], tables: dict[str, pa.Table]) -> None:
-    assert list(record["splits"]) == ["train", "test"]
+def test_splits_are_told_with_their_rates(record: dict[str, Any], tables: dict[str, pa.Table]) -> None:
+    assert list(record["splits"]) == ["train", "validation", "test"]
     for split, table in tables.items():
         told, click, conversion = record["splits"][split], table["click"].to_numpy(), table["conversion"].to_numpy()
         assert (told["rows"], told["clicks"], told["conversions"]) == (len(table), click.sum(), conversion.sum())
@@ -60,6 +61,22 @@ def test_splits_are_those_with_rows_and_their_rates(record: dict[str, Any], tabl
         assert told["cvr"] == pytest.approx(conversion[click == 1].mean())
         assert told["ctcvr"] == pytest.approx(conversion.mean())
     assert (record["splits"]["train"]["files"], record["splits"]["train"]["row_groups"]) == (3, 11)
+
+
+def test_a_split_without_rows_is_told_as_such(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = inspect(data, html=tmp_path / "page.html")
+    counts = dict.fromkeys(("rows", "clicks", "conversions", "files", "row_groups", "bytes"), 0)
+    assert told["splits"]["validation"] == {**counts, **dict.fromkeys(("weights", "rates_of", "ctr", "cvr", "ctcvr"))}
+    assert all(list(each["coverage"]) == ["train", "test"] for each in told["features"].values())
+    err = capsys.readouterr().err
+    (line,) = (line for line in err.splitlines() if line.startswith("validation"))
+    assert line.split() == ["validation", "0", "0", "0", "–", "–", "–", "–", "0", "0.0"]
+    assert "train / test" in err
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    row = page[page.index('<th scope="row">validation</th>') :].split("</tr>")[0]
+    cells = re.findall("<td>(.*?)</td>", row)
+    assert [re.sub("<.*?>", "", cell) for cell in cells] == ["0", "0", "0", "–", "–", "–", "–", "0", "0", "0.0"]
+    assert page.count("validation") == 1 + page.count("in validation and test"), "no feature is told of it"
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.25])
@@ -274,6 +291,7 @@ def test_the_command_prints_json_and_tables_for_people(
     assert json.loads(seen.out) == {**record, "html": str(page)}
     assert [line.split()[0] for line in seen.err.splitlines() if line.split()[0] in (*record["features"], *record["splits"])] == [
         "train",
+        "validation",
         "test",
         *record["features"],
     ]

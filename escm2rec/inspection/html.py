@@ -14,7 +14,7 @@ from escm2rec.evaluation.html import aligned, facts, figure, note, table, write_
 from escm2rec.inspection.held import SAMPLE_ROWS, Held
 from escm2rec.inspection.inspect import NUMERIC_QUANTILES
 from escm2rec.inspection.plots import histogram_plot, lengths_plot, skew_plot
-from escm2rec.inspection.table import kind_of, lengths_of, percent, rates_said, value_of
+from escm2rec.inspection.table import filled, kind_of, lengths_of, percent, rates_said, value_of
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.schema import Feature
 
@@ -62,7 +62,7 @@ def _splits(record: Record) -> str:
     told = list(splits.values())
     columns = [aligned([each[name] for each in told]) for name in ("rows", "clicks", "conversions")]
     columns += [[percent(each[name]) for each in told] for name in ("ctr", "cvr", "ctcvr")]
-    columns += [[each["rates_of"] for each in told]]
+    columns += [[each["rates_of"] or "–" for each in told]]
     columns += [aligned([each[name] for each in told]) for name in ("files", "row_groups")]
     columns.append([f"{each['bytes'] / 1e6:,.1f}" for each in told])
     heads = ["Split", "Impressions", "Clicks", "Conversions", "CTR", "CVR\nof clicks", "CTCVR", "Rates\nof", "Files", "Row\ngroups", "MB"]
@@ -73,7 +73,7 @@ def _tables(record: Record) -> str:
     found = {name: told for name, told in record["features"].items() if "table_rows" in told}
     if not found:
         return ""
-    told, splits = list(found.values()), list(record["splits"])
+    told, splits = list(found.values()), filled(record["splits"])
     heads = ["Feature", "Kind", "Table\nrows", *splits, *splits, "mean, p99, max", "Most\nfrequent", "Share", "Concen-\ntration"]
     columns = [[kind_of(each) for each in told], aligned([each["table_rows"] for each in told])]
     columns += [[percent(each["coverage"][split]) for each in told] for split in splits]

@@ -19,6 +19,12 @@ from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Feature
 
 Record = dict[str, Any]
+NO_ROWS: Record = {
+    **dict.fromkeys(("rows", "clicks", "conversions"), 0),
+    **dict.fromkeys(("weights", "rates_of", "ctr", "cvr", "ctcvr")),
+    **dict.fromkeys(("files", "row_groups", "bytes"), 0),
+}
+"""What is said of a split without rows."""
 MOST_SHOWN = 1_000
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 NUMERIC_QUANTILES = {"min": 0.0, "p1": 0.01, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p99": 0.99, "max": 1.0}
@@ -51,7 +57,7 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
 
     splits    of each: rows, clicks, conversions; weights, the same with each row counting its weight, None where rows have none;
               ctr, cvr (of the clicked) and ctcvr; rates_of, "weights" or "rows": what they are shares of ("rows" also where weights change
-              nothing); files, row_groups and bytes
+              nothing); files, row_groups and bytes. Of a split without rows counts are 0, the others None, and no feature is told
     features  of each: kind, column, and by split coverage (share of the impressions with a value), in the order of the config;
               tables: encoding, table_rows, values (those with a row of their own), oov by split (share of the values without one);
               lists: lengths by split (mean, p50, p90, p99, max of the values an impression);
@@ -79,7 +85,7 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
         **{name: manifest[name] for name in ("schema_hash", "negative_keep_rate", "negatives_left_out")},
         "weight": _weight_column(dataset),
         "rejected": {reason: entry["rows"] for reason, entry in manifest["rejected"].items()},
-        "splits": {split: _split(dataset, split) for split in SPLITS if manifest["splits"].get(split, {}).get("rows")},
+        "splits": {split: _split(dataset, split) for split in SPLITS},
         "features": features,
     }
     print_tables(record)
@@ -112,6 +118,8 @@ def _weight_column(dataset: Dataset) -> str | None:
 
 
 def _split(dataset: Dataset, split: Split) -> Record:
+    if not dataset.manifest["splits"].get(split, {}).get("rows"):
+        return dict(NO_ROWS)
     counts, weighted = dataset.split_counts(split), dataset.weighted_counts(split)
     files = dataset.manifest["splits"][split]["files"]
     return {

@@ -34,12 +34,17 @@ def _splits(splits: Record) -> Table:
     for split, told in splits.items():
         counts = [f"{told[name]:,}" for name in ("rows", "clicks", "conversions")]
         rates = [percent(told[name]) for name in ("ctr", "cvr", "ctcvr")]
-        table.add_row(split, *counts, *rates, told["rates_of"], f"{told['files']:,}", f"{told['bytes'] / 1e6:,.1f}")
+        table.add_row(split, *counts, *rates, told["rates_of"] or "–", f"{told['files']:,}", f"{told['bytes'] / 1e6:,.1f}")
     return table
 
 
+def filled(splits: Record) -> list[str]:
+    """The splits with rows, which features are told of."""
+    return [split for split, told in splits.items() if told["rows"]]
+
+
 def _features(record: Record) -> Table:
-    splits = list(record["splits"])
+    splits = filled(record["splits"])
     by_split = " / ".join(splits)
     heads = [
         "table\nrows",
