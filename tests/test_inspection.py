@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,28 @@ def test_frequent_values_come_with_their_share_of_all_values(record: dict[str, A
     assert len(users) == 200
     first_hundredth = sorted(users.values(), reverse=True)[:2]
     assert record["features"]["user"]["concentration"] == pytest.approx(sum(first_hundredth) / sum(users.values()))
+
+
+def test_long_values_are_short_on_the_page_with_the_whole_in_the_title(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    address = '<https://shop.example/"a"/very/long/path>'
+    table = raw_table(400, 1, labels=True).append_column("address", pa.array([address] * 400))
+    pq.write_table(table, tmp_path / "logs" / "a.parquet")
+    crossed = {"name": "crossed", "kind": "categorical", "cross": ["user", "shop"]}
+    hashed = {**crossed, "name": "hashed", "hash_size": 16}
+    features = [KIND | {"column": "shop"}, {"name": "address", "kind": "categorical"}, crossed, hashed]
+    tree = {"source": {"kind": "table"}, "features": features, "split": SPLIT}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert Page(page).open == []
+    value = str(told["crossed"]["top"][0]["value"])
+    assert len(value) > 10
+    assert f'<td><span title="{value}">hash {value[:9]}…</span></td>' in page
+    assert f'<td><span title="{escape(address)}">{escape(address[:23])}…</span></td>' in page
+    assert f"<td>row {told['hashed']['top'][0]['value']}</td>" in page
+    assert "<td>shop 1</td>" in page
+    assert page.count(" title=") == 2
 
 
 def test_rows_of_a_hashed_table_are_counted(record: dict[str, Any], data: Path, tables: dict[str, pa.Table]) -> None:

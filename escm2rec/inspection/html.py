@@ -21,6 +21,8 @@ from escm2rec.schema import Feature
 Record = dict[str, Any]
 MAX_FEATURES_SHOWN = 60
 """Features with plots on the page; its tables and the JSON hold all."""
+HASH_SHOWN = 10
+"""Characters of a hash on the page: enough to find it in the JSON."""
 WORDS = {
     "Coverage": "Share of the impressions that have a value of the feature.",
     "Out of vocabulary": "Share of the values without a table row of their own: not seen in training, or too rarely. They share the first "
@@ -93,7 +95,11 @@ def _names(features: Mapping[str, Record]) -> list[str]:
 
 
 def _value(told: Record) -> str:
-    return escape(value_of(told)) if told.get("top") else "–"
+    """The most frequent value; what is shortened has the whole in its title."""
+    if not told.get("top"):
+        return "–"
+    shown = value_of(told, HASH_SHOWN)
+    return f'<span title="{escape(str(told["top"][0]["value"]))}">{escape(shown)}</span>' if shown.endswith("…") else escape(shown)
 
 
 def _numbers(features: Record) -> str:

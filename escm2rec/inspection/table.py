@@ -102,11 +102,12 @@ def lengths_of(told: Record) -> str:
     return "–"
 
 
-def value_of(told: Record) -> str:
+def value_of(told: Record, longest_hash: int = 24) -> str:
     """The most frequent value of a table, shortened; the row where values are hashed, and of a cross the hash."""
     text = str(told["top"][0]["value"])
     what = "row " if told["encoding"] == "hash" else "hash " if "cross" in told else ""
-    return what + (text if len(text) <= 24 else text[:23] + "…")
+    longest = longest_hash if what else 24
+    return what + (text if len(text) <= longest else text[: longest - 1] + "…")
 
 
 def most_frequent(told: Record) -> str:
