@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -19,7 +20,8 @@ from escm2rec.cells import from_cells, to_cells, with_lists
 from escm2rec.cli import main
 from escm2rec.config import parse_config
 from escm2rec.errors import ConfigError, DataError
-from escm2rec.inspection import held
+from escm2rec.evaluation.plots import BLUE, GREY, INK
+from escm2rec.inspection import held, plots
 from escm2rec.inspection.inspect import inspect, length_quantiles
 from escm2rec.preprocess import preprocess
 from escm2rec.reader.dataset import Dataset
@@ -324,6 +326,27 @@ def test_the_command_prints_json_and_tables_for_people(
     assert parsed.headings[0] == "What the data set holds"
     assert len(parsed.images) == 5 + 3 + 1  # tables of a vocabulary or hashed, lists, numbers
     assert main_refuses(data, page, capsys) == f"error: the page {page} exists"
+
+
+def labels_of(image: str) -> list[str]:
+    """All texts of a plot; matplotlib writes each into a comment before its outlines."""
+    drawn = base64.b64decode(image.removeprefix("data:image/svg+xml;base64,")).decode()
+    return re.findall(r"<!-- (.*?) -->", drawn)
+
+
+def test_grey_is_named_where_a_thin_tail_of_lengths_is_drawn() -> None:
+    whole = plots.lengths_plot(np.array([1, 2, 3]))
+    assert [label for label in labels_of(whole) if "grey" in label] == []
+    assert fills_of(whole) == {BLUE}
+    image = plots.lengths_plot(np.array([0, 99_950, 0, 30, 0, 20]))
+    assert "values (grey: more than 1, up to 5)" in labels_of(image)
+    assert fills_of(image) == {BLUE, GREY}
+
+
+def fills_of(image: str) -> set[str]:
+    """The colours of what is drawn, texts and lines apart."""
+    drawn = base64.b64decode(image.removeprefix("data:image/svg+xml;base64,")).decode()
+    return {colour for colour in re.findall(r'style="fill: (#\w+)"', drawn) if colour != INK}
 
 
 def main_refuses(data: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -38,12 +38,15 @@ def lengths_plot(histogram: Int64s) -> str:
     """Share of the impressions that have so many values; lengths far out in a thin tail are one last bar."""
     shares = histogram / histogram.sum()
     last = int(np.searchsorted(np.cumsum(shares), 0.999))
-    bars = np.append(shares[: last + 1], shares[last + 1 :].sum())
+    bars, tail = shares[: last + 1], shares[last + 1 :].sum()
 
     def draw(axes: Axes) -> None:
         axes.set_axisbelow(True)
-        axes.bar(np.arange(len(bars)), bars, width=0.85, color=[BLUE] * (len(bars) - 1) + [GREY])
-        axes.set(xlabel=f"values (grey: more than {last:,}, up to {len(histogram) - 1:,})", ylabel="share of impressions")
+        axes.bar(np.arange(len(bars)), bars, width=0.85, color=BLUE)
+        axes.set(xlabel="values", ylabel="share of impressions")
+        if tail:
+            axes.bar(len(bars), tail, width=0.85, color=GREY)
+            axes.set(xlabel=f"values (grey: more than {last:,}, up to {len(histogram) - 1:,})")
 
     return image(draw, SIZE)
 
