@@ -334,6 +334,30 @@ def labels_of(image: str) -> list[str]:
     return re.findall(r"<!-- (.*?) -->", drawn)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 9, plots.FEW_ROWS])
+def test_the_axis_of_a_small_table_counts_its_rows(rows: int) -> None:
+    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows, rows * (rows + 1) / 2))
+    ticks = labels[: labels.index(f"most frequent rows (of {rows})")]
+    assert ticks == (["1", "2", "3", "4", "5"][:rows] if rows <= 5 else ticks)
+    assert all(1 <= int(tick) <= rows for tick in ticks)
+    assert len(ticks) >= 2
+
+
+@pytest.mark.parametrize("rows", [plots.FEW_ROWS + 1, 99, 100_000])
+def test_the_axis_of_a_larger_table_has_shares_of_its_rows(rows: int) -> None:
+    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows, rows * (rows + 1) / 2))
+    ticks = labels[: labels.index("share of the table's rows")]
+    assert ticks[-2:] == ["10%", "100%"]
+
+
+@pytest.mark.parametrize("counts", [[9], [0, 9], [5, 4], [1, 2, 3], [1, 2, 3, 4, 5], [1] * 41])
+def test_the_axis_of_lengths_has_whole_numbers(counts: list[int]) -> None:
+    labels = labels_of(plots.lengths_plot(np.array(counts)))
+    ticks = labels[: labels.index("values")]
+    assert len(ticks) >= min(len(counts), 2)
+    assert all(0 <= int(tick) < len(counts) for tick in ticks)
+
+
 def test_grey_is_named_where_a_thin_tail_of_lengths_is_drawn() -> None:
     whole = plots.lengths_plot(np.array([1, 2, 3]))
     assert [label for label in labels_of(whole) if "grey" in label] == []

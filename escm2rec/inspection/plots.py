@@ -11,27 +11,47 @@ from escm2rec.preprocess.ragged import Float64s, Int64s
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 SIZE = (3.5, 2.4)
 POINTS = 200
 BINS = 60
+FEW_ROWS = 20
+"""Up to so many rows of a table the axis counts them: shares of so few would have one label or none."""
 
 
 def skew_plot(reached: Int64s, rows: int, total: float) -> str:
-    """Share of `total` values that fall on the most frequent rows of a table of `rows`; `reached` is their running count."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+    """Share of `total` values that fall on the most frequent rows of a table of `rows`; `reached` is their running count, two or more."""
     places = np.unique(np.geomspace(1, len(reached), POINTS).round().astype(np.int64))
 
     def draw(axes: Axes) -> None:
-        axes.plot(places / rows, reached[places - 1] / total, color=BLUE, linewidth=1.6)
-        axes.set(xscale="log", xlim=(min(1 / rows, 0.5), 1), ylim=(0, 1.02))
-        axes.set(xlabel="share of the table's rows", ylabel="share of the values")
-        axes.xaxis.set_major_locator(LogLocator(numticks=7))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(ylim=(0, 1.02), ylabel="share of the values")
+        if rows <= FEW_ROWS:
+            axes.plot(places, reached[places - 1] / total, color=BLUE, linewidth=1.6, marker="o", markersize=4, clip_on=False)
+            axes.set(xlim=(1, rows), xlabel=f"most frequent rows (of {rows})")
+            _count_on(axes.xaxis)
+        else:
+            axes.plot(places / rows, reached[places - 1] / total, color=BLUE, linewidth=1.6)
+            axes.set(xscale="log", xlim=(1 / rows, 1), xlabel="share of the table's rows")
+            _label_shares(axes.xaxis)
 
     return image(draw, SIZE)
+
+
+def _count_on(axis: Axis) -> None:
+    """Labels at whole numbers only, be it a single one."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _label_shares(axis: Axis) -> None:
+    """Labels in percent, at powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(numticks=7))
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def lengths_plot(histogram: Int64s) -> str:
@@ -47,6 +67,7 @@ def lengths_plot(histogram: Int64s) -> str:
         if tail:
             axes.bar(len(bars), tail, width=0.85, color=GREY)
             axes.set(xlabel=f"values (grey: more than {last:,}, up to {len(histogram) - 1:,})")
+        _count_on(axes.xaxis)
 
     return image(draw, SIZE)
 
