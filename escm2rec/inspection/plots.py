@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from escm2rec.evaluation.plots import BLUE, GREY, image
+from escm2rec.evaluation.plots import BLUE, image
 from escm2rec.preprocess.ragged import Float64s, Int64s
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 SIZE = (3.5, 2.4)
 POINTS = 200
 BINS = 60
+MOST_TAIL = 0.001
+"""Share of the impressions whose lengths, the longest, are not drawn."""
 FEW_ROWS = 20
 """Up to so many rows of a table the axis counts them: shares of so few would have one label or none."""
 
@@ -55,18 +57,15 @@ def _label_shares(axis: Axis) -> None:
 
 
 def lengths_plot(histogram: Int64s) -> str:
-    """Share of the impressions that have so many values; lengths far out in a thin tail are one last bar."""
+    """Share of the impressions that have so many values; a thin tail is not drawn but told: as a bar none would see it."""
     shares = histogram / histogram.sum()
-    last = int(np.searchsorted(np.cumsum(shares), 0.999))
-    bars, tail = shares[: last + 1], shares[last + 1 :].sum()
+    last, longest = int(np.searchsorted(np.cumsum(shares), 1 - MOST_TAIL)), len(histogram) - 1
+    tail = f"\n(at most {MOST_TAIL:.1%} have more than {last:,}, up to {longest:,})" if last < longest else ""
 
     def draw(axes: Axes) -> None:
         axes.set_axisbelow(True)
-        axes.bar(np.arange(len(bars)), bars, width=0.85, color=BLUE)
-        axes.set(xlabel="values", ylabel="share of impressions")
-        if tail:
-            axes.bar(len(bars), tail, width=0.85, color=GREY)
-            axes.set(xlabel=f"values (grey: more than {last:,}, up to {len(histogram) - 1:,})")
+        axes.bar(np.arange(last + 1), shares[: last + 1], width=0.85, color=BLUE)
+        axes.set(xlabel=f"values{tail}", ylabel="share of impressions")
         _count_on(axes.xaxis)
 
     return image(draw, SIZE)
