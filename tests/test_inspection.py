@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import shutil
 from collections import Counter
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from escm2rec.cells import from_cells, to_cells, with_lists
 from escm2rec.cli import main
 from escm2rec.config import parse_config
 from escm2rec.errors import ConfigError, DataError
-from escm2rec.inspection import held
+from escm2rec.inspection import held, plots
 from escm2rec.inspection.inspect import inspect, length_quantiles
 from escm2rec.preprocess import preprocess
 from escm2rec.reader.dataset import Dataset
@@ -26,6 +29,7 @@ from tests.test_evaluation_html import Page
 
 ROWS = 4_000
 HASHED = {"name": "hashed", "kind": "list", "column": "tags", "hash_size": 16}
+KIND = {"name": "kind", "kind": "categorical"}
 SPLIT = {"by": "file", "train": "a*.parquet", "test": "b*.parquet"}
 
 
@@ -50,8 +54,8 @@ def record(data: Path) -> dict[str, Any]:
     return inspect(data, top=5)
 
 
-def test_splits_are_those_with_rows_and_their_rates(record: dict[str, Any], tables: dict[str, pa.Table]) -> None:
-    assert list(record["splits"]) == ["train", "test"]
+def test_splits_are_told_with_their_rates(record: dict[str, Any], tables: dict[str, pa.Table]) -> None:
+    assert list(record["splits"]) == ["train", "validation", "test"]
     for split, table in tables.items():
         told, click, conversion = record["splits"][split], table["click"].to_numpy(), table["conversion"].to_numpy()
         assert (told["rows"], told["clicks"], told["conversions"]) == (len(table), click.sum(), conversion.sum())
@@ -59,6 +63,74 @@ def test_splits_are_those_with_rows_and_their_rates(record: dict[str, Any], tabl
         assert told["cvr"] == pytest.approx(conversion[click == 1].mean())
         assert told["ctcvr"] == pytest.approx(conversion.mean())
     assert (record["splits"]["train"]["files"], record["splits"]["train"]["row_groups"]) == (3, 11)
+
+
+def test_a_split_without_rows_is_told_as_such(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = inspect(data, html=tmp_path / "page.html")
+    counts = dict.fromkeys(("rows", "clicks", "conversions", "files", "row_groups", "bytes"), 0)
+    assert told["splits"]["validation"] == {**counts, **dict.fromkeys(("weights", "rates_of", "ctr", "cvr", "ctcvr"))}
+    assert all(list(each["coverage"]) == ["train", "test"] for each in told["features"].values())
+    err = capsys.readouterr().err
+    (line,) = (line for line in err.splitlines() if line.startswith("validation"))
+    assert line.split() == ["validation", "0", "0", "0", "–", "–", "–", "–", "0", "0.0"]
+    assert "train / test" in err
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    row = page[page.index('<th scope="row">validation</th>') :].split("</tr>")[0]
+    cells = re.findall("<td>(.*?)</td>", row)
+    assert [re.sub("<.*?>", "", cell) for cell in cells] == ["0", "0", "0", "–", "–", "–", "–", "0", "0", "0.0"]
+    assert page.count("validation") == 1 + page.count("in validation and test"), "no feature is told of it"
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+@pytest.mark.parametrize("weight", [None, "[w]"])
+def test_rates_say_whether_they_are_of_rows_or_of_weights(
+    weight: str | None, rate: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    for seed, name in ((1, "a"), (2, "b")):
+        table = raw_table(ROWS, seed, labels=True)
+        pq.write_table(table.append_column("[w]", pa.array(2.0 - table["click"].to_numpy())), tmp_path / "logs" / f"{name}.parquet")
+    tree = {"source": {"kind": "table", "weight": weight}, "features": FEATURES, "split": SPLIT, "negative_keep_rate": rate}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")
+    said, page = " ".join(capsys.readouterr().err.split()), (tmp_path / "page.html").read_text(encoding="utf-8")
+    rows = {split for split, each in told["splits"].items() if each["rates_of"] == "rows"}
+    assert (told["weight"], rows) == (weight, set() if weight else {"test"} if rate < 1 else {"train", "test"})
+    for split in ("train", "test"):
+        each, kept = told["splits"][split], pq.read_table(tmp_path / "data" / split)
+        weights = kept["weight"].to_numpy().astype(np.float64) if weight or rate < 1 else np.ones(len(kept))
+        click = kept["click"].to_numpy()
+        assert each["ctr"] == pytest.approx((weights * click).sum() / weights.sum())
+        assert (each["weights"] is None) == (weight is None and rate == 1)
+        assert each["weights"] is None or each["weights"]["rows"] == pytest.approx(weights.sum())
+        assert (each["rates_of"] == "rows") == (each["ctr"] == pytest.approx(click.mean()))
+    sentence = {
+        (None, 1.0): "CTR, CVR and CTCVR are not weighted: of rows, each counting once (rows have no weights).",
+        ("[w]", 1.0): "CTR, CVR and CTCVR of train and test are weighted: of the sums of weights, not of the rows that are here. "
+        "Rows weigh what column [w] says. All else counts rows.",
+        (None, 0.25): "CTR, CVR and CTCVR of train are weighted: of the sums of weights, not of the rows that are here. Of the unclicked "
+        "training impressions 25.0% were kept, and each weighs 4 to make up for it. Those of test are of rows. All else counts rows.",
+        (
+            "[w]",
+            0.25,
+        ): "CTR, CVR and CTCVR of train and test are weighted: of the sums of weights, not of the rows that are here. Rows weigh "
+        "what column [w] says. Of the unclicked training impressions 25.0% were kept, and each weighs 4 times that to make up for it. "
+        "All else counts rows.",
+    }[weight, rate]
+    assert sentence in page
+    assert sentence in said
+    cells = page[page.index("<h2>Splits</h2>") : page.index("</table>")]
+    assert [cells.count(f"<td>{of}</td>") for of in ("rows", "weights")] == [len(rows), 2 - len(rows)]
+
+
+def test_weights_that_change_no_rate_are_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    table = raw_table(200, 1, labels=True)
+    pq.write_table(table.append_column("w", pa.array(np.ones(200))), tmp_path / "logs" / "a.parquet")
+    tree = {"source": {"kind": "table", "weight": "w"}, "features": FEATURES, "split": SPLIT}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    assert inspect(tmp_path / "data")["splits"]["train"]["rates_of"] == "rows"
+    assert "of rows, each counting once (weights do not change them)." in " ".join(capsys.readouterr().err.split())
 
 
 def test_coverage_and_vocabulary_are_those_of_the_log(record: dict[str, Any], tables: dict[str, pa.Table]) -> None:
@@ -87,6 +159,28 @@ def test_frequent_values_come_with_their_share_of_all_values(record: dict[str, A
     assert len(users) == 200
     first_hundredth = sorted(users.values(), reverse=True)[:2]
     assert record["features"]["user"]["concentration"] == pytest.approx(sum(first_hundredth) / sum(users.values()))
+
+
+def test_long_values_are_short_on_the_page_with_the_whole_in_the_title(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    address = '<https://shop.example/"a"/very/long/path>'
+    table = raw_table(400, 1, labels=True).append_column("address", pa.array([address] * 400))
+    pq.write_table(table, tmp_path / "logs" / "a.parquet")
+    crossed = {"name": "crossed", "kind": "categorical", "cross": ["user", "shop"]}
+    hashed = {**crossed, "name": "hashed", "hash_size": 16}
+    features = [KIND | {"column": "shop"}, {"name": "address", "kind": "categorical"}, crossed, hashed]
+    tree = {"source": {"kind": "table"}, "features": features, "split": SPLIT}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert Page(page).open == []
+    value = str(told["crossed"]["top"][0]["value"])
+    assert len(value) > 10
+    assert f'<td><span title="{value}">hash {value[:9]}…</span></td>' in page
+    assert f'<td><span title="{escape(address)}">{escape(address[:23])}…</span></td>' in page
+    assert f"<td>row {told['hashed']['top'][0]['value']}</td>" in page
+    assert "<td>shop 1</td>" in page
+    assert page.count(" title=") == 2
 
 
 def test_rows_of_a_hashed_table_are_counted(record: dict[str, Any], data: Path, tables: dict[str, pa.Table]) -> None:
@@ -131,11 +225,83 @@ def test_numbers_are_told_in_the_units_of_the_log(record: dict[str, Any], tables
         assert told["quantiles"]["train"][name] == pytest.approx(np.quantile(price, share), rel=1e-3, abs=1e-3)
 
 
+def numbers_with_gaps(rows: int, seed: int) -> pa.Table:
+    """`price` is missing in every third row, `stars` are so made that some are just their mean, `never` is there in the first log alone."""
+    rng = np.random.default_rng(seed)
+    gap = np.arange(rows) % 3 == 0
+    click = (rng.random(rows) < 0.2).astype(np.int8)
+    return pa.table(
+        {
+            "price": pa.array(rng.exponential(20.0, rows) + 100, mask=gap),
+            "stars": pa.array(np.tile([1.0, 2.0, 3.0, 2.0], rows // 4), mask=np.arange(rows) % 8 >= 4),
+            "never": pa.array(rng.normal(5, 1, rows), mask=np.full(rows, seed > 1)),
+            "same": pa.array(np.full(rows, 7.0), mask=gap),
+            "kind": np.arange(rows) % 5,
+            "click": click,
+            "conversion": click & (rng.random(rows) < 0.5).astype(np.int8),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def gaps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gaps")
+    (folder / "logs").mkdir()
+    pq.write_table(numbers_with_gaps(2_400, 1), folder / "logs" / "a.parquet")
+    pq.write_table(numbers_with_gaps(80, 2), folder / "logs" / "b.parquet")
+    features = [KIND, *({"name": name, "kind": "numeric"} for name in ("price", "stars", "never", "same"))]
+    tree = {"source": {"kind": "table"}, "features": features, "split": SPLIT, "rows_per_group": 500}
+    preprocess(parse_config({"data": tree}).data, folder / "logs", folder / "data")
+    return folder / "data"
+
+
+def test_numbers_are_those_that_were_there_with_the_share_missing_beside_them(gaps: Path, tmp_path: Path) -> None:
+    told = inspect(gaps, html=tmp_path / "page.html")["features"]
+    for split, seed, rows in (("train", 1, 2_400), ("test", 2, 80)):
+        table = numbers_with_gaps(rows, seed)
+        for name in ("price", "stars", "same"):
+            there = table[name].drop_null().to_numpy()
+            assert told[name]["missing"][split] == pytest.approx(1 - len(there) / rows)
+            for quantile, share in (("min", 0.0), ("p1", 0.01), ("p25", 0.25), ("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
+                assert told[name]["quantiles"][split][quantile] == pytest.approx(np.quantile(there, share), abs=1e-4), (name, quantile)
+    assert told["price"]["mean"] == pytest.approx(np.mean(numbers_with_gaps(2_400, 1)["price"].drop_null().to_numpy()))
+    assert told["stars"]["mean"] == 2.0, "the stars of 2 lie as missing ones do"
+    assert (told["never"]["missing"], told["never"]["quantiles"]["test"]) == ({"train": 0.0, "test": 1.0}, None)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "of the numbers that were there; missing is the share of the impressions without one" in page
+    numbers = page[page.index("<h2>Numbers</h2>") : page.index("<h2>Distributions")]
+    assert [row.split("</td>")[0] for row in numbers.split("<tbody>")[1].split("<td>")[1::10]] == ["33.3%", "50.0%", "0.00%", "33.3%"]
+
+
+def test_a_number_that_training_never_has_is_told_without_quantiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    pq.write_table(numbers_with_gaps(40, 2), tmp_path / "logs" / "a.parquet")
+    tree = {"source": {"kind": "table"}, "features": [KIND, {"name": "never", "kind": "numeric"}], "split": SPLIT}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]["never"]
+    assert (told["missing"], told["quantiles"]) == ({"train": 1.0}, {"train": None})
+    assert capsys.readouterr().err.splitlines()[-1].split() == ["never", "numeric", "–", "0.00%", "–", "–", "–"]
+    assert len(Page((tmp_path / "page.html").read_text(encoding="utf-8")).images) == 1, "that of the kind"
+
+
+@pytest.mark.parametrize("most", [1, 7, 800, 10_000])
+def test_a_sample_is_without_missing_numbers_and_with_as_many_of_the_mean_as_all_have(
+    gaps: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "SAMPLE_ROWS", most)
+    step = -(-2_400 // most)
+    numbers = held.held_by(Dataset.open(gaps))["train"].numbers
+    kept = {name: pq.read_table(gaps / "train")[name].to_numpy()[::step] for name in ("price", "stars")}
+    assert np.array_equal(numbers["price"], kept["price"][kept["price"] != 0])
+    zeros = np.count_nonzero(kept["stars"] == 0)
+    assert np.count_nonzero(numbers["stars"] == 0) == round(zeros / 3), "600 of 1,800 are the mean, not missing"
+
+
 @pytest.mark.parametrize("most", [1, 7, 4_000, 10_000])
 def test_a_sample_takes_every_kth_row_wherever_groups_begin(data: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held, "SAMPLE_ROWS", most)
     step = -(-ROWS // most)
-    numbers = np.concatenate(held.held_by(Dataset.open(data))["train"].numbers["price"])
+    numbers = held.held_by(Dataset.open(data))["train"].numbers["price"]
     assert np.array_equal(numbers, pq.read_table(data / "train")["price"].to_numpy()[::step])
 
 
@@ -149,6 +315,7 @@ def test_the_command_prints_json_and_tables_for_people(
     assert json.loads(seen.out) == {**record, "html": str(page)}
     assert [line.split()[0] for line in seen.err.splitlines() if line.split()[0] in (*record["features"], *record["splits"])] == [
         "train",
+        "validation",
         "test",
         *record["features"],
     ]
@@ -158,6 +325,42 @@ def test_the_command_prints_json_and_tables_for_people(
     assert parsed.headings[0] == "What the data set holds"
     assert len(parsed.images) == 5 + 3 + 1  # tables of a vocabulary or hashed, lists, numbers
     assert main_refuses(data, page, capsys) == f"error: the page {page} exists"
+
+
+def labels_of(image: str) -> list[str]:
+    """All texts of a plot; matplotlib writes each into a comment before its outlines."""
+    drawn = base64.b64decode(image.removeprefix("data:image/svg+xml;base64,")).decode()
+    return re.findall(r"<!-- (.*?) -->", drawn)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 9, plots.FEW_ROWS])
+def test_the_axis_of_a_small_table_counts_its_rows(rows: int) -> None:
+    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows, rows * (rows + 1) / 2))
+    ticks = labels[: labels.index(f"most frequent rows (of {rows})")]
+    assert ticks == (["1", "2", "3", "4", "5"][:rows] if rows <= 5 else ticks)
+    assert all(1 <= int(tick) <= rows for tick in ticks)
+    assert len(ticks) >= 2
+
+
+@pytest.mark.parametrize("rows", [plots.FEW_ROWS + 1, 99, 100_000])
+def test_the_axis_of_a_larger_table_has_shares_of_its_rows(rows: int) -> None:
+    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows, rows * (rows + 1) / 2))
+    ticks = labels[: labels.index("share of the table's rows")]
+    assert ticks[-2:] == ["10%", "100%"]
+
+
+@pytest.mark.parametrize("counts", [[9], [0, 9], [5, 4], [1, 2, 3], [1, 2, 3, 4, 5], [1] * 41])
+def test_the_axis_of_lengths_has_whole_numbers(counts: list[int]) -> None:
+    labels = labels_of(plots.lengths_plot(np.array(counts)))
+    ticks = labels[: labels.index("values")]
+    assert len(ticks) >= min(len(counts), 2)
+    assert all(0 <= int(tick) < len(counts) for tick in ticks)
+
+
+def test_a_thin_tail_of_lengths_is_told_where_there_is_one() -> None:
+    assert not any("more than" in label for label in labels_of(plots.lengths_plot(np.array([1, 2, 3]))))
+    labels = labels_of(plots.lengths_plot(np.array([0, 99_950, 0, 30, 0, 20])))
+    assert labels[:4] == ["0", "1", "values", "(at most 0.1% have more than 1, up to 5)"]
 
 
 def main_refuses(data: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> str:

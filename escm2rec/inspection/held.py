@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from escm2rec.reader.dataset import Dataset, RowGroup
 from escm2rec.schema import Feature, Schema
 
 SAMPLE_ROWS = 1_000_000
-"""At most about so many numbers of a numeric feature are looked at, every k-th of the split."""
+"""At most about so many impressions are looked at for the numbers of a feature, every k-th of the split."""
 MAX_COUNTED_ROWS = 1 << 27
 """Values of a hashed table up to this size are counted row by row: 8 bytes a row."""
 
@@ -30,12 +30,12 @@ class Held:
 
     lengths  of lists: how many impressions have 0, 1, 2, ... values
     counts   of hashed features and buckets: how often each row of the table is met; absent for tables above MAX_COUNTED_ROWS
-    numbers  of features without a table: encoded numbers of every k-th impression, a piece a row group
+    numbers  of features without a table: encoded numbers of every k-th impression, without those that were missing in the log
     """
 
     lengths: dict[str, Int64s] = field(default_factory=dict)
     counts: dict[str, Int64s] = field(default_factory=dict)
-    numbers: dict[str, list[Float32s]] = field(default_factory=dict)
+    numbers: dict[str, Float32s] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class _Piece:
     rows: int
     lengths: dict[str, Int64s]
     met: dict[str, tuple[Int64s, Int64s]]  # rows of the table, and how often each
-    numbers: dict[str, Float32s]
+    numbers: dict[str, Float32s]  # of every k-th row
+    zeros: dict[str, int]  # of all rows
 
 
 def held_by(dataset: Dataset) -> dict[Split, Held]:
@@ -59,9 +60,12 @@ def held_by(dataset: Dataset) -> dict[Split, Held]:
                 continue
             found[split] = Held()
             step = -(-sum(group.num_rows for group in of_split) // SAMPLE_ROWS)
+            sampled: list[_Piece] = []
             for piece in ordered_map(_tasks(dataset.schema, of_split, step), default_workers()):
                 _add(found[split], piece, dataset.schema)
+                sampled.append(replace(piece, lengths={}, met={}))
                 progress.add(piece.rows, split)
+            found[split].numbers = _numbers_there(dataset, split, sampled)
     return found
 
 
@@ -87,13 +91,15 @@ def _piece(group: RowGroup, features: list[Feature], step: int) -> _Piece:
             table = table.combine_chunks()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{where} cannot be read: {error}", "the data set is damaged: preprocess again") from error
-    piece = _Piece(group.num_rows, {}, {}, {})
+    piece = _Piece(group.num_rows, {}, {}, {}, {})
     for feature in features:
         if feature.name not in table.column_names:
             raise DataError(f"{where}: no column {feature.name!r}", "the data set is damaged or of another schema: preprocess again")
         column = table[feature.name]
         if not feature.is_table:
-            piece.numbers[feature.name] = column.to_numpy()[-group.start % step :: step]
+            numbers = column.to_numpy()
+            piece.numbers[feature.name] = numbers[-group.start % step :: step].copy()
+            piece.zeros[feature.name] = int(np.count_nonzero(numbers == 0))
             continue
         if feature.is_list:
             flat, offsets = read_lists(column.chunk(0), feature.name, pa.int32(), str(group.path), group.first_row)
@@ -126,5 +132,25 @@ def _add(held: Held, piece: _Piece, schema: Schema) -> None:
         if name in piece.met:
             met, counts = piece.met[name]
             held.counts.setdefault(name, np.zeros(feature.num_embeddings, np.int64))[met] += counts
-        if name in piece.numbers:
-            held.numbers.setdefault(name, []).append(piece.numbers[name])
+
+
+def _numbers_there(dataset: Dataset, split: Split, pieces: list[_Piece]) -> dict[str, Float32s]:
+    found: dict[str, Float32s] = {}
+    for feature in dataset.schema.features:
+        if not feature.is_table:
+            share = dataset.manifest["features"][feature.name]["missing"][split]
+            numbers = np.concatenate([piece.numbers[feature.name] for piece in pieces])
+            zeros = sum(piece.zeros[feature.name] for piece in pieces)
+            found[feature.name] = without_missing(numbers, zeros, round(share * sum(piece.rows for piece in pieces)))
+    return found
+
+
+def without_missing(sample: Float32s, zeros: int, missing: int) -> Float32s:
+    """Encoded numbers without those that stand for none; of all from which `sample` is taken, `zeros` are 0 and `missing` were missing.
+
+    A missing number is encoded as 0, and so is one that equals the training mean: of the zeros in the sample, as large a share stays as
+    equals the mean of all.
+    """
+    places = np.flatnonzero(sample == 0)
+    stay = round(len(places) * max(zeros - missing, 0) / max(zeros, 1))
+    return np.delete(sample, places[stay:])

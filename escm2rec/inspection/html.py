@@ -12,14 +12,17 @@ import numpy as np
 from escm2rec.config import Split
 from escm2rec.evaluation.html import aligned, facts, figure, note, table, write_page
 from escm2rec.inspection.held import SAMPLE_ROWS, Held
+from escm2rec.inspection.inspect import NUMERIC_QUANTILES
 from escm2rec.inspection.plots import histogram_plot, lengths_plot, skew_plot
-from escm2rec.inspection.table import kind_of, lengths_of, percent, value_of
+from escm2rec.inspection.table import filled, kind_of, lengths_of, percent, rates_said, value_of
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.schema import Feature
 
 Record = dict[str, Any]
 MAX_FEATURES_SHOWN = 60
 """Features with plots on the page; its tables and the JSON hold all."""
+HASH_SHOWN = 10
+"""Characters of a hash on the page: enough to find it in the JSON."""
 WORDS = {
     "Coverage": "Share of the impressions that have a value of the feature.",
     "Out of vocabulary": "Share of the values without a table row of their own: not seen in training, or too rarely. They share the first "
@@ -38,7 +41,7 @@ def write_inspection(record: Record, features: tuple[Feature, ...], held: dict[S
     plots = list(_plots(record["features"], {feature.name: feature for feature in features}, held["train"], counts))
     shown = plots[:MAX_FEATURES_SHOWN]
     left = f"{len(plots) - len(shown)} more features are in the tables and in the JSON alone." if len(plots) > len(shown) else ""
-    sections = [_header(record), _splits(record["splits"]), _tables(record), _numbers(record["features"])]
+    sections = [_header(record), _splits(record), _tables(record), _numbers(record["features"])]
     drawn = f'<h2>Distributions in training</h2><div class="plots">{"".join(shown)}</div>{note(left)}' if shown else ""
     write_page(path, "What the data set holds", [*sections, drawn, _words()])
 
@@ -56,21 +59,23 @@ def _header(record: Record) -> str:
     return f'<header><h1>What the data set holds</h1><p class="soft">{parts}</p>{facts(told)}</header>'
 
 
-def _splits(splits: Record) -> str:
+def _splits(record: Record) -> str:
+    splits = record["splits"]
     told = list(splits.values())
     columns = [aligned([each[name] for each in told]) for name in ("rows", "clicks", "conversions")]
     columns += [[percent(each[name]) for each in told] for name in ("ctr", "cvr", "ctcvr")]
+    columns += [[each["rates_of"] or "–" for each in told]]
     columns += [aligned([each[name] for each in told]) for name in ("files", "row_groups")]
     columns.append([f"{each['bytes'] / 1e6:,.1f}" for each in told])
-    heads = ["Split", "Impressions", "Clicks", "Conversions", "CTR", "CVR\nof clicks", "CTCVR", "Files", "Row\ngroups", "MB"]
-    return f"<h2>Splits</h2>{table(heads, list(splits), columns)}"
+    heads = ["Split", "Impressions", "Clicks", "Conversions", "CTR", "CVR\nof clicks", "CTCVR", "Rates\nof", "Files", "Row\ngroups", "MB"]
+    return f"<h2>Splits</h2>{table(heads, list(splits), columns)}{note(escape(rates_said(record)))}"
 
 
 def _tables(record: Record) -> str:
     found = {name: told for name, told in record["features"].items() if "table_rows" in told}
     if not found:
         return ""
-    told, splits = list(found.values()), list(record["splits"])
+    told, splits = list(found.values()), filled(record["splits"])
     heads = ["Feature", "Kind", "Table\nrows", *splits, *splits, "mean, p99, max", "Most\nfrequent", "Share", "Concen-\ntration"]
     columns = [[kind_of(each) for each in told], aligned([each["table_rows"] for each in told])]
     columns += [[percent(each["coverage"][split]) for each in told] for split in splits]
@@ -90,7 +95,11 @@ def _names(features: Mapping[str, Record]) -> list[str]:
 
 
 def _value(told: Record) -> str:
-    return escape(value_of(told)) if told.get("top") else "–"
+    """The most frequent value; what is shortened has the whole in its title."""
+    if not told.get("top"):
+        return "–"
+    shown = value_of(told, HASH_SHOWN)
+    return f'<span title="{escape(str(told["top"][0]["value"]))}">{escape(shown)}</span>' if shown.endswith("…") else escape(shown)
 
 
 def _numbers(features: Record) -> str:
@@ -98,16 +107,16 @@ def _numbers(features: Record) -> str:
     if not found:
         return ""
     told = list(found.values())
-    names = list(told[0]["quantiles"]["train"])
-    columns = [[percent(each["coverage"]["train"]) for each in told]]
+    columns = [[percent(each["missing"]["train"]) for each in told]]
     columns += [aligned([each[name] for each in told]) for name in ("mean", "std")]
-    columns += [aligned([each["quantiles"]["train"][name] for each in told]) for name in names]
+    columns += [aligned([(each["quantiles"]["train"] or {}).get(name) for each in told]) for name in NUMERIC_QUANTILES]
     said = (
-        f"In training; quantiles of about {SAMPLE_ROWS:,} impressions at most, in the units of the log, a missing number standing at "
-        "the mean. Mean and standard deviation are of the logarithm where log1p is set."
+        "In training, of the numbers that were there; missing is the share of the impressions without one. Quantiles, of "
+        f"{SAMPLE_ROWS:,} impressions at most, are in the units of the log. Mean and standard deviation are of the logarithm where log1p "
+        "is set."
     )
     logs = [f"{name}{', log1p' if each['log1p'] else ''}" for name, each in zip(_names(found), told, strict=True)]
-    return f"<h2>Numbers</h2>{table(['Feature', 'Coverage', 'Mean', 'Std', *names], logs, columns)}{note(said)}"
+    return f"<h2>Numbers</h2>{table(['Feature', 'Missing', 'Mean', 'Std', *NUMERIC_QUANTILES], logs, columns)}{note(said)}"
 
 
 def _plots(records: Record, features: dict[str, Feature], held: Held, counts: dict[str, Int64s]) -> Iterator[str]:
@@ -117,10 +126,10 @@ def _plots(records: Record, features: dict[str, Feature], held: Held, counts: di
             yield figure(escape(name), "share of the values on the most frequent rows", source)
         if name in held.lengths:
             yield figure(escape(name), "values an impression", lengths_plot(held.lengths[name]))
-        if name in held.numbers:
+        if len(held.numbers.get(name, ())):
             feature = features[name]
-            encoded = np.concatenate(held.numbers[name]).astype(np.float64) * feature.std + feature.mean
-            yield figure(escape(name), "log(1 + number)" if feature.log1p else "number", histogram_plot(encoded))
+            numbers = held.numbers[name].astype(np.float64) * feature.std + feature.mean
+            yield figure(escape(name), "log(1 + number)" if feature.log1p else "number", histogram_plot(numbers))
 
 
 def _words() -> str:

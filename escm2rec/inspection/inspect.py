@@ -9,16 +9,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from escm2rec.config import SPLITS, Split
+from escm2rec.config import SPLITS, ImpressionTable, Split
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.inspection.held import Held, held_by, is_counted
 from escm2rec.inspection.table import print_tables
 from escm2rec.paths import DataPath, open_parquet
-from escm2rec.preprocess.ragged import Float64s, Int64s
+from escm2rec.preprocess.ragged import Float32s, Float64s, Int64s
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Feature
 
 Record = dict[str, Any]
+NO_ROWS: Record = {
+    **dict.fromkeys(("rows", "clicks", "conversions"), 0),
+    **dict.fromkeys(("weights", "rates_of", "ctr", "cvr", "ctcvr")),
+    **dict.fromkeys(("files", "row_groups", "bytes"), 0),
+}
+"""What is said of a split without rows."""
 MOST_SHOWN = 1_000
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 NUMERIC_QUANTILES = {"min": 0.0, "p1": 0.01, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p99": 0.99, "max": 1.0}
@@ -49,8 +55,9 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
 
     Returns
 
-    splits    of each: rows, clicks, conversions, ctr, cvr (of the clicked) and ctcvr, weighted where rows have weights; files, row_groups
-              and bytes
+    splits    of each: rows, clicks, conversions; weights, the same with each row counting its weight, None where rows have none;
+              ctr, cvr (of the clicked) and ctcvr; rates_of, "weights" or "rows": what they are shares of ("rows" also where weights change
+              nothing); files, row_groups and bytes. Of a split without rows counts are 0, the others None, and no feature is told
     features  of each: kind, column, and by split coverage (share of the impressions with a value), in the order of the config;
               tables: encoding, table_rows, values (those with a row of their own), oov by split (share of the values without one);
               lists: lengths by split (mean, p50, p90, p99, max of the values an impression);
@@ -58,8 +65,12 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
               values;
               concentration: share of the training values that fall on the most frequent hundredth of the rows;
               clip, cross and max_length as configured, where they are;
-              numeric: mean and std of training, and quantiles by split, in the units of the log, missing numbers standing at the mean
+              numeric: mean and std of training (of the logarithm with log1p), and by split missing (share of the impressions without a
+              number) and quantiles, in the units of the log; all are of the numbers that were there, quantiles None where none was
     rejected, negative_keep_rate, negatives_left_out, schema_hash   as preprocess wrote them
+    weight    the column of the log that the weights are of, None where there is none
+
+    All that is not a rate of a split counts rows, whatever they weigh.
 
     Raises DataError when the data set is absent, incomplete or damaged, ConfigError when `html` may not be written.
     """
@@ -72,8 +83,9 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
     record: Record = {
         "data": str(data),
         **{name: manifest[name] for name in ("schema_hash", "negative_keep_rate", "negatives_left_out")},
+        "weight": _weight_column(dataset),
         "rejected": {reason: entry["rows"] for reason, entry in manifest["rejected"].items()},
-        "splits": {split: _split(dataset, split) for split in SPLITS if manifest["splits"].get(split, {}).get("rows")},
+        "splits": {split: _split(dataset, split) for split in SPLITS},
         "features": features,
     }
     print_tables(record)
@@ -100,11 +112,20 @@ def _check_page(html: Path | None, overwrite: bool) -> None:
         raise ConfigError(f"no folder {html.parent} for the page", "make it first, or choose another place")
 
 
+def _weight_column(dataset: Dataset) -> str | None:
+    source = dataset.schema.source
+    return source.weight if isinstance(source, ImpressionTable) else None
+
+
 def _split(dataset: Dataset, split: Split) -> Record:
+    if not dataset.manifest["splits"].get(split, {}).get("rows"):
+        return dict(NO_ROWS)
     counts, weighted = dataset.split_counts(split), dataset.weighted_counts(split)
     files = dataset.manifest["splits"][split]["files"]
     return {
         **counts,
+        "weights": weighted if dataset.schema.has_weight else None,
+        "rates_of": "rows" if weighted == counts else "weights",
         "ctr": weighted["clicks"] / weighted["rows"],
         "cvr": weighted["conversions"] / weighted["clicks"] if weighted["clicks"] else None,
         "ctcvr": weighted["conversions"] / weighted["rows"],
@@ -124,8 +145,9 @@ def _feature(dataset: Dataset, feature: Feature, held: dict[Split, Held], top: _
     transforms = {"cross": feature.cross, "max_length": feature.max_length, "clip": feature.clip}
     record |= {name: list(told) if isinstance(told, tuple) else told for name, told in transforms.items() if told is not None}
     if not feature.is_table:
-        quantiles = {split: _number_quantiles(feature, np.concatenate(each.numbers[feature.name])) for split, each in held.items()}
-        return record | {"log1p": feature.log1p, "mean": feature.mean, "std": feature.std, "quantiles": quantiles}
+        record |= {"log1p": feature.log1p, "mean": feature.mean, "std": feature.std}
+        record["missing"] = {split: told["missing"][split] for split in held}
+        return record | {"quantiles": {split: _number_quantiles(feature, each.numbers[feature.name]) for split, each in held.items()}}
     record |= {"encoding": feature.encoding, "table_rows": feature.num_embeddings}
     if feature.encoding == "vocabulary":
         record |= {"values": feature.num_embeddings - feature.oov_rows, "oov": {split: told["oov"][split] for split in held}}
@@ -174,12 +196,14 @@ def length_quantiles(histogram: Int64s) -> Record:
     }
 
 
-def _number_quantiles(feature: Feature, encoded: Any) -> Record:
+def _number_quantiles(feature: Feature, encoded: Float32s) -> Record | None:
+    if not len(encoded):
+        return None
     raw = raw_numbers(feature, encoded)
     return dict(zip(NUMERIC_QUANTILES, np.quantile(raw, list(NUMERIC_QUANTILES.values())).tolist(), strict=True))
 
 
-def raw_numbers(feature: Feature, encoded: Any) -> Float64s:
+def raw_numbers(feature: Feature, encoded: Float32s) -> Float64s:
     """Encoded numbers in the units of the log."""
     raw: Float64s = encoded.astype(np.float64) * feature.std + feature.mean
     return np.expm1(raw) if feature.log1p else raw

@@ -6,44 +6,67 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from escm2rec.evaluation.plots import BLUE, GREY, image
+from escm2rec.evaluation.plots import BLUE, image
 from escm2rec.preprocess.ragged import Float64s, Int64s
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 SIZE = (3.5, 2.4)
 POINTS = 200
 BINS = 60
+MOST_TAIL = 0.001
+"""Share of the impressions whose lengths, the longest, are not drawn."""
+FEW_ROWS = 20
+"""Up to so many rows of a table the axis counts them: shares of so few would have one label or none."""
 
 
 def skew_plot(reached: Int64s, rows: int, total: float) -> str:
-    """Share of `total` values that fall on the most frequent rows of a table of `rows`; `reached` is their running count."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+    """Share of `total` values that fall on the most frequent rows of a table of `rows`; `reached` is their running count, two or more."""
     places = np.unique(np.geomspace(1, len(reached), POINTS).round().astype(np.int64))
 
     def draw(axes: Axes) -> None:
-        axes.plot(places / rows, reached[places - 1] / total, color=BLUE, linewidth=1.6)
-        axes.set(xscale="log", xlim=(min(1 / rows, 0.5), 1), ylim=(0, 1.02))
-        axes.set(xlabel="share of the table's rows", ylabel="share of the values")
-        axes.xaxis.set_major_locator(LogLocator(numticks=7))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(ylim=(0, 1.02), ylabel="share of the values")
+        if rows <= FEW_ROWS:
+            axes.plot(places, reached[places - 1] / total, color=BLUE, linewidth=1.6, marker="o", markersize=4, clip_on=False)
+            axes.set(xlim=(1, rows), xlabel=f"most frequent rows (of {rows})")
+            _count_on(axes.xaxis)
+        else:
+            axes.plot(places / rows, reached[places - 1] / total, color=BLUE, linewidth=1.6)
+            axes.set(xscale="log", xlim=(1 / rows, 1), xlabel="share of the table's rows")
+            _label_shares(axes.xaxis)
 
     return image(draw, SIZE)
 
 
+def _count_on(axis: Axis) -> None:
+    """Labels at whole numbers only, be it a single one."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _label_shares(axis: Axis) -> None:
+    """Labels in percent, at powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(numticks=7))
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def lengths_plot(histogram: Int64s) -> str:
-    """Share of the impressions that have so many values; lengths far out in a thin tail are one last bar."""
+    """Share of the impressions that have so many values; a thin tail is not drawn but told: as a bar none would see it."""
     shares = histogram / histogram.sum()
-    last = int(np.searchsorted(np.cumsum(shares), 0.999))
-    bars = np.append(shares[: last + 1], shares[last + 1 :].sum())
+    last, longest = int(np.searchsorted(np.cumsum(shares), 1 - MOST_TAIL)), len(histogram) - 1
+    tail = f"\n(at most {MOST_TAIL:.1%} have more than {last:,}, up to {longest:,})" if last < longest else ""
 
     def draw(axes: Axes) -> None:
         axes.set_axisbelow(True)
-        axes.bar(np.arange(len(bars)), bars, width=0.85, color=[BLUE] * (len(bars) - 1) + [GREY])
-        axes.set(xlabel=f"values (grey: more than {last:,}, up to {len(histogram) - 1:,})", ylabel="share of impressions")
+        axes.bar(np.arange(last + 1), shares[: last + 1], width=0.85, color=BLUE)
+        axes.set(xlabel=f"values{tail}", ylabel="share of impressions")
+        _count_on(axes.xaxis)
 
     return image(draw, SIZE)
 
@@ -58,6 +81,6 @@ def histogram_plot(numbers: Float64s) -> str:
     def draw(axes: Axes) -> None:
         axes.set_axisbelow(True)
         axes.stairs(counts / len(numbers), edges, fill=True, color=BLUE)
-        axes.set(xlabel="", ylabel="share of impressions", xlim=(low, high))
+        axes.set(xlabel="", ylabel="share of the numbers", xlim=(low, high))
 
     return image(draw, SIZE)

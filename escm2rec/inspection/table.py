@@ -16,6 +16,7 @@ def print_tables(record: Record) -> None:
     """Print splits and features, a line each."""
     console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
     console.print(_splits(record["splits"]))
+    console.print(rates_said(record), markup=False, highlight=False)
     console.print(_features(record))
 
 
@@ -29,16 +30,21 @@ def _table(title: str, text: list[str], numbers: list[str], longest: int) -> Tab
 
 
 def _splits(splits: Record) -> Table:
-    table = _table("Splits", ["split"], ["rows", "clicks", "conversions", "CTR", "CVR of clicks", "CTCVR", "files", "MB"], 10)
+    table = _table("Splits", ["split"], ["rows", "clicks", "conversions", "CTR", "CVR of clicks", "CTCVR", "rates of", "files", "MB"], 10)
     for split, told in splits.items():
         counts = [f"{told[name]:,}" for name in ("rows", "clicks", "conversions")]
         rates = [percent(told[name]) for name in ("ctr", "cvr", "ctcvr")]
-        table.add_row(split, *counts, *rates, f"{told['files']:,}", f"{told['bytes'] / 1e6:,.1f}")
+        table.add_row(split, *counts, *rates, told["rates_of"] or "–", f"{told['files']:,}", f"{told['bytes'] / 1e6:,.1f}")
     return table
 
 
+def filled(splits: Record) -> list[str]:
+    """The splits with rows, which features are told of."""
+    return [split for split, told in splits.items() if told["rows"]]
+
+
 def _features(record: Record) -> Table:
-    splits = list(record["splits"])
+    splits = filled(record["splits"])
     by_split = " / ".join(splits)
     heads = [
         "table\nrows",
@@ -52,6 +58,29 @@ def _features(record: Record) -> Table:
         rows = f"{told['table_rows']:,}" if "table_rows" in told else "–"
         table.add_row(name, kind_of(told), rows, shares(told["coverage"]), shares(told.get("oov")), lengths_of(told), most_frequent(told))
     return table
+
+
+def rates_said(record: Record) -> str:
+    """What the rates of the splits are of: rows, or what rows weigh, and where the weights are from."""
+    splits = {of: [split for split, told in record["splits"].items() if told["rates_of"] == of] for of in ("weights", "rows")}
+    if not splits["weights"]:
+        why = "weights do not change them" if any(told["weights"] for told in record["splits"].values()) else "rows have no weights"
+        return f"CTR, CVR and CTCVR are not weighted: of rows, each counting once ({why})."
+    said = [f"CTR, CVR and CTCVR of {_listed(splits['weights'])} are weighted: of the sums of weights, not of the rows that are here."]
+    if record["weight"] is not None:
+        said.append(f"Rows weigh what column {record['weight']} says.")
+    if (rate := record["negative_keep_rate"]) < 1:
+        times = " times that" if record["weight"] is not None else ""
+        said.append(
+            f"Of the unclicked training impressions {percent(rate)} were kept, and each weighs {1 / rate:.4g}{times} to make up for it."
+        )
+    if splits["rows"]:
+        said.append(f"Those of {_listed(splits['rows'])} are of rows.")
+    return " ".join([*said, "All else counts rows."])
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def kind_of(told: Record) -> str:
@@ -73,11 +102,12 @@ def lengths_of(told: Record) -> str:
     return "–"
 
 
-def value_of(told: Record) -> str:
+def value_of(told: Record, longest_hash: int = 24) -> str:
     """The most frequent value of a table, shortened; the row where values are hashed, and of a cross the hash."""
     text = str(told["top"][0]["value"])
     what = "row " if told["encoding"] == "hash" else "hash " if "cross" in told else ""
-    return what + (text if len(text) <= 24 else text[:23] + "…")
+    longest = longest_hash if what else 24
+    return what + (text if len(text) <= longest else text[: longest - 1] + "…")
 
 
 def most_frequent(told: Record) -> str:
@@ -85,8 +115,7 @@ def most_frequent(told: Record) -> str:
     if told.get("top"):
         first = told["top"][0]
         return f"{value_of(told)}: {percent(first['share'])}"
-    if "quantiles" in told:
-        quantiles = told["quantiles"]["train"]
+    if quantiles := told.get("quantiles", {}).get("train"):
         return f"{quantiles['p1']:.3g} to {quantiles['p99']:.3g} (p1 to p99)"
     return "–"
 
