@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from escm2rec.config import SimulationConfig
 from escm2rec.errors import ConfigError
 from escm2rec.folder import resumable_folder
 from escm2rec.simulate import simulate
+from tests.small_disks import resize, small_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPRESSIONS = 6_000
@@ -152,6 +154,30 @@ def test_a_killed_worker_is_told_and_its_job_taken_up(job: list[str], undisturbe
     run(job, out)
     assert content(out) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("few_bytes", [0, 1 << 30])
+def test_a_full_disk_is_told_and_the_job_taken_up(job: list[str], undisturbed: dict[str, Any], tmp_path: Path, few_bytes: int) -> None:
+    """On processes and in one: the same command again and again, with more room each time."""
+    reason = r"(No space left on device|a write was cut short \(\d+ requested and \d+ written\))"
+    needs = "in all a job takes some 1.3 to 2.5 times the bytes of text logs there, some 2 to 4 times those of Parquet"
+    limit = r"(, or raise the limit on the size of a file \(ulimit -f\))?"
+    with small_disk(tmp_path / "disk", "100k") as disk:
+        out, told = disk / "out", 0
+        for size in ("100k", "800k", "32m"):
+            resize(disk, size)
+            with start(job, out, few_bytes) as process:
+                said, _ = process.communicate(timeout=TIMEOUT_S)
+            if not process.returncode:
+                break
+            free = r"\d.\d MB of \d.\d MB are free there"
+            error = rf"\nescm2rec.errors.RunError: cannot write {disk}/.out.partial(/\S+)?: {reason}; {free}; {needs}\n"
+            hint = rf"hint: make room there{limit}, then run the same command again: it goes on where it stopped\n$"
+            assert re.search(error + hint, said), said[-3000:]
+            told += 1
+        assert told == 2
+        assert content(out) == undisturbed
+        assert [path.name for path in disk.iterdir()] == ["out"]
 
 
 def test_of_two_jobs_on_one_folder_one_wins(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:

@@ -88,12 +88,12 @@ class RayEngine:
                 self._ray.cancel(reference)
 
 
-def _told(function: Callable[[Item], Result], item: Item) -> tuple[Result | None, Escm2Error | None]:
+def _told(function: Callable[[Item], Result], item: Item) -> tuple[Result | None, Escm2Error | OSError | None]:
     """The result, or the error as a value: Ray would wrap one that is raised."""
     share_one_heap()
     try:
         return function(item), None
-    except Escm2Error as error:
+    except (Escm2Error, OSError) as error:
         return None, error
 
 
