@@ -375,6 +375,22 @@ def test_bad_rows_are_refused_with_their_place(tmp_path: Path) -> None:
     assert result["splits"]["train"] == {"rows": 1, "clicks": 1, "conversions": 0}
 
 
+def test_text_that_is_no_time_is_told_with_what_is(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", [[shown(1, 0)]], [], [])
+    pq.write_table(pa.table({"id": [1], "ts": ["01/02/2026 10:00"]}), log / "clicks.parquet")
+    with pytest.raises(DataError) as error:
+        preprocess(config(), log, tmp_path / "out")
+    assert error.value.message == (
+        f"{log}/clicks.parquet: row 1, column ts: event time: expected a time from 1740 to 2200: a number, a timestamp, or ISO text, "
+        "found '01/02/2026 10:00'"
+    )
+    assert error.value.hint == (
+        "write times as timestamps, or as ISO text such as 2026-01-31, 2026-01-31 18:30 or 2026-01-31T18:30:00+01:00 (UTC where none is "
+        "said); other text becomes timestamps by polars' str.to_datetime('%d/%m/%Y %H:%M') or pandas' to_datetime(texts, format=...); "
+        "numbers count data.source.time_unit since 1970; data.bad_rows: count leaves such rows out"
+    )
+
+
 def test_malformed_lines_of_events_are_counted(tmp_path: Path) -> None:
     log = small_log(tmp_path / "log", ".csv")
     with (log / "clicks.csv").open("a") as file:
