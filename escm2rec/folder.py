@@ -188,7 +188,7 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
             else "choose another --out, or pass --overwrite to replace it"
         )
         raise ConfigError(f"the output folder {path} exists", hint)
-    if not _is_of_kind(path, kind):
+    if not is_of_kind(path, kind):
         raise ConfigError(f"will not overwrite {path}: it holds no {kind} that escm2rec made", "choose another --out, or remove it by hand")
 
 
@@ -207,7 +207,8 @@ def refuse_overlap(out: Path, inputs: Iterable[DataPath]) -> None:
             raise ConfigError(f"the output folder {out} is or holds the input {path}", "choose another --out")
 
 
-def _is_of_kind(path: DataPath, kind: str) -> bool:
+def is_of_kind(path: DataPath, kind: str) -> bool:
+    """Whether a folder is one of this kind, complete, or a run that was begun."""
     if kind == "run" and (path / RUN_CONFIG).is_file():
         return True
     try:
@@ -259,7 +260,7 @@ def read_manifest(folder: DataPath, kind: str, required: frozenset[str] = frozen
 
 def _where(folder: DataPath, kind: str) -> str:
     """The hint where a folder is not of the kind: those in it that are, or which command makes one."""
-    inside = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST}") if _is_of_kind(path.parent, kind)) if kind in MAKERS else []
+    inside = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST}") if is_of_kind(path.parent, kind)) if kind in MAKERS else []
     if inside:
         return f"did you mean {' or '.join(inside[:3])}?"
     return f"give the folder that {MAKERS[kind]} made as its --out" if kind in MAKERS else "check the path"

@@ -404,7 +404,12 @@ def test_malformed_lines_of_events_are_counted(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a column that is missing": ({"time": "tss"}, r"has no column 'tss'\nhint: did you mean 'ts'\?"),
     "an attribution column that is missing": ({"attribution_key": ["usr"]}, r"has no column 'usr'\nhint: did you mean 'user'\?"),
-    "a pattern without files": ({"clicks": "klicks*"}, r"no file in .*log matches the pattern 'klicks\*'\nhint: set data\.source"),
+    "a pattern without files": (
+        {"clicks": "klicks*"},
+        r"^no file in \S+/log matches the pattern 'klicks\*' of data\.source\.clicks: "
+        r"it holds clicks\.parquet, conversions\.parquet, impressions-0\.parquet, impressions-1\.parquet\n"
+        r"hint: set data\.source\.clicks to the names of the files, or pass their folder$",
+    ),
     "a file of two tables": ({"clicks": "*"}, r"impressions-0\.parquet matches the patterns of impressions .* and clicks \('\*'\)"),
     "a time of no such type": ({"time": "flags"}, r"column 'flags' is no event time: expected numbers, timestamps, .*found type list"),
     "a key of no such type": ({"key": "price"}, r"column 'price' is no event key: expected whole numbers or text, found type double"),
