@@ -147,13 +147,36 @@ def test_a_killed_worker_is_told_and_its_job_taken_up(job: list[str], undisturbe
     os.kill(workers[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
-    assert "a worker process of preprocess was killed, perhaps for its memory\nhint: the same command goes on where it stopped" in said
+    told = "a worker process of preprocess was killed, perhaps for its memory\n"
+    assert said.endswith(told + "hint: the same command goes on where it stopped; pass a smaller --memory-gib if memory ran out\n")
     work = tmp_path / ".out.partial" / "work"
     for name in ("rows-00000-7.arrow", "times-00000-7.npy"):
         (work / name).write_bytes(b"not told of")
     run(job, out)
     assert content(out) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_program_on_stdin_has_workers_too(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """It has no file that workers could run once more: they do without, and it needs no guard either."""
+    program = WORKER.replace('if __name__ == "__main__":', "if True:")
+    command, environment = [job[0], "-", *job[2:], str(tmp_path / "out"), "1"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, input=program, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr[-3000:]
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_a_program_without_a_guard_is_told_of_it(job: list[str], tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(WORKER.replace('if __name__ == "__main__":', "if True:"))
+    with start([job[0], str(program), *job[2:]], tmp_path / "out", few_bytes=1) as process:
+        said, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert said.endswith(
+        "RunError: a worker process of preprocess ended before its work was done\n"
+        "hint: call preprocess() under `if __name__ == '__main__':`, because every worker runs the program's file once more; if it does so "
+        "already, memory may have run out: pass a smaller memory_gib, the same call goes on where it stopped\n"
+    )
 
 
 @pytest.mark.parametrize("few_bytes", [0, 1 << 30])
