@@ -70,7 +70,9 @@ def _place(error: Exception, folder: Path) -> str | None:
 def _said(error: Exception, number: int) -> str:
     if number == CUT_SHORT:
         return f"a write was cut short ({error})"
-    return os.strerror(number) if isinstance(error, OSError) and error.errno is not None else str(error).partition("\n")[0]
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error).partition("\n")[0]
+    return os.strerror(number) if number in (*FULL, errno.EFBIG) else error.strerror or ""  # pyarrow names the file only there
 
 
 def free_space(folder: Path) -> str:

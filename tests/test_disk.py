@@ -107,9 +107,9 @@ def test_a_disk_without_numbers_for_files_says_so(tmp_path: Path) -> None:
 OTHERS = {
     errno.EDQUOT: (r"Disk quota exceeded; .* of .* are free there; it takes 4 MB", "make room in your quota"),
     errno.EFBIG: ("File too large", r"raise the limit on the size of a file \(ulimit -f\)"),
-    errno.EROFS: ("Read-only file system", "let the file system be written"),
-    errno.EACCES: ("Permission denied", "mend its permissions"),
-    errno.EPERM: ("Operation not permitted", "mend its permissions"),
+    errno.EROFS: ("in a library's words", "let the file system be written"),
+    errno.EACCES: ("in a library's words", "mend its permissions"),
+    errno.EPERM: ("in a library's words", "mend its permissions"),
 }
 
 
@@ -119,7 +119,7 @@ def test_other_reasons_have_steps_of_their_own(tmp_path: Path, number: int) -> N
     path = tmp_path / "part"
     told = rf"^cannot write {path}: {said}\nhint: {step}, then do it again$"
     with pytest.raises(RunError, match=told), telling_of_disk(tmp_path, "do it again", "it takes 4 MB"):
-        raise OSError(number, "what a library says", str(path))
+        raise OSError(number, "in a library's words", str(path))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -20,8 +21,9 @@ import yaml
 
 from benchmarks.machine import facts
 from escm2rec.config import SimulationConfig
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, DataError
 from escm2rec.folder import resumable_folder
+from escm2rec.preprocess.engine import _told
 from escm2rec.simulate import simulate
 from tests.small_disks import resize, small_disk
 
@@ -236,6 +238,19 @@ def test_a_folder_is_held_by_one_and_taken_up_by_its_own(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="no"):
         failed(tmp_path / "out")
     assert not list(tmp_path.iterdir()), "what failed leaves nothing"
+
+
+def test_a_task_on_ray_gives_errors_as_values() -> None:
+    """Ray wraps one that is raised: what is said of it then would not be its own words. Other errors are for Ray."""
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    for error in (DataError("this one"), PermissionError(errno.EACCES, "denied", "here")):
+        assert _told(fail, error) == (None, error)
+    assert _told(len, "abc") == (3, None)
+    with pytest.raises(ZeroDivisionError):
+        _told(fail, ZeroDivisionError())
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from escm2rec.cells import with_lists
 from escm2rec.config import DataConfig
-from escm2rec.errors import ConfigError, DataError
+from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.preprocess import encode_raw, portions, preprocess, raw_files
 from escm2rec.preprocess.parallel import ordered_map
 from escm2rec.reader.dataset import Dataset
@@ -31,6 +32,7 @@ from tests.preprocess_logs import (
     write_aliccp,
     write_parquet,
 )
+from tests.small_disks import small_disk
 
 ONE = [{"name": "c", "kind": "categorical"}]
 HASHED = {"by": "hash", "train": 0.7, "validation": 0.1, "test": 0.2}
@@ -261,6 +263,19 @@ def test_encode_raw_needs_no_labels_and_keeps_files_apart(tmp_path: Path) -> Non
     expected = [{name: row[name] for name in ("c", "t")} for row in read_split(out, train=3)]
     rows = [row for block in blocks for row in with_lists(block.table).to_pylist()]
     assert rows == [{**row, "kept.who": name} for name in ("one", "two") for row in expected]
+
+
+def test_encode_raw_tells_of_a_full_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_parquet(tmp_path / "a.parquet", {"c": [0, 4_000_000]})
+    out, _ = made(table_config(ONE), source, tmp_path / "out")
+    cut = r"a write was cut short \(\d+ requested and \d+ written\); 0\.0 MB of 2\.1 MB are free there"
+    limit = r"make room there, or raise the limit on the size of a file \(ulimit -f\)"
+    hint = "then run the same command again, or set TMPDIR to a folder with more room"
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        with pytest.raises(RunError, match=rf"^cannot write {disk}/escm2rec-\w+: {cut}\nhint: {limit}, {hint}$"):
+            list(encoded(out, source, keep=[]))
+        assert list(disk.iterdir()) == []
 
 
 def test_encode_raw_refuses_bad_rows_and_other_types(tmp_path: Path) -> None:
