@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -51,8 +52,23 @@ def ready_workers() -> None:
 @contextmanager
 def starting_workers() -> Iterator[ForkServerContext | SpawnContext]:
     """Where workers come from, while they start."""
-    with _environment():
+    with _environment(), _main_without_file():
         yield _server or multiprocessing.get_context("spawn")
+
+
+@contextmanager
+def _main_without_file() -> Iterator[None]:
+    """A program on stdin has no file, but the name <stdin>, and every process would end as it looks for it to run it once more."""
+    main = vars(sys.modules["__main__"])
+    name = main.get("__file__")
+    if name is None or Path(name).exists():
+        yield
+        return
+    del main["__file__"]
+    try:
+        yield
+    finally:
+        main["__file__"] = name
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from escm2rec import cli
 from escm2rec.config import Config, SimulationConfig, load_config
 from escm2rec.errors import ConfigError, DataError, Escm2Error, InstallationError, RunError
 from tests.preprocess_logs import write_parquet
+from tests.small_disks import resize, small_disk
 
 ROOT = Path(__file__).parents[1]
 VERBS = ("simulate", "preprocess", "train", "evaluate", "score")
@@ -350,3 +352,24 @@ def test_an_address_without_ray_is_refused(capsys: pytest.CaptureFixture[str]) -
     code = run("preprocess", "--config", config, "--input", "i", "--out", "o", "--address", "a:1")
     assert code == 2
     assert "error: --address is of a Ray cluster\nhint: add --engine ray" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_command_and_says_what_to_do(tmp_path: Path) -> None:
+    """Here of a lookup of 16 MB, which has a slot for every id up to the greatest: written in place, it would end the process by SIGBUS."""
+    write_parquet(tmp_path / "log.parquet", {"c": [0, 4_000_000], "click": [0, 1]})
+    config = {"source": {"kind": "table"}, "features": [{"name": "c", "kind": "categorical"}], "split": {"by": "file", "train": "*"}}
+    (tmp_path / "config.json").write_text(json.dumps({"data": config}))
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        command = ["preprocess", "--config", f"{tmp_path}/config.json", "--input", f"{tmp_path}/log.parquet", "--out", f"{disk}/out"]
+        done = python("-m", "escm2rec", *command)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert re.fullmatch(
+            rf"error: cannot write {disk}/.out.partial/work: a write was cut short \(\d+ requested and \d+ written\); "
+            r"0.0 MB of 8.4 MB are free there; "
+            "in all a job takes some 1.3 to 2.5 times the bytes of text logs there, some 2 to 4 times those of Parquet\n"
+            r"hint: make room there, or raise the limit on the size of a file \(ulimit -f\), "
+            "then run the same command again: it goes on where it stopped\n",
+            done.stderr,
+        )
+        resize(disk, "64m")
+        assert json.loads(python("-m", "escm2rec", *command).stdout)["splits"]["train"] == {"rows": 2, "clicks": 1, "conversions": 0}

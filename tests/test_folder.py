@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from escm2rec.errors import ConfigError, DataError
+from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.folder import layout_of, new_folder, read_manifest, refuse_existing, refuse_overlap, write_manifest
+from tests.small_disks import small_disk
 
 
 def made(path: Path, text: str = "whole", overwrite: bool = False) -> Path:
@@ -84,8 +85,12 @@ def test_a_folder_of_somebody_else_is_never_overwritten(tmp_path: Path) -> None:
         refuse_existing(theirs, "run", overwrite=True)
     file = tmp_path / "file"
     file.write_text("a file")
-    with pytest.raises(ConfigError, match="will not overwrite"):
-        refuse_existing(file, "run", overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(
+            ConfigError, match=rf"^the output folder {file} is a file\nhint: choose another --out, or remove the file by hand$"
+        ):
+            refuse_existing(file, "run", overwrite)
+    assert file.read_text() == "a file"
     assert (theirs / "thesis.tex").exists()
 
 
@@ -198,3 +203,27 @@ def test_a_folder_of_the_kind_nearby_is_named(tmp_path: Path) -> None:
         DataError, match=r"the run at .*ips is incomplete: it has no manifest\.json\nhint: train with --resume goes on with it"
     ):
         read_manifest(tmp_path / "ips", "run")
+
+
+def test_a_mount_cannot_be_replaced(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        told = rf"^the empty folder {disk} cannot be replaced by a data set: Device or resource busy\n"
+        with pytest.raises(ConfigError, match=told + rf"hint: pass a folder that is not there yet, such as --out {disk}/data-set$"):
+            made(disk)
+        assert (made(disk / "data-set") / "part").is_file()
+
+
+def test_a_full_disk_is_told_and_nothing_left(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        told = rf"^cannot write {disk}/.out.partial: No space left on device; 0.0 MB of 1.0 MB are free there\n"
+        with pytest.raises(RunError, match=told + "hint: make room there, then run the same command again, or choose another --out$"):
+            made(disk / "out", "x" * 2_000_000)
+        assert list(disk.iterdir()) == []
+
+
+def test_a_disk_where_no_folder_can_be_made_is_told(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m,nr_inodes=1") as disk:
+        free = r"1.0 MB of 1.0 MB are free there, and no number for another file \(inode\)"
+        told = rf"^cannot write to {disk}: No space left on device; {free}\nhint: make room there, or choose another --out$"
+        with pytest.raises(ConfigError, match=told):
+            made(disk / "out")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,9 +21,11 @@ import yaml
 
 from benchmarks.machine import facts
 from escm2rec.config import SimulationConfig
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, DataError
 from escm2rec.folder import resumable_folder
+from escm2rec.preprocess.engine import _told
 from escm2rec.simulate import simulate
+from tests.small_disks import resize, small_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPRESSIONS = 6_000
@@ -147,13 +151,60 @@ def test_a_killed_worker_is_told_and_its_job_taken_up(job: list[str], undisturbe
     os.kill(workers[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
-    assert "a worker process of preprocess was killed, perhaps for its memory\nhint: the same command goes on where it stopped" in said
+    told = "a worker process of preprocess was killed, perhaps for its memory\n"
+    assert said.endswith(told + "hint: the same command goes on where it stopped; pass a smaller --memory-gib if memory ran out\n")
     work = tmp_path / ".out.partial" / "work"
     for name in ("rows-00000-7.arrow", "times-00000-7.npy"):
         (work / name).write_bytes(b"not told of")
     run(job, out)
     assert content(out) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_program_on_stdin_has_workers_too(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """It has no file that workers could run once more: they do without, and it needs no guard either."""
+    program = WORKER.replace('if __name__ == "__main__":', "if True:")
+    command, environment = [job[0], "-", *job[2:], str(tmp_path / "out"), "1"], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, input=program, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr[-3000:]
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_a_program_without_a_guard_is_told_of_it(job: list[str], tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(WORKER.replace('if __name__ == "__main__":', "if True:"))
+    with start([job[0], str(program), *job[2:]], tmp_path / "out", few_bytes=1) as process:
+        said, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert said.endswith(
+        "RunError: a worker process of preprocess ended before its work was done\n"
+        "hint: call preprocess() under `if __name__ == '__main__':`, because every worker runs the program's file once more; if it does so "
+        "already, memory may have run out: pass a smaller memory_gib, the same call goes on where it stopped\n"
+    )
+
+
+@pytest.mark.parametrize("few_bytes", [0, 1 << 30])
+def test_a_full_disk_is_told_and_the_job_taken_up(job: list[str], undisturbed: dict[str, Any], tmp_path: Path, few_bytes: int) -> None:
+    """On processes and in one: the same command again and again, with more room each time."""
+    reason = r"(No space left on device|a write was cut short \(\d+ requested and \d+ written\))"
+    needs = "in all a job takes some 1.3 to 2.5 times the bytes of text logs there, some 2 to 4 times those of Parquet"
+    limit = r"(, or raise the limit on the size of a file \(ulimit -f\))?"
+    with small_disk(tmp_path / "disk", "100k") as disk:
+        out, told = disk / "out", 0
+        for size in ("100k", "800k", "32m"):
+            resize(disk, size)
+            with start(job, out, few_bytes) as process:
+                said, _ = process.communicate(timeout=TIMEOUT_S)
+            if not process.returncode:
+                break
+            free = r"\d.\d MB of \d.\d MB are free there"
+            error = rf"\nescm2rec.errors.RunError: cannot write {disk}/.out.partial(/\S+)?: {reason}; {free}; {needs}\n"
+            hint = rf"hint: make room there{limit}, then run the same command again: it goes on where it stopped\n$"
+            assert re.search(error + hint, said), said[-3000:]
+            told += 1
+        assert told == 2
+        assert content(out) == undisturbed
+        assert [path.name for path in disk.iterdir()] == ["out"]
 
 
 def test_of_two_jobs_on_one_folder_one_wins(job: list[str], undisturbed: dict[str, Any], tmp_path: Path) -> None:
@@ -189,6 +240,19 @@ def test_a_folder_is_held_by_one_and_taken_up_by_its_own(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="no"):
         failed(tmp_path / "out")
     assert not list(tmp_path.iterdir()), "what failed leaves nothing"
+
+
+def test_a_task_on_ray_gives_errors_as_values() -> None:
+    """Ray wraps one that is raised: what is said of it then would not be its own words. Other errors are for Ray."""
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    for error in (DataError("this one"), PermissionError(errno.EACCES, "denied", "here")):
+        assert _told(fail, error) == (None, error)
+    assert _told(len, "abc") == (3, None)
+    with pytest.raises(ZeroDivisionError):
+        _told(fail, ZeroDivisionError())
 
 
 @pytest.fixture

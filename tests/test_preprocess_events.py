@@ -375,6 +375,22 @@ def test_bad_rows_are_refused_with_their_place(tmp_path: Path) -> None:
     assert result["splits"]["train"] == {"rows": 1, "clicks": 1, "conversions": 0}
 
 
+def test_text_that_is_no_time_is_told_with_what_is(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", [[shown(1, 0)]], [], [])
+    pq.write_table(pa.table({"id": [1], "ts": ["01/02/2026 10:00"]}), log / "clicks.parquet")
+    with pytest.raises(DataError) as error:
+        preprocess(config(), log, tmp_path / "out")
+    assert error.value.message == (
+        f"{log}/clicks.parquet: row 1, column ts: event time: expected a time from 1740 to 2200: a number, a timestamp, or ISO text, "
+        "found '01/02/2026 10:00'"
+    )
+    assert error.value.hint == (
+        "write times as timestamps, or as ISO text such as 2026-01-31, 2026-01-31 18:30 or 2026-01-31T18:30:00+01:00 (UTC where none is "
+        "said); other text becomes timestamps by polars' str.to_datetime('%d/%m/%Y %H:%M') or pandas' to_datetime(texts, format=...); "
+        "numbers count data.source.time_unit since 1970; data.bad_rows: count leaves such rows out"
+    )
+
+
 def test_malformed_lines_of_events_are_counted(tmp_path: Path) -> None:
     log = small_log(tmp_path / "log", ".csv")
     with (log / "clicks.csv").open("a") as file:
@@ -388,7 +404,12 @@ def test_malformed_lines_of_events_are_counted(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a column that is missing": ({"time": "tss"}, r"has no column 'tss'\nhint: did you mean 'ts'\?"),
     "an attribution column that is missing": ({"attribution_key": ["usr"]}, r"has no column 'usr'\nhint: did you mean 'user'\?"),
-    "a pattern without files": ({"clicks": "klicks*"}, r"no file in .*log matches the pattern 'klicks\*'\nhint: set data\.source"),
+    "a pattern without files": (
+        {"clicks": "klicks*"},
+        r"^no file in \S+/log matches the pattern 'klicks\*' of data\.source\.clicks: "
+        r"it holds clicks\.parquet, conversions\.parquet, impressions-0\.parquet, impressions-1\.parquet\n"
+        r"hint: set data\.source\.clicks to the names of the files, or pass their folder$",
+    ),
     "a file of two tables": ({"clicks": "*"}, r"impressions-0\.parquet matches the patterns of impressions .* and clicks \('\*'\)"),
     "a time of no such type": ({"time": "flags"}, r"column 'flags' is no event time: expected numbers, timestamps, .*found type list"),
     "a key of no such type": ({"key": "price"}, r"column 'price' is no event key: expected whole numbers or text, found type double"),

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from escm2rec.cells import with_lists
 from escm2rec.config import DataConfig
-from escm2rec.errors import ConfigError, DataError
+from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.preprocess import encode_raw, portions, preprocess, raw_files
 from escm2rec.preprocess.parallel import ordered_map
 from escm2rec.reader.dataset import Dataset
@@ -31,6 +32,7 @@ from tests.preprocess_logs import (
     write_aliccp,
     write_parquet,
 )
+from tests.small_disks import small_disk
 
 ONE = [{"name": "c", "kind": "categorical"}]
 HASHED = {"by": "hash", "train": 0.7, "validation": 0.1, "test": 0.2}
@@ -191,10 +193,19 @@ def test_bad_rows_that_count_do_not_loosen_the_click_rule(tmp_path: Path) -> Non
 def test_input_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no raw logs at .*nowhere"):
         preprocess(table_config(ONE), tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(DataError, match=r"no file in .* matches the pattern '\*\.parquet'"):
+    set_names = r"hint: set data\.source\.{0} to the names of the files, or pass their folder$"
+    told = rf"^no file in {tmp_path} matches the pattern '\*\.parquet' of data\.source\.files: it is empty\n"
+    with pytest.raises(DataError, match=told + set_names.format("files")):
         preprocess(table_config(ONE), tmp_path, tmp_path / "out")
-    with pytest.raises(DataError, match=r"matches the pattern 'sample_skeleton_\*\.csv'"):
+    (tmp_path / "sub").mkdir()
+    for name in "abcdefg":
+        (tmp_path / f"{name}.txt").touch()
+    held = "it holds a.txt, b.txt, c.txt, d.txt, e.txt and 3 more"
+    told = rf"^no file in {tmp_path} matches the pattern 'sample_skeleton_\*\.csv' of data\.source\.skeleton: {held}\n"
+    with pytest.raises(DataError, match=told + set_names.format("skeleton")):
         preprocess(aliccp_config(), tmp_path, tmp_path / "out")
+    with pytest.raises(DataError, match=r"e\.txt and 3 more\nhint: pass the files themselves$"):
+        raw_files(table_config(ONE).source, tmp_path, labels=False)
     (tmp_path / "other.csv").touch()
     with pytest.raises(DataError, match=r"other\.csv does not match the skeleton pattern"):
         preprocess(aliccp_config(), tmp_path / "other.csv", tmp_path / "out")
@@ -252,6 +263,19 @@ def test_encode_raw_needs_no_labels_and_keeps_files_apart(tmp_path: Path) -> Non
     expected = [{name: row[name] for name in ("c", "t")} for row in read_split(out, train=3)]
     rows = [row for block in blocks for row in with_lists(block.table).to_pylist()]
     assert rows == [{**row, "kept.who": name} for name in ("one", "two") for row in expected]
+
+
+def test_encode_raw_tells_of_a_full_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_parquet(tmp_path / "a.parquet", {"c": [0, 4_000_000]})
+    out, _ = made(table_config(ONE), source, tmp_path / "out")
+    cut = r"a write was cut short \(\d+ requested and \d+ written\); 0\.0 MB of 2\.1 MB are free there"
+    limit = r"make room there, or raise the limit on the size of a file \(ulimit -f\)"
+    hint = "then run the same command again, or set TMPDIR to a folder with more room"
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        with pytest.raises(RunError, match=rf"^cannot write {disk}/escm2rec-\w+: {cut}\nhint: {limit}, {hint}$"):
+            list(encoded(out, source, keep=[]))
+        assert list(disk.iterdir()) == []
 
 
 def test_encode_raw_refuses_bad_rows_and_other_types(tmp_path: Path) -> None:
@@ -325,6 +349,58 @@ def test_an_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is or holds the input"):
         preprocess(table_config(ONE), out, out, overwrite=True)
     assert (out / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_an_input_without_rows_is_told_as_such(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "logs").mkdir()
+    for number in range(7):
+        path = tmp_path / "logs" / f"{number}.{suffix}"
+        if suffix == "csv":
+            path.write_text("c,click,conversion\n")
+        else:
+            write_parquet(path, {"c": pa.array([], pa.int64())})
+    names = ", ".join(f"{tmp_path}/logs/{number}.{suffix}" for number in range(5))
+    told = f"no row belongs to the training split: there is none in {names} and 2 more"
+    hint = f"was the export cut off? or are rows in files of other names? data.source.files is '*.{suffix}'"
+    with pytest.raises(DataError) as error:
+        preprocess(table_config(ONE, source={"files": f"*.{suffix}"}), tmp_path / "logs", tmp_path / "out")
+    assert (error.value.message, error.value.hint) == (told, hint)
+
+
+def test_rows_that_do_not_train_are_counted_where_none_does(tmp_path: Path) -> None:
+    columns = {"c": [1, 2, 3, 4, 5], "day": ["tue", "tue", "wed", "thu", "tue"], "click": [0, 1, 0, 0, 7]}
+    write_parquet(tmp_path / "a.parquet", columns)
+    split = {"by": "column", "column": "day", "train": ["mon"], "test": ["tue"]}
+    counts = "2 belong to other splits; left out: 1 for label, 2 for no split"
+    told = rf"^no row belongs to the training split: {counts}\nhint: check data\.split, and the rows that are left out$"
+    with pytest.raises(DataError, match=told):
+        preprocess(table_config(ONE, split=split, bad_rows="count"), tmp_path / "a.parquet", tmp_path / "out")
+
+
+def test_a_data_set_is_no_raw_log(tmp_path: Path) -> None:
+    """Its parts have labels and columns of the features' names: they would be read as a log, and as candidates to score."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    config, source = table_config(ONE), numbered(logs / "a.parquet", 10)
+    out, _ = made(config, logs, logs / "out")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "b.parquet").symlink_to(out / "train" / "part-00000.parquet")
+    part = out / "train" / "part-00000.parquet"
+    cases = {
+        out: part,
+        out / "train": part,
+        part: part,
+        out / "vocabulary": out / "vocabulary" / "c.parquet",
+        tmp_path / "links": tmp_path / "links" / "b.parquet",
+        logs: part,
+    }
+    for given, named in cases.items():
+        told = rf"^{named} is of a data set that escm2rec made \({out}\): its values are encoded, it is no raw log\n"
+        for labels in (True, False):
+            with pytest.raises(DataError, match=told + r"hint: pass the raw logs, and keep data sets \(--out\) outside of their folder$"):
+                raw_files(config.source, given, labels)
+    assert [file.path for file in raw_files(config.source, source)] == [source]
 
 
 def test_files_in_sub_folders_are_not_passed_over(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,7 @@ from escm2rec.preprocess import preprocess
 from escm2rec.preprocess.block import RawBlock
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.splits import split_numbers
-from escm2rec.preprocess.times import iso_text, microseconds
+from escm2rec.preprocess.times import TEXT_TIMES, iso_text, microseconds
 from tests.preprocess_logs import table_config, write_parquet
 
 DAY = 86_400
@@ -91,6 +92,11 @@ def test_what_cannot_be_compared_belongs_to_no_split() -> None:
     assert numbers(pa.array([float("nan"), float("inf"), 0.0, BEGIN])) == [-1, -1, -1, 0]  # 0 stands for none
 
 
+CONVERT = (
+    r"write times as timestamps, or as ISO text such as 2026-01-31, 2026-01-31 18:30 or 2026-01-31T18:30:00\+01:00 "
+    r"\(UTC where none is said\); "
+    r"other text becomes timestamps by polars' str\.to_datetime\('%d/%m/%Y %H:%M'\) or pandas' to_datetime\(texts, format=\.\.\.\)"
+)
 WRONG: dict[str, tuple[pa.Array, dict[str, Any], str]] = {
     "seconds read as milliseconds": (
         pa.array([None, BEGIN]),
@@ -99,6 +105,18 @@ WRONG: dict[str, tuple[pa.Array, dict[str, Any], str]] = {
     ),
     "milliseconds read as seconds": (pa.array([BEGIN * 1_000]), {}, r"found 1767225600000\nhint: set data\.split\.unit to what"),
     "days written as numbers": (pa.array(["20260101"]), {}, r"found '20260101', read as 1970-08-23"),
+    "text that is no time": (
+        pa.array([None, "01/02/2026 10:00"]),
+        {},
+        r"^log\.parquet: row 2, column ts: no row has a time: expected timestamps, numbers or ISO text, found '01/02/2026 10:00'\n"
+        rf"hint: {CONVERT}$",
+    ),
+    "text that is no number": (
+        pa.array(["2026-01-01", "2026-01-02"]),
+        {"validation_from": None, "test_from": 1000},
+        r"^log\.parquet: row 1, column ts: no row has a number to compare with data\.split\.test_from 1000: found '2026-01-01'\n"
+        rf"hint: give test_from \(and validation_from\) as an ISO date, such as '2026-01-31', and {CONVERT}$",
+    ),
     "no times": (
         pa.array([True]),
         {},
@@ -112,6 +130,24 @@ def test_columns_that_are_surely_wrong_are_refused(case: str) -> None:
     array, changes, message = WRONG[case]
     with pytest.raises(DataError, match=message):
         numbers(array, **changes)
+
+
+def test_the_texts_that_the_hint_names_are_times() -> None:
+    named = ["2026-01-31", "2026-01-31 18:30", "2026-01-31T18:30:00+01:00"]
+    assert all(text in TEXT_TIMES for text in named)
+    assert [iso_text(int(time)) for time in microseconds(pa.array(named), "s")[0]] == [
+        "2026-01-31T00:00:00Z",
+        "2026-01-31T18:30:00Z",
+        "2026-01-31T17:30:00Z",
+    ]
+    converted = pl.Series(["01/02/2026 10:00"]).str.to_datetime("%d/%m/%Y %H:%M").to_arrow()
+    assert iso_text(int(microseconds(converted, "s")[0][0])) == "2026-02-01T10:00:00Z"
+
+
+def test_numbers_that_are_none_and_nulls_belong_to_no_split() -> None:
+    plain: dict[str, Any] = {"validation_from": None, "test_from": 1000}
+    assert numbers(pa.array([float("nan"), float("inf")]), **plain) == [-1, -1]
+    assert numbers(pa.array([None, None], pa.string()), **plain) == [-1, -1]
 
 
 def test_a_table_is_split_by_time(tmp_path: Path) -> None:

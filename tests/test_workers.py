@@ -42,6 +42,15 @@ def test_a_temporary_folder_with_a_long_name_is_no_hindrance(tmp_path: Path) -> 
     assert start_method("command", long) == "spawn"
 
 
+def test_a_main_module_without_a_file_has_its_name_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    main = sys.modules["__main__"]
+    for name, shown in (("<stdin>", None), (str(tmp_path), str(tmp_path))):
+        monkeypatch.setattr(main, "__file__", name, raising=False)
+        with workers.starting_workers():
+            assert getattr(main, "__file__", None) == shown
+        assert main.__file__ == name
+
+
 def test_what_is_small_is_told_of_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SMALL_BYTES", 100)
     (tmp_path / "a").write_bytes(b"x" * 60)

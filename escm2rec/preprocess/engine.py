@@ -21,6 +21,16 @@ from escm2rec.workers import ONE_THREAD, starting_workers
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 ANSWER_S = 5
+KILLED = (
+    "a worker process of preprocess was killed, perhaps for its memory",
+    "the same command goes on where it stopped; pass a smaller --memory-gib if memory ran out",
+)
+ENDED = (
+    "a worker process of preprocess ended before its work was done",
+    "call preprocess() under `if __name__ == '__main__':`, because every worker runs the program's file once more; if it does so already, "
+    "memory may have run out: pass a smaller memory_gib, the same call goes on where it stopped",
+)
+"""What is said of the command's workers, and of those of another program."""
 
 
 class Engine(Protocol):
@@ -45,8 +55,9 @@ class HereEngine:
 class LocalEngine:
     """A pool of processes, each with one thread."""
 
-    def __init__(self, pool: ProcessPoolExecutor, workers: int) -> None:
-        self._pool, self.workers = pool, workers
+    def __init__(self, pool: ProcessPoolExecutor, workers: int, forked: bool) -> None:
+        """Workers that are not `forked` run the file of the program that calls once more."""
+        self._pool, self.workers, self._forked = pool, workers, forked
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         """See Engine. RunError when a process was killed."""
@@ -56,11 +67,7 @@ class LocalEngine:
             for future in running:
                 yield future.result()
         except (BrokenProcessPool, EOFError) as error:  # EOFError of one that was killed while it started
-            raise RunError(
-                "a worker process of preprocess was killed, perhaps for its memory",
-                "the same command goes on where it stopped; pass a smaller --memory-gib if memory ran out; a script that calls "
-                "preprocess() must do so under if __name__ == '__main__'",
-            ) from error
+            raise RunError(*(KILLED if self._forked else ENDED)) from error
         finally:
             for future in running:
                 future.cancel()
@@ -88,12 +95,12 @@ class RayEngine:
                 self._ray.cancel(reference)
 
 
-def _told(function: Callable[[Item], Result], item: Item) -> tuple[Result | None, Escm2Error | None]:
+def _told(function: Callable[[Item], Result], item: Item) -> tuple[Result | None, Escm2Error | OSError | None]:
     """The result, or the error as a value: Ray would wrap one that is raised."""
     share_one_heap()
     try:
         return function(item), None
-    except Escm2Error as error:
+    except (Escm2Error, OSError) as error:
         return None, error
 
 
@@ -105,7 +112,7 @@ def local_engine() -> Iterator[Engine]:
         others = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         try:
-            yield LocalEngine(pool, workers)
+            yield LocalEngine(pool, workers, context.get_start_method() == "forkserver")
         except BaseException:  # nobody waits for what the others still do, and one whose start was cut short waits for ever
             for child in set(multiprocessing.active_children()) - others:
                 child.kill()

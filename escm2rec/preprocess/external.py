@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from escm2rec.errors import DataError
+from escm2rec.disk import DISK_LIMIT
+from escm2rec.errors import RunError
 from escm2rec.preprocess.parallel import default_workers
 
 LEAST_BYTES = 256 << 20
@@ -20,7 +21,7 @@ LEAST_BYTES = 256 << 20
 def database(folder: Path, memory_bytes: int, file: str = ":memory:") -> Iterator[Any]:
     """A duckdb connection that takes `memory_bytes` (LEAST_BYTES at least), and goes to `folder`, which is made, beyond.
 
-    `file` in the folder holds its tables, where there are some. DataError when the disk is full.
+    `file` in the folder holds its tables, where there are some. RunError when that memory does not do.
     """
     import duckdb
 
@@ -30,14 +31,16 @@ def database(folder: Path, memory_bytes: int, file: str = ":memory:") -> Iterato
         connection.execute("SET enable_progress_bar = false")  # of a worker it goes to stdout, among the results
         try:
             yield connection
-        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-            raise DataError(f"cannot sort on disk in {folder}: {error}", "is the disk of the output folder full?") from error
+        except duckdb.OutOfMemoryException as error:
+            if DISK_LIMIT in str(error):
+                raise  # `telling_of_disk` says it
+            raise RunError(f"cannot sort with {limits['memory_limit']}: {error}", "pass a larger --memory-gib") from error
 
 
 def query(sql: str, rows: pa.RecordBatchReader, folder: Path, memory_bytes: int, table_rows: int) -> Iterator[pa.Table]:
     """What `sql` says of the table `rows`, in tables of `table_rows` rows (the last may have fewer).
 
-    What does not fit `memory_bytes` (LEAST_BYTES at least) goes to `folder`, which is made and left empty. DataError when the disk is full.
+    What does not fit `memory_bytes` (LEAST_BYTES at least) goes to `folder`, which is made and left empty. RunError as of `database`.
     """
     with database(folder, memory_bytes) as connection:
         connection.register("rows", rows)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from escm2rec.config import AliccpSource, EventsSource, MatrixSource, Source
 from escm2rec.errors import DataError
+from escm2rec.folder import is_of_kind
+
+NAMES = 5  # of files, in a message
 
 
 @dataclass(frozen=True)
@@ -40,23 +44,40 @@ class RawFile:
 def raw_files(source: Source, path: Path, labels: bool = True) -> list[RawFile]:
     """The files of a source under `path` (a folder, or one file), in the order of their names.
 
-    Truth files, test matrices, clicks and conversions are looked for with `labels` only. DataError when there are no files, or when a file
-    lacks one that belongs to it.
+    Truth files, test matrices, clicks and conversions are looked for with `labels` only. DataError when there are no files, when a file
+    lacks one that belongs to it, or when one is of a data set, which escm2rec made.
     """
     if isinstance(source, MatrixSource):
         return _matrices(source, path, labels)
     if isinstance(source, EventsSource) and labels:
         return _events(source, path)
+    key, pattern = pattern_of(source)
+    found = _matching(path, key, pattern, labels)
     if isinstance(source, AliccpSource):
-        return [_with_companions(source, skeleton, labels) for skeleton in _matching(path, source.skeleton, labels)]
-    pattern = source.impressions if isinstance(source, EventsSource) else source.files
-    return [RawFile(file) for file in _matching(path, pattern, labels)]
+        return [_with_companions(source, skeleton, labels) for skeleton in found]
+    return [RawFile(file) for file in found]
 
 
-def _matching(path: Path, pattern: str, labels: bool) -> list[Path]:
-    """The files of a pattern in a folder, in the order of their names; a file is itself."""
+def pattern_of(source: Source) -> tuple[str, str]:
+    """The key of `data.source` that says what files of impressions are named, and what it says."""
+    if isinstance(source, AliccpSource):
+        return "skeleton", source.skeleton
+    if isinstance(source, MatrixSource):
+        return "train", source.train
+    return ("impressions", source.impressions) if isinstance(source, EventsSource) else ("files", source.files)
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few of these names, and how many more there are."""
+    more = len(names) - NAMES
+    return ", ".join(names[:NAMES]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _matching(path: Path, key: str, pattern: str, labels: bool) -> list[Path]:
+    """The files of a pattern, that of `data.source.key`, in a folder, in the order of their names; a file is itself."""
     if path.is_file():
         _check_readable(path)
+        _refuse_made(path)
         return [path]
     if not path.is_dir():
         raise DataError(f"no raw logs at {path}", "check the path")
@@ -65,8 +86,12 @@ def _matching(path: Path, pattern: str, labels: bool) -> list[Path]:
         _check_readable(entry)
     _refuse_nested(path, pattern)
     if not found:
-        hint = "set data.source to the names of the files" if labels else "pass the files themselves"
-        raise DataError(f"no file in {path} matches the pattern {pattern!r}", hint)
+        held = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in path.iterdir())
+        holds = f"it holds {named(held)}" if held else "it is empty"
+        hint = f"set data.source.{key} to the names of the files, or pass their folder" if labels else "pass the files themselves"
+        raise DataError(f"no file in {path} matches the pattern {pattern!r} of data.source.{key}: {holds}", hint)
+    for entry in {entry.resolve().parent: entry for entry in reversed(found)}.values():
+        _refuse_made(entry)
     return found
 
 
@@ -75,7 +100,7 @@ def _events(source: EventsSource, folder: Path) -> list[RawFile]:
     if folder.is_file():
         raise DataError(f"{folder} is no folder: impressions, clicks and conversions are read from one", "pass the folder")
     patterns = {"impressions": source.impressions, "clicks": source.clicks, "conversions": source.conversions}
-    found = {table: _matching(folder, pattern, labels=True) for table, pattern in patterns.items()}
+    found = {table: _matching(folder, table, pattern, labels=True) for table, pattern in patterns.items()}
     owners: dict[Path, str] = {}
     for table, files in found.items():
         for file in files:
@@ -129,7 +154,19 @@ def _refuse_nested(path: Path, pattern: str) -> None:
     for nested in sorted(path.glob("*/**/*")):
         hidden = any(part.startswith(".") for part in nested.relative_to(path).parts)
         if not hidden and nested.is_file() and fnmatch.fnmatchcase(nested.name, pattern):
+            _refuse_made(nested)
             raise DataError(f"{nested} lies in a sub-folder: only files right in {path} are read", "move it, or pass its folder")
+
+
+def _refuse_made(path: Path) -> None:
+    """DataError for a file of a data set: it would be read as a log, whatever its numbers mean."""
+    place = path.resolve()
+    for folder in (place.parent, place.parent.parent):
+        if is_of_kind(folder, "data set"):
+            raise DataError(
+                f"{path} is of a data set that escm2rec made ({folder}): its values are encoded, it is no raw log",
+                "pass the raw logs, and keep data sets (--out) outside of their folder",
+            )
 
 
 def _with_companions(source: AliccpSource, skeleton: Path, labels: bool) -> RawFile:

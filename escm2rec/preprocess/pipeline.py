@@ -23,7 +23,7 @@ from escm2rec.preprocess.aliccp import check_truth
 from escm2rec.preprocess.block import Request
 from escm2rec.preprocess.engine import Engine, HereEngine, local_engine, ray_engine
 from escm2rec.preprocess.events import join_events
-from escm2rec.preprocess.files import RawFile, raw_files
+from escm2rec.preprocess.files import RawFile, named, pattern_of, raw_files
 from escm2rec.preprocess.fit import add_times, fit
 from escm2rec.preprocess.merge import index_rows, merge, merges
 from escm2rec.preprocess.portions import Range, count_lines, other_ranges, portions_of, text_cuts, text_ranges
@@ -246,10 +246,7 @@ class _Maker:
         """Fit every feature; the schema, written."""
         config, source = self._config, self._config.source
         if not sum(each["training_rows"] for each in told):
-            raise DataError(
-                "no row belongs to the training split",
-                "has the input rows? then check data.split, and the rejected rows if data.bad_rows is count",
-            )
+            raise self._no_training_rows(told)
         if isinstance(source, AliccpSource):
             add_times(self._job)
         fitted = self._run("fit", fit, range(len(config.features)), "features")
@@ -269,6 +266,22 @@ class _Maker:
         schema = Schema(source=source, features=features, keep=tuple(config.keep), has_weight=has_weight, has_truth=has_truth)
         schema.save(self._folder / "schema.json")
         return schema
+
+    def _no_training_rows(self, told: list[dict[str, Any]]) -> DataError:
+        """What there was instead."""
+        nothing = "no row belongs to the training split"
+        others, negatives = (sum(each[name] for each in told) for name in ("rows", "negatives_left_out"))
+        left_out = {reason: entry["rows"] for reason, entry in self._rejected.reasons.items()}
+        left_out |= {"data.negative_keep_rate": negatives} if negatives else {}
+        if not others and not left_out:
+            key, pattern = pattern_of(self._config.source)
+            files = named([str(file.path) for file in self._files])
+            hint = f"was the export cut off? or are rows in files of other names? data.source.{key} is {pattern!r}"
+            return DataError(f"{nothing}: there is none in {files}", hint)
+        counts = ", ".join(f"{rows:,} for {reason}" for reason, rows in left_out.items()) or "none"
+        return DataError(
+            f"{nothing}: {others:,} belong to other splits; left out: {counts}", "check data.split, and the rows that are left out"
+        )
 
     def _manifest(self, schema_hash: str, splits: dict[str, dict[str, Any]], shares: Shares, told: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = dict.fromkeys(path for file in self._files for path in file.all_paths)

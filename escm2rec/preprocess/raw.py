@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from escm2rec.disk import telling_of_disk
 from escm2rec.errors import DataError
 from escm2rec.preprocess.block import Request
 from escm2rec.preprocess.encoder import Encoded, Encoder, Rows
@@ -27,6 +28,7 @@ from escm2rec.schema import Schema
 
 MEMORY_BYTES = 1 << 30
 """For sorting a vocabulary, once, before the first row."""
+NO_ROOM = "run the same command again, or set TMPDIR to a folder with more room"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def encode_raw(
     request = Request.of(schema.features, keep, labels)
     opener = Opener(schema.source, request, block_rows)
     workers = default_workers()
-    with tempfile.TemporaryDirectory(prefix="escm2rec-") as workspace:
+    with tempfile.TemporaryDirectory(prefix="escm2rec-") as workspace, telling_of_disk(Path(workspace), NO_ROOM):
         lookups = Path(workspace) / "lookups"
         lookups.mkdir()
         for feature in schema.tables:

@@ -11,6 +11,7 @@ import numpy as np
 
 from escm2rec.errors import DataError
 from escm2rec.preprocess.ragged import Bools, Int64s
+from escm2rec.preprocess.times import TEXT_TIMES
 
 FIRST_OFFENDERS = 5
 
@@ -60,7 +61,7 @@ EVENT_KEY = Reason("event without key", "an event key that is not null")
 EVENT_TIME = Reason(
     "event time",
     "a time from 1740 to 2200: a number, a timestamp, or ISO text",
-    "mend the input, set data.source.time_unit to what numbers count, or set data.bad_rows to count to leave such rows out",
+    f"{TEXT_TIMES}; numbers count data.source.time_unit since 1970; data.bad_rows: count leaves such rows out",
 )
 REPEATED = Reason("repeated impression", "one row an impression key", only_counted=True)  # equal rows: sent again, nothing is lost
 DIFFERING = Reason(

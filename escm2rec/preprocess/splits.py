@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from escm2rec.preprocess.digits import parse_decimals
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.ragged import Bools, Int64s
 from escm2rec.preprocess.stable_hash import hash64, row_hash, split_points
-from escm2rec.preprocess.times import MICROSECONDS, is_number, is_text, iso_text, microseconds
+from escm2rec.preprocess.times import MICROSECONDS, TEXT_TIMES, is_number, is_text, iso_text, microseconds
 
 NO_SPLIT = -1
 TRAIN, VALIDATION, TEST = 0, 1, 2
@@ -108,6 +108,8 @@ def _by_time(split: TimeSplit, block: RawBlock) -> Numbers:
             held &= _is_plausible(split, block, times, held)
     elif is_number(array.type) or is_text(array.type):
         times, held = _plain_numbers(array)
+        if is_text(array.type) and not held.any():
+            _refuse_no_number(split, block)
     else:
         times, held = _times(split, block)
         edges = [edge * MICROSECONDS[split.unit] for edge in edges]
@@ -140,14 +142,40 @@ def _plain_numbers(array: pa.Array) -> tuple[Any, Bools]:
 def _is_plausible(split: TimeSplit, block: RawBlock, times: Int64s, held: Bools) -> Bools:
     """Which times are of a log: a number before 1971 stands for none, or counts something else than `unit`, as all rows of a block do."""
     plausible: Bools = held & (times >= YEAR_1971)
-    valid = np.flatnonzero(block.extras[split.column].is_valid().to_numpy(zero_copy_only=False))
-    if len(valid) and not plausible.any():
-        row = int(valid[0])
-        seen = block.extras[split.column][row].as_py()
+    first = _first(split, block)
+    if first is not None and not plausible.any():
+        row, place, seen = first
+        if isinstance(seen, str) and not held[row]:
+            raise DataError(f"{place}: no row has a time: expected timestamps, numbers or ISO text, found {seen!r}", TEXT_TIMES)
         read = f", read as {iso_text(int(times[row]))}" if held[row] else ""
         raise DataError(
-            f"{block.file.path}: row {block.lines[row]}, column {split.column}: no row has a time from 1971 to 2200 "
-            f"by data.split.unit {split.unit!r}: found {seen!r}{read}",
+            f"{place}: no row has a time from 1971 to 2200 by data.split.unit {split.unit!r}: found {seen!r}{read}",
             "set data.split.unit to what the numbers count, or give test_from as such a number",
         )
     return plausible
+
+
+def _refuse_no_number(split: TimeSplit, block: RawBlock) -> None:
+    """DataError where no text of a block is a number, and all are to be compared with one; nulls belong to no split."""
+    first = _first(split, block)
+    if first is not None:
+        raise DataError(
+            f"{first.place}: no row has a number to compare with data.split.test_from {split.test_from}: found {first.seen!r}",
+            f"give test_from (and validation_from) as an ISO date, such as '2026-01-31', and {TEXT_TIMES}",
+        )
+
+
+class _First(NamedTuple):
+    """The first row of a block that has a value to split by."""
+
+    row: int
+    place: str
+    seen: Any
+
+
+def _first(split: TimeSplit, block: RawBlock) -> _First | None:
+    valid = np.flatnonzero(block.extras[split.column].is_valid().to_numpy(zero_copy_only=False))
+    if not len(valid):
+        return None
+    row = int(valid[0])
+    return _First(row, f"{block.file.path}: row {block.lines[row]}, column {split.column}", block.extras[split.column][row].as_py())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from escm2rec.config import DataConfig
-from escm2rec.folder import write_json
+from escm2rec.folder import telling_of_job, write_json
 from escm2rec.preprocess.block import Request
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.portions import Portion
@@ -55,13 +55,14 @@ def once(work: Path, name: str, make: Callable[[Path], dict[str, Any]], place: P
     """What `make` returned (JSON) in its first whole run as the task of this name; no run follows.
 
     The files that it makes in the folder that it is given move to `place` (`work`) under their names. A run that is killed leaves nothing
-    that counts, and one beside another leaves the same.
+    that counts, and one beside another leaves the same. RunError when the disk is full.
     """
     said = work / f"{name}.json"
     if said.exists():
         known: dict[str, Any] = json.loads(said.read_text(encoding="utf-8"))
         return known
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=work, ignore_cleanup_errors=True) as folder:
+    # Told where it happens: by the time that the others hear of it, the folder is gone and there is room again.
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=work, ignore_cleanup_errors=True) as folder, telling_of_job(work):
         result = make(Path(folder))
         for file in sorted(Path(folder).iterdir()):
             os.replace(file, (place or work) / file.name)

@@ -20,6 +20,11 @@ DAY = 86_400_000_000
 FARTHEST = int((datetime(2200, 1, 1) - datetime(1970, 1, 1)) / timedelta(microseconds=1))
 """No log holds a time farther from 1970: its numbers count something smaller than was said."""
 EXPECTED = "a time from 1740 to 2200"
+TEXT_TIMES = (
+    "write times as timestamps, or as ISO text such as 2026-01-31, 2026-01-31 18:30 or 2026-01-31T18:30:00+01:00 (UTC where none is said); "
+    "other text becomes timestamps by polars' str.to_datetime('%d/%m/%Y %H:%M') or pandas' to_datetime(texts, format=...)"
+)
+"""What to do about text that is no time."""
 
 # ISO text to one form, which chrono parses: a date alone, a blank before the time, no seconds, Z, no zone.
 _ISO = (

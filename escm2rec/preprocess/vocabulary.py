@@ -144,8 +144,10 @@ def _range_of(path: Path) -> tuple[int, int, int]:
 
 def _write_dense(path: Path, file: Path, low: int, span: int) -> None:
     """The row of each value from `low` on, -1 where there is none, and one slot more."""
-    dense: Any = np.memmap(file, dtype=np.int32, mode="w+", shape=(span + 1,))
-    dense[:] = -1
+    with file.open("wb") as column:  # written, not mapped: on a full disk the process would die of a page that has no place
+        for start in range(0, span + 1, TABLE_ROWS):
+            np.full(min(TABLE_ROWS, span + 1 - start), -1, np.int32).tofile(column)
+    dense: Any = np.memmap(file, dtype=np.int32, mode="r+")
     for batch in _tables(path, ["value", "row"]):
         dense[batch["value"].to_numpy() - low] = batch["row"].to_numpy()
     dense.flush()
