@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import pyarrow.parquet as pq
 
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, DataError, Escm2Error
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,20 @@ def data_path(place: str | DataPath) -> DataPath:
     except (ImportError, ValueError) as error:
         raise ConfigError(f"cannot open {place}: {error}", "install the fsspec package of that protocol (s3fs, gcsfs, ...)") from error
     return Path(path) if "file" in fs.protocol else RemotePath(fs, path)
+
+
+@contextmanager
+def telling(place: DataPath) -> Iterator[None]:
+    """DataError where a store does not let itself be read: each has errors of its own, for no answer and for no right to."""
+    try:
+        yield
+    except Escm2Error:
+        raise
+    except Exception as error:
+        if isinstance(place, Path):
+            raise
+        hint = "check its address, and the credentials and endpoint that the package of this protocol finds (s3fs: AWS_* variables)"
+        raise DataError(f"cannot read {place}: {type(error).__name__}: {error}", hint) from error
 
 
 def copy_folder(source: DataPath, to: Path) -> None:

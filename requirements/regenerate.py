@@ -17,7 +17,21 @@ CUDA_HEADER = "# What torch's CUDA build asks for.\n"
 CUDA_PACKAGES = ("cuda-", "nvidia-", "triton")
 # torchrec is left out for its fbgemm-gpu; what else it asks for stands here. torchx is frozen at 0.7.0.
 WANTED = ["torchx==0.7.0", "tensordict", "torchmetrics==1.0.3", "tqdm", "pyre-extensions", "tensorboard", "matplotlib", "setuptools"]
-WANTED_DEV = ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "kubernetes", "ray"]
+WANTED += ["python-dateutil<3"]  # what s3fs asks for, by botocore
+WANTED_DEV = [
+    "pytest",
+    "pytest-timeout",
+    "hypothesis",
+    "ruff",
+    "mypy",
+    "types-PyYAML",
+    "kubernetes",
+    "ray",
+    "s3fs",
+    "moto",
+    "flask",
+    "flask-cors",
+]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
 
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.paths import DataPath, RemotePath, copy_folder, data_path
@@ -36,6 +37,28 @@ def url(local: Path) -> Iterator[str]:
     memory.rm(folder, recursive=True)
 
 
+@pytest.fixture(scope="module")
+def bucket(local: Path) -> Iterator[str]:
+    """The same data set in a bucket of a server that speaks S3."""
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patched:
+        host, port = server.get_host_and_port()
+        told = {
+            "ENDPOINT_URL": f"http://{host}:{port}",
+            "ACCESS_KEY_ID": "key",
+            "SECRET_ACCESS_KEY": "secret",
+            "DEFAULT_REGION": "us-east-1",
+        }
+        for name, value in told.items():
+            patched.setenv(f"AWS_{name}", value)
+        store = fsspec.filesystem("s3", skip_instance_cache=True)
+        store.mkdir("logs")
+        store.put(str(local), "logs/set", recursive=True)
+        yield "s3://logs/set"
+    server.stop()
+
+
 def _read(data: str | DataPath, threads: int = 1) -> list[tuple[list[int], list[int]]]:
     reader = Reader(Dataset.open(data), "train", 128, decode_threads=threads, extra_columns=("kept.row_id",))
     batches = [(batch.features, extra["kept.row_id"].to_pylist()) for batch, extra in reader.read_ahead(1)]
@@ -48,6 +71,32 @@ def test_a_data_set_is_read_alike_wherever_it_lies(local: Path, url: str, thread
     assert sorted(row for _, rows in expected for row in rows) == list(range(ROWS))
     for place in (str(local), local.as_uri(), url, data_path(url)):
         assert _read(place, threads) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_data_set_is_read_from_s3(local: Path, bucket: str, threads: int, tmp_path: Path) -> None:
+    assert _read(bucket, threads) == _read(local)
+    copy_folder(data_path(bucket) / "vocabulary", tmp_path / "copied")
+    assert (tmp_path / "copied" / "user.parquet").read_bytes() == b"a vocabulary"
+    with pytest.raises(DataError, match="no data set at s3://logs/sets") as absent:
+        Dataset.open("s3://logs/sets")
+    assert absent.value.hint == "did you mean s3://logs/set?"
+
+
+def test_a_store_that_gives_nothing_is_told(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is known: what a bucket holds may be remembered."""
+    nowhere = fsspec.filesystem("s3", endpoint_url="http://127.0.0.1:9", skip_instance_cache=True)
+    with pytest.raises(
+        DataError, match="cannot read s3://logs/set: EndpointConnectionError: Could not connect to the endpoint"
+    ) as silent:
+        Dataset.open(RemotePath(nowhere, "logs/set"))
+    assert silent.value.hint.startswith("check its address, and the credentials and endpoint")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    nobody = fsspec.filesystem("s3", skip_instance_cache=True)
+    with pytest.raises(DataError, match="cannot read s3://logs/set: NoCredentialsError"):
+        Dataset.open(RemotePath(nobody, "logs/set"))
 
 
 def test_a_file_url_is_a_local_path(local: Path) -> None:

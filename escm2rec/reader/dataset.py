@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from escm2rec.config import Split
 from escm2rec.errors import DataError
 from escm2rec.folder import read_manifest
-from escm2rec.paths import DataPath, data_path, open_parquet
+from escm2rec.paths import DataPath, data_path, open_parquet, telling
 from escm2rec.schema import Schema
 
 
@@ -43,7 +43,8 @@ class Dataset:
     def open(cls, path: str | DataPath) -> Dataset:
         """Open a data set at a local path or fsspec URL; DataError when it is absent, incomplete, or its schema and manifest disagree."""
         path = data_path(path)
-        manifest = read_manifest(path, "data set", frozenset({"schema_hash", "splits"}))
+        with telling(path):
+            manifest = read_manifest(path, "data set", frozenset({"schema_hash", "splits"}))
         schema = Schema.load(path / "schema.json")
         if manifest.get("schema_hash") != schema.hash():
             raise DataError(
