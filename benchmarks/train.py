@@ -50,13 +50,12 @@ def reference_config() -> Config:
 
 
 def from_parquet(trainer: Trainer) -> float:
-    """Seconds of one epoch as `train` runs it, without the checkpoint at its end."""
+    """Seconds of one epoch as `train` runs it, without checkpoints."""
     trainer.step = 0
     dist.barrier()
     began = time.perf_counter()
     for _ in trainer.records():
-        if trainer.step == trainer.total_steps:
-            break
+        pass
     dist.barrier()
     return time.perf_counter() - began
 

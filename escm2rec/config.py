@@ -664,6 +664,8 @@ class TrainingConfig(Section):
     decode_threads: int = Field(1, ge=1, description="Threads that decode Parquet ahead of the batches; 1: the background thread itself.")
     log_every_steps: int = Field(50, ge=1, description="Steps between two lines of metrics.")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    checkpoint_every_minutes: float | None = Field(None, gt=0, description="Minutes between checkpoints, beside those by steps.")
+    keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints stay: the newest ones.")
     sharding: dict[str, ShardingKind] = Field(
         {}, description="Sharding forced per feature's table ('*' for all); the planner chooses for the rest."
     )

@@ -4,7 +4,8 @@ Escm2Error                  what happened, and a hint: what to do next
 |-- ConfigError             a config, an argument or an option is wrong          exit 2
 |-- DataError               input data or a folder on disk is wrong              exit 2
 |-- InstallationError     installed packages do not fit each other             exit 2
-`-- RunError                a run that was rightly set up failed                 exit 1
+|-- RunError                a run that was rightly set up failed                 exit 1
+`-- StopError               a run was asked to end and can go on                 exit 75
 """
 
 from __future__ import annotations
@@ -54,6 +55,12 @@ class RunError(Escm2Error):
     """A run that was rightly set up failed."""
 
     exit_code = 1
+
+
+class StopError(Escm2Error):
+    """A run was asked to end, did so in order, and can go on. The code is sysexits.h's for "try again later"."""
+
+    exit_code = 75
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

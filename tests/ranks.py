@@ -16,7 +16,8 @@ CALL_TIMEOUT_S = 180
 def run_ranks(world_size: int, calls: list[tuple[str, dict[str, Any]]], folder: Path, timeout_s: float = CALL_TIMEOUT_S) -> list[Any]:
     """Each call ('module:function', keyword arguments as JSON) on `world_size` ranks, in one process group; rank 0's results.
 
-    A call that raises an Escm2Error gives {"error": type, "message": ...} and the others still run.
+    A call that raises an Escm2Error gives {"error": type, "message": ...} and the others still run. What the
+    ranks said is in the file `stderr` of the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     todo, done = folder / "calls.json", folder / "results.json"
@@ -30,6 +31,7 @@ def run_ranks(world_size: int, calls: list[tuple[str, dict[str, Any]]], folder: 
         except BaseException:
             torchrun.terminate()  # not killed: the ranks are sessions of their own, which only torchrun ends
             raise
+    (folder / "stderr").write_text(said)
     assert torchrun.returncode == 0, f"{world_size} ranks failed:\n{said[-6000:]}"
     return list(json.loads(done.read_text()))
 

@@ -86,9 +86,7 @@ def test_a_data_set_is_read_from_s3(local: Path, bucket: str, threads: int, tmp_
 def test_a_store_that_gives_nothing_is_told(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is known: what a bucket holds may be remembered."""
     nowhere = fsspec.filesystem("s3", endpoint_url="http://127.0.0.1:9", skip_instance_cache=True)
-    with pytest.raises(
-        DataError, match="cannot read s3://logs/set: EndpointConnectionError: Could not connect to the endpoint"
-    ) as silent:
+    with pytest.raises(DataError, match="cannot read s3://logs/set: EndpointConnectionError: Could not connect to the endpoint") as silent:
         Dataset.open(RemotePath(nowhere, "logs/set"))
     assert silent.value.hint.startswith("check its address, and the credentials and endpoint")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -189,6 +189,55 @@ def test_a_resumed_run_goes_on_as_if_undisturbed(data: Path, runs: Runs, tmp_pat
                 assert seen[name] == pytest.approx(want[name], abs=1e-5)
 
 
+def test_a_run_that_is_told_to_end_goes_on_as_if_undisturbed(data: Path, runs: Runs, tmp_path: Path) -> None:
+    """SIGTERM of rank 1 after step 6: both save step 8, when both know of it, say so, and end; resumed, the run is that of nobody told."""
+    settings = OBJECTIVES["escm2-ips"]
+    call: dict[str, Any] = {"data": str(data), "out": str(tmp_path / "run"), "overrides": settings}
+    told = ("tests.training_calls:train_until_told", {**call, "at_step": 6, "of_rank": 1})
+    stopped, resumed = run_ranks(2, [told, ("tests.training_calls:train_run", {**call, "resume": True})], tmp_path / "ranks")
+    assert stopped["error"] == "StopError"
+    assert stopped["message"] == "stopped by SIGTERM after step 8 of 20; its checkpoint is whole\nhint: --resume goes on from it"
+    assert resumed["steps"] == NUM_STEPS
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-8", "step-20"}
+    undisturbed = runs[("escm2-ips", "planner", 2)][-1]
+    again = _records(tmp_path / "run")[-1]
+    assert again["step"] == undisturbed["step"] == NUM_STEPS
+    for name in (name for name in undisturbed if name.startswith("loss_")):
+        assert again[name] == undisturbed[name], "bit for bit"
+
+
+def test_a_damaged_checkpoint_is_passed_over(data: Path, tmp_path: Path) -> None:
+    """Of two, whichever file of the newer one is cut, changed or gone: training goes on from the older one, and says so."""
+    out = tmp_path / "run"
+    settings = [*OBJECTIVES["esmm"], "training.checkpoint_every_steps=12", "training.keep_checkpoints=3"]
+    call: dict[str, Any] = {"data": str(data), "out": str(out), "overrides": settings, "resume": True}
+    run_ranks(2, [("tests.training_calls:train_run", call)], tmp_path / "first")
+    last = _records(out)[-1]
+    newest = out / "checkpoints" / "step-20"
+    written = json.loads((newest / "manifest.json").read_text())["files"]
+    assert {path.name for path in newest.iterdir()} == {*written, "manifest.json"}
+    assert len(written) >= 3, "of each rank, and the index"
+    for number, name in enumerate(sorted(written)):
+        path = newest / name
+        whole = path.read_bytes()
+        damaged, said = [
+            (whole[:-1], f"{name} has {len(whole) - 1:,} bytes, {len(whole):,} were written"),
+            (whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], f"{name} does not hold what was written (SHA-256)"),
+            (None, f"{name} cannot be read: No such file or directory"),
+        ][number % 3]
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        folder = tmp_path / f"ranks-{number}"
+        evaluates = ("tests.training_calls:evaluate_run", {"run": str(out), "data": str(data), "split": "train"})
+        evaluated, resumed = run_ranks(2, [evaluates, ("tests.training_calls:train_run", call)], folder)
+        assert evaluated["error"] == "DataError"
+        assert evaluated["message"].startswith(f"checkpoint {newest} is damaged: {said}\nhint: train with --resume")
+        assert f"checkpoint {newest} is damaged and passed over: {said}" in (folder / "stderr").read_text()
+        assert resumed["steps"] == NUM_STEPS
+        assert _records(out)[-1]["loss_ctr"] == last["loss_ctr"]
+
+
 def test_a_damaged_checkpoint_and_another_config_are_refused(data: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "run", write_dataset(tmp_path / "other", {"train": 1_000})
     call: dict[str, Any] = {"data": str(data), "out": str(out), "overrides": OBJECTIVES["esmm"]}
@@ -197,7 +246,7 @@ def test_a_damaged_checkpoint_and_another_config_are_refused(data: Path, tmp_pat
     _, elsewhere = run_ranks(1, first, tmp_path / "first")
     assert "was trained on other rows than the training split holds now" in elsewhere["message"]
     assert (out / "manifest.json").is_file(), "what is refused changes nothing"
-    shards = sorted((out / "checkpoints" / "step-20").glob("*.distcp"))
+    shards = sorted((out / "checkpoints").glob("step-*/*.distcp"))
     assert shards
     for shard in shards:
         shard.write_bytes(shard.read_bytes()[:100])
@@ -219,7 +268,7 @@ def test_a_damaged_checkpoint_and_another_config_are_refused(data: Path, tmp_pat
         "was trained with another config: model.embedding_dim, objective.kind, training.learning_rate_decay differ(s)"
         in results[2]["message"]
     )
-    assert f"cannot load checkpoint {out / 'checkpoints' / 'step-20'}: rank 0: " in results[3]["message"]
+    assert results[3]["message"] == f"every checkpoint of {out} is damaged (step-20)\nhint: train again, with --overwrite"
 
 
 def test_a_training_that_diverges_ends_and_looks_unfinished(data: Path, tmp_path: Path) -> None:

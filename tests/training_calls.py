@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from escm2rec.config import load_config
 from escm2rec.evaluation.evaluate import evaluate
@@ -13,7 +16,9 @@ from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.scoring.score import score
 from escm2rec.sharding.runtime import distributed_runtime
+from escm2rec.training.metrics import TrainingMetrics
 from escm2rec.training.run import Run
+from escm2rec.training.step import StepOutput
 from escm2rec.training.train import train
 from escm2rec.training.trained import TrainedModel
 from tests.encoded import config
@@ -22,6 +27,24 @@ from tests.encoded import config
 def train_run(data: str, out: str, overrides: list[str], resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train with the tests' config."""
     return train(config(*overrides), Path(data), Path(out), resume, overwrite)
+
+
+def train_until_told(data: str, out: str, overrides: list[str], at_step: int, of_rank: int) -> dict[str, Any]:
+    """`train_run`, in which a rank gets SIGTERM while it does a step."""
+    add = TrainingMetrics.add
+
+    def add_and_be_told(self: TrainingMetrics, output: StepOutput) -> None:
+        add(self, output)
+        told["steps"] += 1
+        if told["steps"] == at_step and dist.get_rank() == of_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    told = {"steps": 0}
+    TrainingMetrics.add = add_and_be_told  # type: ignore[method-assign]
+    try:
+        return train_run(data, out, overrides)
+    finally:
+        TrainingMetrics.add = add  # type: ignore[method-assign]
 
 
 def train_file(config_file: str, data: str, out: str, overrides: list[str] | None = None) -> dict[str, Any]:

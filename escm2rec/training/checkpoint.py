@@ -1,57 +1,144 @@
-"""Checkpoints of a sharded model: complete or absent, and loadable on another number of ranks."""
+"""Checkpoints of a sharded model: complete or absent, written beside the training, and loadable on another number of ranks."""
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import os
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.remote_device import _remote_device
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from escm2rec.errors import DataError, RunError
-from escm2rec.folder import read_manifest, write_manifest
+from escm2rec.folder import MANIFEST, read_manifest, sha256_of, write_manifest
 from escm2rec.sharding.runtime import Runtime, on_main
 
-KEPT_CHECKPOINTS = 2
+logger = logging.getLogger(__name__)
+WRITE_TIMEOUT = timedelta(hours=1)  # how long a rank waits for the slowest disk
 
 
-def save_checkpoint(
-    run: Path, step: int, progress: dict[str, Any], module: DistributedModelParallel, optimizer: CombinedOptimizer, runtime: Runtime
-) -> Path:
-    """Write `checkpoints/step-N`, beside its place and renamed when whole; older ones beyond the last two are removed.
+class Checkpoints:
+    """Writes the checkpoints of a run, one at a time, while training goes on; all ranks call it alike.
 
-    `progress` says which batches were trained (not which were read). Called by all ranks.
+    What is written is a copy, in memory, of the state at the time of `save`: tables, towers and what the optimizers hold, once more.
+    Used as a context: what is being written is whole when it ends, however it ends.
     """
-    folder = run / "checkpoints" / f"step-{step}"
-    partial = folder.with_name(f".{folder.name}.partial")
 
-    def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def __init__(self, run: Path, keep: int, runtime: Runtime) -> None:
+        """The newest `keep` stay."""
+        self._run, self._keep = run, keep
+        # A group of its own: what ranks tell each other to write would get between what they tell each other to train.
+        self._runtime = replace(runtime, group=dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT))
+        self._thread = ThreadPoolExecutor(1, "escm2rec-checkpoint")
+        self._writing: Future[None] | None = None
 
-    def finish() -> None:
-        write_manifest(partial, "checkpoint", {"step": step, "progress": progress})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-        for old in _checkpoints(run)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
+    def save(self, step: int, progress: dict[str, Any], module: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
+        """Begin to write `checkpoints/step-N`; waits for the one before. RunError when that could not be written.
 
-    on_main(runtime, prepare)
-    try:
-        dcp.save({"model": module.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=partial)
-    except (OSError, CheckpointException) as error:
-        raise RunError(
-            f"cannot write checkpoint {partial}: {_cause(error)}", "is the disk full? free space and start again with --resume"
-        ) from error
-    on_main(runtime, finish)
-    return folder
+        `progress` says which batches were trained (not which were read).
+        """
+        self.wait()
+        state = _copied({"model": module.state_dict(), "optimizer": optimizer.state_dict()})
+        self._writing = self._thread.submit(self._write, step, progress, state)
+
+    def check(self) -> None:
+        """RunError when the last checkpoint could not be written, as far as that is known."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is whole; RunError when it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()
+            dist.destroy_process_group(self._runtime.group)
+
+    def _write(self, step: int, progress: dict[str, Any], state: dict[str, Any]) -> None:
+        folder = self._run / "checkpoints" / f"step-{step}"
+        partial = folder.with_name(f".{folder.name}.partial")
+
+        def prepare() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def finish() -> None:
+            told = {name: known for rank in files for name, known in rank.items()}
+            write_manifest(partial, "checkpoint", {"step": step, "progress": progress, "files": told})
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+            for old in _checkpoints(self._run)[: -self._keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+        on_main(self._runtime, prepare)
+        try:
+            dcp.save(state, checkpoint_id=partial, process_group=self._runtime.group)
+        except (OSError, CheckpointException) as error:
+            raise RunError(
+                f"cannot write checkpoint {partial}: {_cause(error)}", "is the disk full? free space and start again with --resume"
+            ) from error
+        files = self._gathered(_files_of(partial, self._runtime.rank))
+        on_main(self._runtime, finish)
+
+    def _gathered(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        every: list[dict[str, Any]] = [{}] * self._runtime.world_size
+        dist.all_gather_object(every, mine, group=self._runtime.group)
+        return every
+
+
+def _copied(state: Any) -> Any:
+    """A state in memory of its own, on the CPU; shards stay shards, of the same places."""
+    if isinstance(state, ShardedTensor):
+        shards = [Shard(shard.tensor.detach().to("cpu", copy=True), _on_cpu(shard.metadata)) for shard in state.local_shards()]
+        metadata = copy.copy(state.metadata())
+        metadata.shards_metadata = [_on_cpu(each) for each in metadata.shards_metadata]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=state._process_group)
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {name: _copied(value) for name, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list | tuple) else copy.deepcopy(state)
+
+
+def _on_cpu(metadata: Any) -> Any:
+    moved = copy.copy(metadata)
+    moved.placement = _remote_device(f"rank:{metadata.placement.rank()}/cpu")
+    return moved
+
+
+def _files_of(folder: Path, rank: int) -> dict[str, Any]:
+    """Bytes and checksum of what a rank wrote (rank 0 the index too), which is on disk after it."""
+    found = {}
+    for path in sorted([*folder.glob(f"__{rank}_*"), *(folder.glob(".metadata") if rank == 0 else [])]):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        found[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return found
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -60,10 +147,51 @@ def latest_checkpoint(run: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
+def last_good_checkpoint(run: Path, runtime: Runtime) -> Path | None:
+    """The complete checkpoint of the highest step that is not damaged; None where there is none at all. Called by all ranks.
+
+    Newer ones that are damaged are told of. DataError when every one is.
+    """
+    folders = on_main(runtime, lambda: _checkpoints(run))
+    for folder in reversed(folders):
+        said = damage(folder, runtime)
+        if said is None:
+            return folder
+        if runtime.is_main:
+            logger.warning("checkpoint %s is damaged and passed over: %s", folder, said)
+    if not folders:
+        return None
+    names = ", ".join(folder.name for folder in folders)
+    raise DataError(f"every checkpoint of {run} is damaged ({names})", "train again, with --overwrite")
+
+
+def damage(folder: Path, runtime: Runtime) -> str | None:
+    """What is wrong with the files of a complete checkpoint, by size and checksum; each rank looks at its share. Called by all ranks."""
+    try:
+        files = sorted(on_main(runtime, lambda: read_manifest(folder, "checkpoint").get("files", {})).items())
+    except DataError as error:
+        return error.message
+    said: list[str | None] = [None] * runtime.world_size
+    mine = (_damage_of(folder / name, known) for name, known in files[runtime.rank :: runtime.world_size])
+    dist.all_gather_object(said, next(filter(None, mine), None), group=runtime.group)
+    return next(filter(None, said), None)
+
+
+def _damage_of(path: Path, known: dict[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != known["bytes"]:
+            return f"{path.name} has {size:,} bytes, {known['bytes']:,} were written"
+        return None if sha256_of(path) == known["sha256"] else f"{path.name} does not hold what was written (SHA-256)"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror or error}"
+
+
 def load_checkpoint(folder: Path, module: DistributedModelParallel, optimizer: CombinedOptimizer | None = None) -> dict[str, Any]:
     """Load weights, and the optimizer's state when one is given, in place; returns the checkpoint's progress.
 
-    Raises DataError when the checkpoint is incomplete, damaged, or of another model.
+    Raises DataError when the checkpoint is incomplete, cannot be read, or is of another model. `damage` says whether it holds what was
+    written.
     """
     manifest = read_manifest(folder, "checkpoint")
     state: dict[str, Any] = {"model": module.state_dict()}
@@ -88,7 +216,7 @@ def _load(state: dict[str, Any], folder: Path) -> None:
     try:
         dcp.load(state, checkpoint_id=folder)
     except (OSError, RuntimeError, ValueError, KeyError, json.JSONDecodeError, CheckpointException) as error:
-        hint = "it is damaged, or of another model, schema or split of columns; once it is removed, --resume goes on from the one before"
+        hint = "it is of another model, schema or split of columns, or damaged"
         raise DataError(f"cannot load checkpoint {folder}: {_cause(error)}", hint) from error
 
 
@@ -101,5 +229,5 @@ def _cause(error: BaseException) -> str:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    folders = [path for path in (run / "checkpoints").glob("step-*") if (path / "manifest.json").is_file()]
+    folders = [path for path in (run / "checkpoints").glob("step-*") if (path / MANIFEST).is_file()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))

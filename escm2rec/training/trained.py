@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from escm2rec.errors import DataError
 from escm2rec.models.predictions import Predictions
 from escm2rec.objectives.objective import Stage
 from escm2rec.reader.batch import Batch
 from escm2rec.sharding.runtime import Runtime
 from escm2rec.training.build import build_model, build_objective, shard
-from escm2rec.training.checkpoint import load_calibration, load_checkpoint
+from escm2rec.training.checkpoint import damage, load_calibration, load_checkpoint
 from escm2rec.training.run import Run
 from escm2rec.training.step import ModelOnly
 
@@ -25,6 +26,10 @@ class TrainedModel:
         model = build_model(run.schema, run.config.model, run.config.objective, run.rates, run.config.training.seed)
         self._runtime = runtime
         self._module: DistributedModelParallel = shard(ModelOnly(model), run.schema, run.config, False, runtime).module
+        if (said := damage(run.checkpoint, runtime)) is not None:
+            raise DataError(
+                f"checkpoint {run.checkpoint} is damaged: {said}", "train with --resume goes on from one before, if there is one"
+            )
         load_checkpoint(run.checkpoint, self._module)
         self._module.eval()
         # A cross-fitted q is of the training rows alone: other rows are weighed by the CTR tower's.

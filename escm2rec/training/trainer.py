@@ -16,7 +16,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from escm2rec.config import Config
-from escm2rec.errors import ConfigError, DataError
+from escm2rec.errors import ConfigError, DataError, StopError
 from escm2rec.folder import MANIFEST, read_manifest, write_json
 from escm2rec.objectives.objective import Phase, Stage
 from escm2rec.paths import DataPath
@@ -26,8 +26,9 @@ from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.sharding.planner import plan_as_json
 from escm2rec.sharding.runtime import Runtime, on_main
+from escm2rec.training.agreement import Agreement, Clock, StopRequest, heeding_sigterm
 from escm2rec.training.build import BaseRates, build_model, build_objective, build_optimizer, shard
-from escm2rec.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from escm2rec.training.checkpoint import Checkpoints, last_good_checkpoint, latest_checkpoint, load_checkpoint
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
 from escm2rec.training.run import finish_run, go_on, last_record, start_run
 from escm2rec.training.step import Loss, TrainingModel
@@ -96,8 +97,8 @@ class Trainer:
         self.schema_hash, self.data_identity = dataset.schema.hash(), dataset.identity("train")
 
     def resume(self) -> None:
-        """Go on from the last complete checkpoint, if there is one."""
-        folder = latest_checkpoint(self.out)
+        """Go on from the last complete checkpoint that is not damaged, if there is one."""
+        folder = last_good_checkpoint(self.out, self.runtime)
         if folder is None:
             return
         progress = load_checkpoint(folder, self.module, self.optimizer)
@@ -125,8 +126,13 @@ class Trainer:
                 self.calendar.training,
                 self.calendar.every,
             )
-        with MetricsLog(self.out, self.runtime, first_step) as log, Progress("train", rows_left, self.runtime.is_main) as progress:
-            for record in self.records():
+        with (
+            MetricsLog(self.out, self.runtime, first_step) as log,
+            Progress("train", rows_left, self.runtime.is_main) as progress,
+            Checkpoints(self.out, self.config.training.keep_checkpoints, self.runtime) as checkpoints,
+            heeding_sigterm() as request,
+        ):
+            for record in self.records(checkpoints, request):
                 log.write(record)
                 losses = [f"{name} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
                 progress.add(record["rows"], f"step {self.step} of {self.total_steps}, {' '.join(losses)}")
@@ -150,13 +156,18 @@ class Trainer:
         on_main(self.runtime, lambda: finish_run(self.out, summary))
         return {"run": str(self.out), **summary}
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """Train step by step from where it stands; yield a record of metrics when one is due, before the checkpoint of that step."""
+    def records(self, checkpoints: Checkpoints | None = None, request: StopRequest | None = None) -> Iterator[dict[str, Any]]:
+        """Train step by step from where it stands; yield a record of metrics when one is due, before the checkpoint of that step.
+
+        StopError when `request` was asked of any rank, after a checkpoint, a step or two later.
+        """
         training = self.config.training
+        agreement, clock = Agreement(2), Clock(training.checkpoint_every_minutes if self.runtime.is_main else None)
         metrics = TrainingMetrics(self.runtime, self.objective.estimator.weighs)
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
         batches = self._batches()
         while self.step < self.total_steps:
+            stops, is_due = agreement.exchange(request is not None and request.asked, clock.is_due())
             self._set_learning_rates()
             calibrates = self.calendar.calibrates(self.step)
             phase: Phase = "calibration" if calibrates else self.objective.phase(self.calendar.trained(self.step))
@@ -166,13 +177,26 @@ class Trainer:
                 metrics.add(output)
             self.step += 1
             last = self.step == self.total_steps
-            saves = last or (training.checkpoint_every_steps is not None and self.step % training.checkpoint_every_steps == 0)
+            every = training.checkpoint_every_steps
+            saves = last or stops or is_due or (every is not None and self.step % every == 0)
             if metrics.steps and (saves or self.step % training.log_every_steps == 0):  # it checks the losses: no checkpoint without
                 epoch = (self.calendar.trained(self.step) - 1) // self.reader.num_steps
                 yield metrics.record(self.step, epoch) | self._calibration()
-            if saves:
-                progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
-                save_checkpoint(self.out, self.step, progress, self.module, self.optimizer, self.runtime)
+            if checkpoints is not None:
+                checkpoints.check()
+                if saves:
+                    progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
+                    checkpoints.save(self.step, progress, self.module, self.optimizer)
+                if stops and not last:
+                    checkpoints.wait()
+                    raise self._stopped()
+
+    def _stopped(self) -> StopError:
+        error = StopError(
+            f"stopped by SIGTERM after step {self.step} of {self.total_steps}; its checkpoint is whole", "--resume goes on from it"
+        )
+        error.told_by_rank_0 = not self.runtime.is_main
+        return error
 
     def _set_learning_rates(self) -> None:
         """Those of the next step, a function of the step alone."""
