@@ -80,6 +80,24 @@ def test_merged_spills_give_the_same_bytes_from_few_files(tmp_path: Path, at_onc
     assert merges < len(left[0]) <= merges * at_once
 
 
+def test_a_merge_that_another_run_has_done_meanwhile_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a task on a node thought lost: the other run ends, and removes the spills, when this one has begun."""
+    monkeypatch.setattr(portions, "PORTION_BYTES", 100)
+    monkeypatch.setattr(merge, "MERGED", 4)
+    whole, runs = merge._merge, []
+
+    def overtaken(job: Any, number: int, folder: Path) -> Any:
+        runs.append(number)
+        if runs.count(number) == 1:
+            merge.merge(job, number)
+        return whole(job, number, folder)
+
+    plain = content(made(table_config(FEATURES), log(tmp_path / "log"), tmp_path / "plain")[0])
+    monkeypatch.setattr(merge, "_merge", overtaken)
+    assert content(made(table_config(FEATURES), tmp_path / "log", tmp_path / "out")[0]) == plain
+    assert runs == [0, 0, 1, 1, 2, 2]
+
+
 def test_few_spills_are_read_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(portions, "PORTION_BYTES", 100)
     monkeypatch.setattr(merge, "MERGED", FILES)

@@ -87,13 +87,19 @@ def _spills(job: Job, number: int) -> list[str]:
 
 
 def _merged(job: Job, number: int) -> dict[str, Any]:
-    return job.once(f"merge-{number:05d}", lambda folder: {"files": _merge(job, number, folder)})
+    name = f"merge-{number:05d}"
+    try:
+        return job.once(name, lambda folder: {"files": _merge(job, number, folder)})
+    except FileNotFoundError:
+        if not (job.work / f"{name}.json").exists():
+            raise
+        return _merged(job, number)  # another run of the task, such as one thought lost, has ended meanwhile and removed the spills
 
 
 def _merge(job: Job, number: int, folder: Path) -> list[str | None]:
     spills = _spills(job, number)
     mapped = [MappedBatch(job.work / f"rows-{name}.arrow") for name in spills]
-    bounds = [np.load(job.work / f"bounds-{name}.npy", mmap_mode="r") for name in spills]
+    bounds = [np.load(job.work / f"bounds-{name}.npy").astype(np.int32) for name in spills]
     files: list[str | None] = []
     for first, last in _stretches(job):
         name = f"merged-{number:05d}-{first}"

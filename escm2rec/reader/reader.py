@@ -9,6 +9,7 @@ a number of ranks W that divides L, a rank takes every W-th lane, so it decodes 
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from bisect import bisect_left, bisect_right
@@ -31,6 +32,7 @@ from escm2rec.reader.columns import Columns, Slice, assemble, decode, encoded_co
 from escm2rec.reader.dataset import Dataset, RowGroup
 
 T = TypeVar("T")
+EXIT_S = 5.0  # how long the end of a program waits for its reader
 
 
 Piece = tuple[int, int, int]
@@ -171,16 +173,15 @@ class Reader:
 def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
     """The same items, made by a background thread at most `depth` ahead; its exception is raised here.
 
-    The thread ends when nobody wants more: the generator is closed, or the thread that took the last item has ended. It is waited for at
-    exit: one that Python drops there, in the middle of Arrow's code, aborts the process.
+    At exit the thread is stopped and waited for, EXIT_S at most: one that Python drops there, in the middle of Arrow's code, aborts the
+    process.
     """
     done = object()
     ready: queue.Queue[object] = queue.Queue(maxsize=depth)
     stop = threading.Event()
-    taker = threading.current_thread()
 
     def put(item: object) -> bool:
-        while not stop.is_set() and taker.is_alive():
+        while not stop.is_set():
             try:
                 ready.put(item, timeout=0.1)
             except queue.Full:
@@ -196,15 +197,21 @@ def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
             put(done)
         except BaseException as error:  # handed to the consumer, which raises it
             put(error)
+        finally:
+            atexit.unregister(end)
 
-    thread = threading.Thread(target=produce, name="escm2rec-reader")
+    def end() -> None:
+        stop.set()
+        thread.join(EXIT_S)
+
+    thread = threading.Thread(target=produce, name="escm2rec-reader", daemon=True)
+    atexit.register(end)
     thread.start()
     try:
         while (item := ready.get()) is not done:
             if isinstance(item, BaseException):
                 raise item
             yield item  # type: ignore[misc]
-            taker = threading.current_thread()
     finally:
         stop.set()
 
