@@ -13,6 +13,7 @@ import pytest
 from escm2rec.config import ObjectiveKind
 from tests.encoded import write_dataset
 from tests.ranks import run_ranks
+from tests.small_disks import small_disk
 
 NUM_STEPS = 20
 OBJECTIVES: dict[str, list[str]] = {
@@ -236,6 +237,20 @@ def test_a_damaged_checkpoint_is_passed_over(data: Path, tmp_path: Path) -> None
         assert f"checkpoint {newest} is damaged and passed over: {said}" in (folder / "stderr").read_text()
         assert resumed["steps"] == NUM_STEPS
         assert _records(out)[-1]["loss_ctr"] == last["loss_ctr"]
+
+
+def test_a_full_disk_ends_the_run_with_its_last_checkpoint_whole(data: Path, tmp_path: Path) -> None:
+    settings = [*OBJECTIVES["esmm"], "training.checkpoint_every_steps=8", "training.log_every_steps=1000"]
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        call: dict[str, Any] = {"data": str(data), "out": str(disk / "run"), "overrides": settings}
+        (full,) = run_ranks(2, [("tests.training_calls:train_on_full_disk", {**call, "at_step": 12})], tmp_path / "full")
+        assert full["error"] == "RunError"
+        assert re.match(r"cannot write (checkpoint )?\S+: .*No space left on device.*; 0\.0 MB of 8\.4 MB are free there", full["message"])
+        assert "start again with --resume" in full["message"]
+        (disk / "filler").unlink()
+        (resumed,) = run_ranks(2, [("tests.training_calls:train_run", {**call, "resume": True})], tmp_path / "resumed")
+        assert resumed["steps"] == NUM_STEPS
+        assert {path.name for path in (disk / "run" / "checkpoints").iterdir()} == {"step-16", "step-20"}
 
 
 def test_a_damaged_checkpoint_and_another_config_are_refused(data: Path, tmp_path: Path) -> None:

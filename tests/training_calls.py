@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,26 @@ from tests.encoded import config
 def train_run(data: str, out: str, overrides: list[str], resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train with the tests' config."""
     return train(config(*overrides), Path(data), Path(out), resume, overwrite)
+
+
+def train_on_full_disk(data: str, out: str, overrides: list[str], at_step: int) -> dict[str, Any]:
+    """`train_run`, in which the disk of `out` fills while rank 0 does a step; what fills it is the file `filler`."""
+    add = TrainingMetrics.add
+
+    def add_and_fill(self: TrainingMetrics, output: StepOutput) -> None:
+        add(self, output)
+        told["steps"] += 1
+        if told["steps"] == at_step and dist.get_rank() == 0:
+            with suppress(OSError), (Path(out).parent / "filler").open("wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(4096))
+
+    told = {"steps": 0}
+    TrainingMetrics.add = add_and_fill  # type: ignore[method-assign]
+    try:
+        return train_run(data, out, overrides)
+    finally:
+        TrainingMetrics.add = add  # type: ignore[method-assign]
 
 
 def train_until_told(data: str, out: str, overrides: list[str], at_step: int, of_rank: int) -> dict[str, Any]:

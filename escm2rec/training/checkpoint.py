@@ -25,6 +25,7 @@ from torch.distributed.remote_device import _remote_device
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from escm2rec.disk import free_space
 from escm2rec.errors import DataError, RunError
 from escm2rec.folder import MANIFEST, read_manifest, sha256_of, write_manifest
 from escm2rec.sharding.runtime import Runtime, on_main
@@ -99,9 +100,8 @@ class Checkpoints:
         try:
             dcp.save(state, checkpoint_id=partial, process_group=self._runtime.group)
         except (OSError, CheckpointException) as error:
-            raise RunError(
-                f"cannot write checkpoint {partial}: {_cause(error)}", "is the disk full? free space and start again with --resume"
-            ) from error
+            hint = "is the disk full? make room there, then start again with --resume: it goes on from the checkpoint before"
+            raise RunError(f"cannot write checkpoint {partial}: {_cause(error)}; {free_space(self._run)}", hint) from error
         files = self._gathered(_files_of(partial, self._runtime.rank))
         on_main(self._runtime, finish)
 

@@ -16,6 +16,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from escm2rec.config import Config
+from escm2rec.disk import telling_of_disk
 from escm2rec.errors import ConfigError, DataError, StopError
 from escm2rec.folder import MANIFEST, read_manifest, write_json
 from escm2rec.objectives.objective import Phase, Stage
@@ -127,6 +128,7 @@ class Trainer:
                 self.calendar.every,
             )
         with (
+            telling_of_disk(self.out, "start again with --resume"),
             MetricsLog(self.out, self.runtime, first_step) as log,
             Progress("train", rows_left, self.runtime.is_main) as progress,
             Checkpoints(self.out, self.config.training.keep_checkpoints, self.runtime) as checkpoints,
