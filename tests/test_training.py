@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from escm2rec.config import ObjectiveKind
-from tests.encoded import write_dataset
+from tests.encoded import config, write_dataset
 from tests.ranks import run_ranks
 from tests.small_disks import small_disk
 
@@ -237,6 +241,39 @@ def test_a_damaged_checkpoint_is_passed_over(data: Path, tmp_path: Path) -> None
         assert f"checkpoint {newest} is damaged and passed over: {said}" in (folder / "stderr").read_text()
         assert resumed["steps"] == NUM_STEPS
         assert _records(out)[-1]["loss_ctr"] == last["loss_ctr"]
+
+
+def _train_and_fail(data: Path, folder: Path, how: str, rank: int, step: int, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """The command on two ranks, one of which fails once, with a checkpoint every 4 steps."""
+    (folder / "config.json").write_text(config(*OBJECTIVES["escm2-ips"], "training.checkpoint_every_steps=4").model_dump_json())
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", "--monitor-interval=1"]
+    arguments = ["--config", str(folder / "config.json"), "--data", str(data), "--out", str(folder / "run"), "--resume"]
+    command = [sys.executable, *start, "-m", "tests.failing_train", how, str(rank), str(step), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120 * (1 + restarts), check=False)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_ends_all_and_is_named(data: Path, tmp_path: Path, rank: int) -> None:
+    """While a checkpoint is being written too, which is whole all the same: the job goes on from it."""
+    done = _train_and_fail(data, tmp_path, "raise", rank, 6)
+    assert (done.returncode, done.stdout) == (1, "")
+    who = "error (rank 1)" if rank else "error"
+    assert f"{who}: MemoryError: no room for the batch\nhint: run the same command with --debug" in done.stderr
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-4"
+    assert time.time() - checkpoint.stat().st_mtime < 60, "from two steps before the error to the end of all ranks"
+
+
+def test_a_killed_rank_is_started_again_and_the_run_is_the_undisturbed_one(data: Path, runs: Runs, tmp_path: Path) -> None:
+    """kill -9 of rank 1 in step 10: torchrun starts both again, which go on from step 8, without a person."""
+    done = _train_and_fail(data, tmp_path, "kill", 1, 10, restarts=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["steps"] == NUM_STEPS
+    undisturbed, again = runs[("escm2-ips", "planner", 2)][-1], _records(tmp_path / "run")[-1]
+    assert again["step"] == undisturbed["step"] == NUM_STEPS
+    for name in (name for name in undisturbed if name.startswith("loss_")):
+        assert again[name] == undisturbed[name], "bit for bit"
 
 
 def test_a_full_disk_ends_the_run_with_its_last_checkpoint_whole(data: Path, tmp_path: Path) -> None:
