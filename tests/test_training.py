@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from escm2rec.config import ObjectiveKind
@@ -328,9 +329,21 @@ def test_a_training_that_diverges_ends_and_looks_unfinished(data: Path, tmp_path
     settings = [*OBJECTIVES["escm2-ips"], "training.log_every_steps=7", "training.checkpoint_every_steps=5"]
     call = {"data": str(data), "out": str(tmp_path / "run"), "overrides": [*settings, "training.dense_learning_rate=1e20"]}
     train = "tests.training_calls:train_run"
-    diverged, mended = run_ranks(2, [(train, call), (train, {**call, "overrides": settings})], tmp_path / "ranks")
+    keeps = ("tests.training_calls:keep", {"source": str(tmp_path / "run" / "diverged"), "to": str(tmp_path / "diverged")})
+    diverged, _, mended = run_ranks(2, [(train, call), keeps, (train, {**call, "overrides": settings})], tmp_path / "ranks")
     assert diverged["error"] == "RunError"
-    assert re.search(r"loss_\w+ is (nan|inf) in the steps up to 5: training has diverged", diverged["message"])
+    told = (
+        r"loss_\w+ is (?:nan|inf) in step (\d), by predictions of rank 0, 1 that are not finite: training has diverged; \S+/diverged holds"
+    )
+    found = re.match(told, diverged["message"])
+    assert found is not None, diverged["message"]
+    step = int(found[1])
+    kept = {path.name: np.load(path) for path in (tmp_path / "diverged").iterdir()}
+    assert sorted(kept) == [f"step-{each}-rank-{rank}.npz" for each in (step - 1, step) for rank in (0, 1)]
+    for batch in kept.values():
+        assert int(batch["num_rows"]) in (127, 128), "the last is padding"
+        assert batch["features.lengths"].shape == (len(batch["features.keys"]), 128)
+        assert batch["features.lengths"].sum() == len(batch["features.values"])
     assert mended["steps"] == NUM_STEPS
     assert [record["step"] for record in _records(tmp_path / "run")] == [5, 7, 10, 14, 15, 20], "a record at each checkpoint too"
 

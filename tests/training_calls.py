@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,13 @@ from tests.encoded import config
 def train_run(data: str, out: str, overrides: list[str], resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train with the tests' config."""
     return train(config(*overrides), Path(data), Path(out), resume, overwrite)
+
+
+def keep(source: str, to: str) -> None:
+    """Copy a folder before the next call replaces it."""
+    if dist.get_rank() == 0:
+        shutil.copytree(source, to)
+    dist.barrier()
 
 
 def train_on_full_disk(data: str, out: str, overrides: list[str], at_step: int) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from escm2rec.errors import RunError
 from escm2rec.evaluation import metrics
 from escm2rec.objectives.imputation import outside
 from escm2rec.objectives.propensity import PropensityReport, PropensitySums, propensity_report
@@ -65,9 +64,7 @@ class TrainingMetrics:
 
     def record(self, step: int, epoch: int) -> dict[str, Any]:
         """The record of the steps since the last one (on rank 0; an empty one elsewhere), and a new start."""
-        # Terms are of the global batch: all ranks have the same, so all refuse the same divergence.
         losses = {f"loss_{name}": float(torch.stack(values).double().mean()) for name, values in self._losses.items()}
-        self._refuse_divergence(losses, step)
         report, pseudo_labels, num_rows = self._reduced()
         self._warn_of_floor(report, step)
         self._warn_of_negative(losses.get("loss_cvr", 0.0), step)
@@ -83,17 +80,6 @@ class TrainingMetrics:
                 record["least_loss_cvr"] = min((float(value) for value in self._losses.get("cvr", [])), default=0.0)
         self._restart()
         return {name: value for name, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
-
-    def _refuse_divergence(self, losses: dict[str, float], step: int) -> None:
-        """RunError, on all ranks, when a loss is not finite."""
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                error = RunError(
-                    f"{name} is {value} in the steps up to {step}: training has diverged",
-                    "lower training.dense_learning_rate or sparse_learning_rate, or look for extreme values of numeric features",
-                )
-                error.told_by_rank_0 = not self._runtime.is_main
-                raise error
 
     def _warn_of_floor(self, report: PropensityReport, step: int) -> None:
         if self._may_warn and report.floor_binds_for_most:

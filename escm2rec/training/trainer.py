@@ -30,6 +30,7 @@ from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.agreement import Agreement, Clock, StopRequest, heeding_sigterm
 from escm2rec.training.build import BaseRates, build_model, build_objective, build_optimizer, shard
 from escm2rec.training.checkpoint import Checkpoints, last_good_checkpoint, latest_checkpoint, load_checkpoint
+from escm2rec.training.divergence import Divergence
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
 from escm2rec.training.run import finish_run, go_on, last_record, start_run
 from escm2rec.training.step import Loss, TrainingModel
@@ -167,7 +168,8 @@ class Trainer:
         agreement, clock = Agreement(2), Clock(training.checkpoint_every_minutes if self.runtime.is_main else None)
         metrics = TrainingMetrics(self.runtime, self.objective.estimator.weighs)
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
-        batches = self._batches()
+        divergence = Divergence(self.out, self.runtime)
+        batches = divergence.watch(self._batches(), self.step)
         while self.step < self.total_steps:
             stops, is_due = agreement.exchange(request is not None and request.asked, clock.is_due())
             self._set_learning_rates()
@@ -175,13 +177,16 @@ class Trainer:
             phase: Phase = "calibration" if calibrates else self.objective.phase(self.calendar.trained(self.step))
             self.loss.stage = Stage(phase, self.step < self.warm_up_steps, self.step / self.total_steps)
             output = pipeline.progress(batches)
+            self.step += 1
+            divergence.add(self.step, output)
             if not calibrates:
                 metrics.add(output)
-            self.step += 1
             last = self.step == self.total_steps
             every = training.checkpoint_every_steps
             saves = last or stops or is_due or (every is not None and self.step % every == 0)
-            if metrics.steps and (saves or self.step % training.log_every_steps == 0):  # it checks the losses: no checkpoint without
+            if saves:
+                divergence.look()
+            if metrics.steps and (saves or self.step % training.log_every_steps == 0):
                 epoch = (self.calendar.trained(self.step) - 1) // self.reader.num_steps
                 yield metrics.record(self.step, epoch) | self._calibration()
             if checkpoints is not None:

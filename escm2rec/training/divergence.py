@@ -1,0 +1,89 @@
+"""A loss that is not finite ends the training: which step, whose rows, which term, and the batches are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from escm2rec.errors import RunError
+from escm2rec.reader.batch import Batch
+from escm2rec.sharding.runtime import Runtime
+from escm2rec.training.step import StepOutput
+
+FOLDER = "diverged"
+AHEAD = 4  # batches that the pipeline may have taken beyond the step that is looked at, and that step's own
+
+
+class Divergence:
+    """Looks at the losses of each step when the next one is done, so that a GPU need not wait; all ranks call it alike."""
+
+    def __init__(self, run: Path, runtime: Runtime) -> None:
+        self._run, self._runtime = run, runtime
+        self._batches: dict[int, Batch] = {}
+        self._waiting: tuple[int, StepOutput] | None = None
+
+    def watch(self, batches: Iterator[Batch], done: int) -> Iterator[Batch]:
+        """The same batches, of the steps after `done`; the latest are held."""
+        for step, batch in enumerate(batches, done + 1):
+            self._batches[step] = batch
+            self._batches.pop(step - AHEAD - 2, None)
+            yield batch
+
+    def add(self, step: int, output: StepOutput) -> None:
+        """Take a step, and look at the one before; RunError as in `look`."""
+        self.look()
+        self._waiting = step, output
+
+    def look(self) -> None:
+        """RunError on all ranks when a loss of the step taken last is not finite."""
+        if self._waiting is None:
+            return
+        (step, output), self._waiting = self._waiting, None
+        losses = {name: float(value) for name, value in output.losses.items()}  # of the global batch: alike on all ranks
+        if not all(map(math.isfinite, losses.values())):
+            raise self._error(step, output, losses)
+
+    def _error(self, step: int, output: StepOutput, losses: dict[str, float]) -> RunError:
+        mine = not bool(torch.isfinite(torch.stack([output.ctr_logit, output.cvr_logit])[:, : output.num_rows]).all())
+        ranks: list[bool] = [False] * self._runtime.world_size
+        dist.all_gather_object(ranks, mine, group=self._runtime.group)
+        if mine or not any(ranks):
+            self._keep(step)
+        whose = ", ".join(str(rank) for rank, theirs in enumerate(ranks) if theirs)
+        name, value = next((name, value) for name, value in losses.items() if not math.isfinite(value))
+        seen = f"by predictions of rank {whose} that are not finite" if whose else "with finite predictions on every rank"
+        error = RunError(
+            f"loss_{name} is {value} in step {step}, {seen}: training has diverged; {self._run / FOLDER} holds its batches and those of the "
+            "step before",
+            "lower training.dense_learning_rate or sparse_learning_rate, or look for extreme values of numeric features there",
+        )
+        error.told_by_rank_0 = not self._runtime.is_main
+        return error
+
+    def _keep(self, step: int) -> None:
+        folder = self._run / FOLDER
+        folder.mkdir(exist_ok=True)
+        for each in (step - 1, step):
+            if each in self._batches:
+                np.savez(folder / f"step-{each}-rank-{self._runtime.rank}.npz", **arrays_of(self._batches[each]))
+
+
+def arrays_of(batch: Batch) -> dict[str, Any]:
+    """What a batch holds, by name; of ids `keys`, `values` and `lengths` (a row of impressions a key)."""
+    arrays: dict[str, Any] = {name: getattr(batch, name).cpu().numpy() for name in ("numeric", "click", "conversion", "weight")}
+    arrays["num_rows"] = np.array(batch.num_rows)
+    for name in ("features", "weighted_features"):
+        ids: KeyedJaggedTensor | None = getattr(batch, name)
+        if ids is not None:
+            arrays |= {f"{name}.keys": np.array(ids.keys()), f"{name}.values": ids.values().cpu().numpy()}
+            arrays[f"{name}.lengths"] = ids.lengths().cpu().numpy().reshape(len(ids.keys()), -1)
+            if (weights := ids.weights_or_none()) is not None:
+                arrays[f"{name}.weights"] = weights.cpu().numpy()
+    return arrays
