@@ -60,8 +60,8 @@ class Divergence:
         name, value = next((name, value) for name, value in losses.items() if not math.isfinite(value))
         seen = f"by predictions of rank {whose} that are not finite" if whose else "with finite predictions on every rank"
         error = RunError(
-            f"loss_{name} is {value} in step {step}, {seen}: training has diverged; {self._run / FOLDER} holds its batches and those of the "
-            "step before",
+            f"loss_{name} is {value} in step {step}, {seen}: training has diverged; {self._run / FOLDER} holds its batches and "
+            "those of the step before",
             "lower training.dense_learning_rate or sparse_learning_rate, or look for extreme values of numeric features there",
         )
         error.told_by_rank_0 = not self._runtime.is_main
