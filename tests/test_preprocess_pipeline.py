@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import tempfile
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from escm2rec.cells import with_lists
-from escm2rec.config import DataConfig
+from escm2rec.config import DataConfig, MatrixSource, Source
 from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.preprocess import encode_raw, portions, preprocess, raw_files
 from escm2rec.preprocess.parallel import ordered_map
@@ -211,6 +212,32 @@ def test_input_that_is_not_there_is_refused(tmp_path: Path) -> None:
         preprocess(aliccp_config(), tmp_path / "other.csv", tmp_path / "out")
 
 
+def deny(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Nobody may read files of these names: of root, who runs the tests in containers, permissions keep nothing."""
+    real = Path.open
+
+    def opened(path: Path, *given: Any, **named: Any) -> Any:
+        if path.name in names:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.parametrize("name", ["common_features_train.csv", "truth_train.parquet", "train.ascii", "test.ascii", "users.ascii"])
+def test_a_companion_that_may_not_be_read_is_told_with_its_path(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_aliccp(tmp_path)
+    for file in ("truth_train.parquet", "train.ascii", "test.ascii", "users.ascii"):
+        (tmp_path / file).write_text("1 0\n")
+    source: Source = aliccp_config(source={"truth": "truth_*.parquet"}).source
+    if name.endswith(".ascii"):
+        source = MatrixSource(kind="matrix", train="train.ascii", test="test.ascii", user_features="users.ascii", conversion_at=3)
+    assert raw_files(source, tmp_path)
+    deny(monkeypatch, name)
+    with pytest.raises(DataError, match=rf"^{tmp_path / name} cannot be read: Permission denied\nhint: check who may read it$"):
+        raw_files(source, tmp_path)
+
+
 def test_an_existing_output_is_kept_unless_told(tmp_path: Path) -> None:
     source = numbered(tmp_path / "a.parquet", 10)
     out, _ = made(table_config(ONE), source, tmp_path / "out")
@@ -299,6 +326,15 @@ def test_a_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
         list(encoded(out, source, keep=[]))
     (out / "vocabulary" / "c.parquet").unlink()
     with pytest.raises(DataError, match=r"cannot read the vocabulary .*c\.parquet"):
+        list(encoded(out, source, keep=[]))
+
+
+def test_a_vocabulary_that_may_not_be_read_is_not_told_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = numbered(tmp_path / "a.parquet", 10)
+    out, _ = made(table_config(ONE), source, tmp_path / "out")
+    told = rf"^the vocabulary {out}/vocabulary/c\.parquet cannot be read: Permission denied\nhint: check who may read it$"
+    deny(monkeypatch, "c.parquet")
+    with pytest.raises(DataError, match=told):
         list(encoded(out, source, keep=[]))
 
 

@@ -125,7 +125,10 @@ def _matrices(source: MatrixSource, folder: Path, labels: bool) -> list[RawFile]
     def path(name: str | None, key: str) -> Path | None:
         if name is not None and not (folder / name).is_file():
             raise DataError(f"no file {folder / name}", f"set data.source.{key}, or fetch the file")
-        return None if name is None else folder / name
+        if name is None:
+            return None
+        _check_readable(folder / name)
+        return folder / name
 
     users, items = path(source.user_features, "user_features"), path(source.item_features, "item_features")
     train, test = path(source.train, "train"), path(source.test, "test") if labels else None
@@ -182,6 +185,7 @@ def _with_companions(source: AliccpSource, skeleton: Path, labels: bool) -> RawF
         file = skeleton.with_name(pattern.replace("*", part))
         if not file.is_file():
             raise DataError(f"{skeleton} has no {what} file: {file} is missing", f"set data.source.{what}, or fetch the file")
+        _check_readable(file)
         return file
 
     truth = companion(source.truth, "truth") if source.truth is not None and labels else None
