@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -420,6 +421,10 @@ def test_a_data_set_is_no_raw_log(tmp_path: Path) -> None:
     logs.mkdir()
     config, source = table_config(ONE), numbered(logs / "a.parquet", 10)
     out, _ = made(config, logs, logs / "out")
+    (out / "new-logs").mkdir()
+    new = numbered(out / "new-logs" / "day.parquet", 10)
+    assert [file.path for file in raw_files(config.source, new.parent)] == [new], "beside what is encoded"
+    shutil.rmtree(new.parent)
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "b.parquet").symlink_to(out / "train" / "part-00000.parquet")
     part = out / "train" / "part-00000.parquet"
@@ -437,6 +442,22 @@ def test_a_data_set_is_no_raw_log(tmp_path: Path) -> None:
             with pytest.raises(DataError, match=told + r"hint: pass the raw logs, and keep data sets \(--out\) outside of their folder$"):
                 raw_files(config.source, given, labels)
     assert [file.path for file in raw_files(config.source, source)] == [source]
+
+
+def test_a_part_is_known_wherever_it_lies(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "a.parquet", 10)
+    out, _ = made(table_config(ONE), source, tmp_path / "out")
+    shutil.copytree(out, tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "manifest.json").unlink()
+    shutil.copytree(out / "train", tmp_path / "copied")
+    numbered(tmp_path / "copied" / "a.parquet", 10)  # among others
+    for given in (tmp_path / "copied", tmp_path / "unfinished" / "train"):
+        with pytest.raises(DataError, match=r"part-00000\.parquet is of a data set that escm2rec made.*: its values are encoded"):
+            raw_files(table_config(ONE).source, given)
+    part = out / "train" / "part-00000.parquet"
+    pq.write_table(pq.read_table(part).replace_schema_metadata(), part)  # as of before the mark
+    with pytest.raises(DataError, match=rf"^{part} is of a data set that escm2rec made \({out}\)"):
+        raw_files(table_config(ONE).source, part)
 
 
 def test_files_in_sub_folders_are_not_passed_over(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from escm2rec.config import KEPT_PREFIX, SPLITS, Split
 from escm2rec.folder import sha256_of
 from escm2rec.preprocess.encoder import Encoder, Rows, encode
+from escm2rec.preprocess.files import PART_MARK
 from escm2rec.preprocess.merge import rows_of, sorted_rows
 from escm2rec.preprocess.ragged import Int64s, offsets_of
 from escm2rec.preprocess.read import LABEL, records_of
@@ -158,6 +159,7 @@ class _PartWriter:
         if self._rows_waiting:
             self._write(self._rows_waiting)
         assert self._writer is not None
+        self._writer.add_key_value_metadata(PART_MARK)
         self._writer.close()
         return self._counts
 
