@@ -17,7 +17,7 @@ import pytest
 from escm2rec.cells import with_lists
 from escm2rec.config import DataConfig, MatrixSource, Source
 from escm2rec.errors import ConfigError, DataError, RunError
-from escm2rec.preprocess import encode_raw, portions, preprocess, raw_files
+from escm2rec.preprocess import encode_raw, merge, pipeline, portions, preprocess, raw_files
 from escm2rec.preprocess.parallel import ordered_map
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
@@ -484,6 +484,45 @@ def test_a_kept_column_of_two_types_is_refused(tmp_path: Path) -> None:
         write_parquet(tmp_path / "logs" / f"{name}.parquet", {"c": [1], "k": pa.array([1], kind)})
     with pytest.raises(DataError, match=r"column 'kept\.k' is of type int64, in earlier rows it is of type int32"):
         preprocess(table_config(ONE, keep=["k"]), tmp_path / "logs", tmp_path / "out")
+
+
+SOMETIMES: dict[str, pa.Array] = {
+    "strings": pa.array(["s", None, "t"], pa.string()),
+    "numbers": pa.array([1, None, 3], pa.int64()),
+    "lists": pa.array([["a", None], None, []], pa.large_list(pa.large_string())),
+    "empty lists": pa.array([[], None, []], pa.large_list(pa.int64())),
+    "structs": pa.array([{"a": 1, "b": ["x"]}, None, {"a": None, "b": None}]),
+    "maps": pa.array([[("k", 1)], None, []], pa.map_(pa.string(), pa.int64())),
+    "none": pa.nulls(3, pa.string()),
+    "nulls": pa.nulls(3),
+}
+ROWS_A_FILE = 30
+
+
+@pytest.mark.parametrize("kind", SOMETIMES)
+@pytest.mark.parametrize("filled", [(0, 2, 4, 6), (6,)])
+@pytest.mark.parametrize("at_once", [2, 256])
+def test_a_kept_column_that_some_files_have_as_null_is_of_one_type(
+    tmp_path: Path, kind: str, filled: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some buckets, and merged files, hold no value of it."""
+    monkeypatch.setattr(portions, "PORTION_BYTES", 1)
+    monkeypatch.setattr(pipeline, "BUCKET_ROWS", 7)
+    monkeypatch.setattr(merge, "MERGED", at_once)
+    (tmp_path / "logs").mkdir()
+    values, expected = SOMETIMES[kind], []
+    for file in range(7):
+        kept = pa.nulls(ROWS_A_FILE)
+        if file in filled:  # three rows of many
+            kept = pa.concat_arrays([values, pa.nulls(ROWS_A_FILE - len(values), values.type)])
+        expected += kept.to_pylist()
+        write_parquet(tmp_path / "logs" / f"{file}.parquet", {"c": list(range(ROWS_A_FILE)), "k": kept})
+    config = table_config(ONE, keep=["k"], rows_per_file=60, rows_per_group=20)
+    out, _ = made(config, tmp_path / "logs", tmp_path / "out")
+    (type_,) = {pq.read_schema(part).field("kept.k").type for part in (out / "train").iterdir()}
+    assert type_.id == values.type.id, "its fields have names of Parquet's"
+    places: dict[str, Any] = {str(file): ROWS_A_FILE for file in range(7)}
+    assert [row["kept.k"] for row in read_split(out, **places)] == expected
 
 
 UNSPLITTABLE = {
