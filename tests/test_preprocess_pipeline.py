@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -523,6 +524,42 @@ def test_a_kept_column_that_some_files_have_as_null_is_of_one_type(
     assert type_.id == values.type.id, "its fields have names of Parquet's"
     places: dict[str, Any] = {str(file): ROWS_A_FILE for file in range(7)}
     assert [row["kept.k"] for row in read_split(out, **places)] == expected
+
+
+VIEWS: dict[str, tuple[pa.DataType, pa.DataType, list[Any]]] = {
+    "texts": (pa.string_view(), pa.string(), ["a", None, "a text of more than twelve bytes"]),
+    "bytes": (pa.binary_view(), pa.binary(), [b"a", None, b""]),
+    "lists": (pa.list_(pa.string_view()), pa.list_(pa.string()), [["a", None], None, []]),
+    "large lists": (pa.large_list(pa.binary_view()), pa.large_list(pa.binary()), [[b"a"], None, []]),
+    "lists of one size": (pa.list_(pa.string_view(), 2), pa.list_(pa.string(), 2), [["a", "b"], None, ["c", None]]),
+    "structs": (
+        pa.struct([("a", pa.string_view()), ("b", pa.list_(pa.string_view()))]),
+        pa.struct([("a", pa.string()), ("b", pa.list_(pa.string()))]),
+        [{"a": "x", "b": ["y"]}, None, {"a": None, "b": None}],
+    ),
+    "maps": (pa.map_(pa.string_view(), pa.binary_view()), pa.map_(pa.string(), pa.binary()), [[("k", b"v")], None, []]),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_views_are_kept_as_plain_texts_and_bytes(tmp_path: Path, kind: str) -> None:
+    view, plain, values = VIEWS[kind]
+    write_parquet(tmp_path / "a.parquet", {"c": pa.array(["x", "y", "x"], pa.string_view()), "k": pa.array(values, plain).cast(view)})
+    assert pq.read_schema(tmp_path / "a.parquet").field("k").type == view
+    out, _ = made(table_config(ONE, keep=["k"]), tmp_path / "a.parquet", tmp_path / "out")
+    assert pq.read_schema(out / "train" / "part-00000.parquet").field("kept.k").type == plain
+    assert [row["kept.k"] for row in read_split(out, a=3)] == values
+    assert pa.concat_tables(encoded(out, tmp_path / "a.parquet", keep=["k"]))["kept.k"].to_pylist() == values
+
+
+def test_what_polars_writes_is_kept(tmp_path: Path) -> None:
+    frame = pl.DataFrame(
+        {"c": ["x", None], "text": ["a", None], "bytes": [b"a", None], "list": [["a"], None], "click": [1, 0], "conversion": [0, 0]}
+    )
+    frame.write_parquet(tmp_path / "a.parquet")
+    out, _ = made(table_config(ONE, keep=["text", "bytes", "list"]), tmp_path / "a.parquet", tmp_path / "out")
+    rows = [tuple(row[f"kept.{name}"] for name in ("text", "bytes", "list")) for row in read_split(out, a=2)]
+    assert rows == [("a", b"a", ["a"]), (None, None, None)]
 
 
 UNSPLITTABLE = {
