@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,17 @@ STEPS = {
 """Numbers of the system's errors, and what to do about each."""
 DISK_LIMIT = "max_temp_directory_size"  # duckdb's: by default what was free when it started
 FULL = (errno.ENOSPC, errno.EDQUOT, CUT_SHORT)  # of which it helps to know how much is free
+DENIED = (errno.EACCES, errno.EPERM)  # only ever of a file that is named: without a name they are of something else
+LIBRARIES = ("duckdb", "_duckdb", "polars")  # what their errors are of is said in words alone
 WORDS = {
-    **{os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)},  # polars and duckdb, among their own
+    **{os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, *DENIED)},
     "Not enough free space to write": errno.ENOSPC,  # numpy, before it writes
-    " requested and ": CUT_SHORT,  # numpy, after it did
+    r"\d+ requested and \d+ written": CUT_SHORT,  # numpy, after it did
     DISK_LIMIT: errno.ENOSPC,
 }
+"""What LIBRARIES say, and an OSError without a number, as polars and numpy raise it."""
+PLACE = re.compile(r"""local file '(.*?)'|"(/.*?)"|'(/.*?)'|(?<!\S)(/\S+?)(?=[:,.;)]*(?:\s|$))""")
+"""A file in what pyarrow, duckdb and polars say of it."""
 
 
 @contextmanager
@@ -37,42 +43,46 @@ def telling_of_disk(folder: Path, hint: str, needs: str = "") -> Iterator[None]:
     """RunError where the block fails because something could not be written in `folder`; `hint` is what to do when that is mended, `needs`
     how much room it takes.
 
-    Python and pyarrow raise an OSError with its number, numpy one without, polars and duckdb errors that are none. What fails otherwise is
-    raised as it is, as is an error that names a file elsewhere, which was read.
+    Python and pyarrow raise an OSError with its number, numpy and polars one without, polars and duckdb errors of their own. What fails
+    otherwise is raised as it is, as is an error that names a file elsewhere, which was read.
     """
     try:
         yield
     except Escm2Error:
         raise
     except Exception as error:
-        number, place = _number(error), _place(error, folder)
-        if number is None or place is None:
+        (number, said), name = _told(error), _name(error, folder)
+        place = str(folder) if name is None else name
+        if number is None or (number in DENIED and name is None) or not Path(place).is_relative_to(folder):
             raise
         room = [free_space(folder), needs] if number in FULL else []
-        message = "; ".join([f"cannot write {place}: {_said(error, number)}", *filter(None, room)])
-        raise RunError(message, f"{STEPS[number]}, then {hint}") from error
+        raise RunError("; ".join([f"cannot write {place}: {said}", *filter(None, room)]), f"{STEPS[number]}, then {hint}") from error
 
 
-def _number(error: Exception) -> int | None:
-    """Which of STEPS an error is, if any."""
+def _told(error: Exception) -> tuple[int | None, str]:
+    """Which of STEPS an error is, if any, and what is said of it."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno if error.errno in STEPS else None
-    return next((number for words, number in WORDS.items() if words in str(error)), None)
+        of_system = error.errno in (*FULL, errno.EFBIG)  # pyarrow says which file it is only in words, that it is denied
+        return (error.errno, os.strerror(error.errno) if of_system else error.strerror or "") if error.errno in STEPS else (None, "")
+    if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in LIBRARIES:
+        return None, ""
+    lines = str(error).splitlines()
+    for words, number in WORDS.items():
+        line = next((line for line in lines if re.search(words, line)), None)
+        if line is not None:
+            # How the limit is set comes after what did not fit.
+            return number, f"a write was cut short ({line})" if number == CUT_SHORT else lines[0] if words == DISK_LIMIT else line
+    return None, ""
 
 
-def _place(error: Exception, folder: Path) -> str | None:
-    """What could not be written: the file that the error names, or the folder; None where the file lies elsewhere."""
+def _name(error: Exception, folder: Path) -> str | None:
+    """The file that an error names, if any; of several in its words, the one in the folder."""
     names = (getattr(error, name, None) for name in ("filename2", "filename"))  # the first is what a copy is made to
-    name = next((name for name in names if isinstance(name, str)), None)
-    return str(folder) if name is None else name if Path(name).is_relative_to(folder) else None
-
-
-def _said(error: Exception, number: int) -> str:
-    if number == CUT_SHORT:
-        return f"a write was cut short ({error})"
-    if not isinstance(error, OSError) or error.errno is None:
-        return str(error).partition("\n")[0]
-    return os.strerror(number) if number in (*FULL, errno.EFBIG) else error.strerror or ""  # pyarrow names the file only there
+    if (name := next((name for name in names if isinstance(name, str)), None)) is not None:
+        return name
+    found = [match[match.lastindex or 0] for match in PLACE.finditer(str(error))]
+    inside = str(folder) if str(folder) in str(error) else None  # whatever stands around it
+    return next((name for name in found if Path(name).is_relative_to(folder)), inside or next(iter(found), None))
 
 
 def free_space(folder: Path) -> str:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import pyarrow.parquet as pq
 
-from escm2rec.errors import ConfigError, DataError, Escm2Error
+from escm2rec.errors import ConfigError, DataError
+
+COPY_BYTES = 8 << 20  # asked of a store at a time
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file or folder of an fsspec file system, read by the few methods of `pathlib.Path` that a data set needs."""
+    """A file or folder of an fsspec file system, read by the few methods of `pathlib.Path` that a data set needs.
+
+    DataError where the store does not let itself be read, FileNotFoundError where `read_text` and `open` find no file.
+    """
 
     fs: Any
     path: str
@@ -39,28 +45,56 @@ class RemotePath:
 
     def exists(self) -> bool:
         """Whether there is a file or a folder."""
-        return bool(self.fs.exists(self.path))
+        with telling(self):
+            return bool(self.fs.exists(self.path))
 
     def is_dir(self) -> bool:
         """Whether there is a folder."""
-        return bool(self.fs.isdir(self.path))
+        with telling(self):
+            return bool(self.fs.isdir(self.path))
 
     def is_file(self) -> bool:
         """Whether there is a file."""
-        return bool(self.fs.isfile(self.path))
+        with telling(self):
+            return bool(self.fs.isfile(self.path))
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """What the pattern matches below it."""
-        return (RemotePath(self.fs, found) for found in self.fs.glob(f"{self.path.rstrip('/')}/{pattern}"))
+        with telling(self):
+            found = self.fs.glob(f"{self.path.rstrip('/')}/{pattern}")
+        return (RemotePath(self.fs, each) for each in found)
 
     def read_text(self, encoding: str) -> str:
         """The whole file as text."""
-        return bytes(self.fs.cat_file(self.path)).decode(encoding)
+        with telling(self, absent=False):
+            text = bytes(self.fs.cat_file(self.path))
+        return text.decode(encoding)
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> RemoteFile:
         """The file, to read bytes from."""
-        file: IO[bytes] = self.fs.open(self.path, "rb")
-        return file
+        with telling(self, absent=False):
+            return RemoteFile(self, self.fs.open(self.path, "rb"))
+
+
+class RemoteFile:
+    """A file of a store. What the store says is told where it is said: what whoever reads it says then is of what it holds."""
+
+    def __init__(self, path: RemotePath, file: IO[bytes]) -> None:
+        self._path, self._file = path, file
+
+    def read(self, size: int = -1) -> bytes:
+        """So many bytes, or all that is left."""
+        with telling(self._path, absent=False):
+            return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 DataPath = Path | RemotePath
@@ -83,17 +117,29 @@ def data_path(place: str | DataPath) -> DataPath:
 
 
 @contextmanager
-def telling(place: DataPath) -> Iterator[None]:
-    """DataError where a store does not let itself be read: each has errors of its own, for no answer and for no right to."""
+def telling(place: RemotePath, absent: bool = True) -> Iterator[None]:
+    """DataError where a store does not let itself be read: each has errors of its own, for no answer and for no right to.
+
+    That a file is not there is told only with `absent`.
+    """
     try:
         yield
-    except Escm2Error:
-        raise
     except Exception as error:
-        if isinstance(place, Path):
+        if isinstance(error, FileNotFoundError) and not absent:
             raise
         hint = "check its address, and the credentials and endpoint that the package of this protocol finds (s3fs: AWS_* variables)"
         raise DataError(f"cannot read {place}: {type(error).__name__}: {error}", hint) from error
+
+
+def not_read(what: str, error: Exception, damaged: str = "cannot be read") -> DataError:
+    """What is said of a file of a data set, or of a part of it, that raised this when it was read.
+
+    Of a damaged file pyarrow raises ArrowInvalid, or an OSError without a number; the system's have one, and are of who may read it, or of
+    the disk. What a store says is told before (RemotePath).
+    """
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+        return DataError(f"{what} cannot be read: {os.strerror(error.errno)}", "check who may read it, and that its disk answers")
+    return DataError(f"{what} {damaged}: {error}", "the data set is damaged: preprocess again")
 
 
 def copy_folder(source: DataPath, to: Path) -> None:
@@ -103,7 +149,8 @@ def copy_folder(source: DataPath, to: Path) -> None:
         return
     to.mkdir()
     for file in source.glob("*"):
-        source.fs.get_file(file.path, str(to / file.name))
+        with file.open() as remote, (to / file.name).open("wb") as local:
+            shutil.copyfileobj(remote, local, COPY_BYTES)
 
 
 @contextmanager

@@ -15,8 +15,14 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 
+from escm2rec.disk import free_space
+from escm2rec.errors import RunError
+
 ONE_THREAD = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
 SMALL_BYTES = 16 << 20  # of input: with less, processes take longer to start than to work
+SEMAPHORES = 5  # of a ProcessPoolExecutor: three of the queue of calls, two of that of results
+SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps them
+STDIN = "<stdin>"
 
 _server: ForkServerContext | None = None
 
@@ -51,17 +57,30 @@ def ready_workers() -> None:
 
 @contextmanager
 def starting_workers() -> Iterator[ForkServerContext | SpawnContext]:
-    """Where workers come from, while they start."""
+    """Where workers come from, while they start. RunError where there is no room for the semaphores of a pool."""
+    context = _server or multiprocessing.get_context("spawn")
     with _environment(), _main_without_file():
-        yield _server or multiprocessing.get_context("spawn")
+        _try_semaphores(context)
+        yield context
+
+
+def _try_semaphores(context: ForkServerContext | SpawnContext) -> None:
+    """A pool makes as many, and its error, which names no file, would be told as that of the output folder."""
+    try:
+        made = [context.Lock() for _ in range(SEMAPHORES)]
+    except OSError as error:
+        message = f"cannot start worker processes: their semaphores lie in {SHARED_MEMORY}: {error.strerror or error}"
+        room = f"; {free_space(SHARED_MEMORY)}" if SHARED_MEMORY.is_dir() else ""
+        raise RunError(message + room, "make room there (of a container: --shm-size), then run the same command again") from error
+    del made
 
 
 @contextmanager
 def _main_without_file() -> Iterator[None]:
-    """A program on stdin has no file, but the name <stdin>, and every process would end as it looks for it to run it once more."""
+    """A program on stdin has no file, but a name, and every process would end as it looks for it to run it once more."""
     main = vars(sys.modules["__main__"])
     name = main.get("__file__")
-    if name is None or Path(name).exists():
+    if name is None or (name != STDIN and Path(name).exists()):  # a file of that name is another program
         yield
         return
     del main["__file__"]

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from escm2rec.disk import free_space, telling_of_disk
+from escm2rec.disk import PLACE, free_space, telling_of_disk
 from escm2rec.errors import DataError, RunError
 from tests.small_disks import small_disk
 
@@ -85,7 +85,7 @@ def test_a_full_disk_is_told_the_same_by_whatever_library(disk: Path, how: str) 
             write(folder / "file")
     finally:
         shutil.rmtree(folder)
-    assert re.fullmatch(rf"cannot write {folder}: {said}; {FREE}; it takes 4 MB", error.value.message)
+    assert re.fullmatch(rf"cannot write {folder}(/file)?: {said}; {FREE}; it takes 4 MB", error.value.message)
     assert re.fullmatch(r"make room there(, or raise the limit on the size of a file \(ulimit -f\))?, then do it again", error.value.hint)
     assert error.value.exit_code == 1
 
@@ -122,13 +122,63 @@ def test_other_reasons_have_steps_of_their_own(tmp_path: Path, number: int) -> N
         raise OSError(number, "in a library's words", str(path))
 
 
+DENIED: dict[str, tuple[str, Callable[[str], Exception]]] = {
+    "pyarrow": ("Failed to open local file '{}'. Detail: [errno 13] Permission denied", lambda text: PermissionError(errno.EACCES, text)),
+    "duckdb": ('IO Error: Cannot open file "{}": Permission denied', duckdb.IOException),
+    "polars": ("Permission denied (os error 13): {}", PermissionError),
+}
+
+
+def denied(how: str, path: Path) -> Exception:
+    """As the libraries raise it: root, who runs the tests in containers, is denied nothing."""
+    text, make = DENIED[how]
+    return make(text.format(path))
+
+
+@pytest.mark.parametrize("how", DENIED)
+def test_a_file_that_is_named_in_words_alone_is_told_where_it_lies_in_the_folder(tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "the job"
+    error = denied(how, folder / "part")
+    told = rf"^cannot write {folder}(/part)?: {re.escape(str(error.args[-1]))}\nhint: mend its permissions, then do it again$"
+    with pytest.raises(RunError, match=told), telling_of_disk(folder, "do it again"):
+        raise error
+    error = denied(how, tmp_path / "logs" / "day 1.parquet")
+    with pytest.raises(type(error)) as raised, telling_of_disk(folder, "do it again"):
+        raise error
+    assert raised.value is error, "read, not written"
+
+
+def test_pyarrow_names_what_it_cannot_open_as_expected(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as raised:
+        pq.ParquetFile(tmp_path / "a b" / "c.parquet")
+    match = PLACE.search(str(raised.value))
+    assert match is not None
+    assert match[1] == str(tmp_path / "a b" / "c.parquet")
+
+
+def test_the_line_that_says_it_is_kept(tmp_path: Path) -> None:
+    said = f'IO Error: Could not write file "{tmp_path}/sort.tmp": {FULL}'
+    told = rf"^cannot write {tmp_path}/sort.tmp: {re.escape(said)}; .* are free there\nhint"
+    with pytest.raises(RunError, match=told), telling_of_disk(tmp_path, "do it again"):
+        raise duckdb.TransactionException(f"TransactionContext Error: Failed to commit\n{said}\nand more")
+
+
+NCCL = "NCCL error in: x.cpp:2251, unhandled system error\nError while creating shared memory segment /dev/shm/nccl-G7 (size 9637888)"
+
+
 @pytest.mark.parametrize(
     "error",
     [
         FileNotFoundError(errno.ENOENT, "no such file", "x"),
         PermissionError(errno.EACCES, "denied", "/elsewhere/input.parquet"),
+        PermissionError(errno.EACCES, "Permission denied"),  # no file: of a semaphore
         ValueError("Permission denied"),
-        DataError("No space left on device"),
+        ValueError("could not convert string to float: 'credit requested and refused'"),
+        OSError("'credit requested and refused'"),
+        RuntimeError(f"{NCCL}, error: {FULL} (28)"),
+        duckdb.IOException(f'IO Error: Could not write file "/elsewhere/a": {FULL}'),
+        OSError(f"{FULL} (os error 28): /elsewhere/a"),
+        DataError(FULL),
     ],
 )
 def test_other_errors_are_raised_as_they_are(tmp_path: Path, error: Exception) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from moto.server import ThreadedMotoServer
 
 from escm2rec.errors import ConfigError, DataError
+from escm2rec.inspection.held import held_by
 from escm2rec.paths import DataPath, RemotePath, copy_folder, data_path
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
@@ -95,6 +102,94 @@ def test_a_store_that_gives_nothing_is_told(bucket: str, monkeypatch: pytest.Mon
     nobody = fsspec.filesystem("s3", skip_instance_cache=True)
     with pytest.raises(DataError, match="cannot read s3://logs/set: NoCredentialsError"):
         Dataset.open(RemotePath(nobody, "logs/set"))
+
+
+class EndpointConnectionError(Exception):
+    """As botocore has it: no OSError."""
+
+
+STORE_ERRORS = [
+    PermissionError("The provided token has expired."),
+    OSError("Forbidden: /set"),
+    EndpointConnectionError("Could not connect to the endpoint"),
+]
+
+
+@contextmanager
+def broken(monkeypatch: pytest.MonkeyPatch, method: str, error: Exception, ending: str = ".parquet") -> Iterator[None]:
+    """fsspec's memory, whose files of this ending raise the error when this is called."""
+
+    def breaks(self: Any, *given: Any, **named: Any) -> Any:
+        if str(getattr(self, "path", given and given[0])).endswith(ending):
+            raise error
+        return real(self, *given, **named)
+
+    owner: Any = MemoryFile if method == "read" else MemoryFileSystem
+    real = getattr(owner, method)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, method, breaks)
+        yield
+
+
+@pytest.mark.parametrize("method", ["_open", "read"])
+@pytest.mark.parametrize("error", STORE_ERRORS)
+def test_a_store_that_ends_to_answer_is_not_told_as_damage(
+    url: str, tmp_path: Path, error: Exception, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials end while parts are read."""
+    dataset = Dataset.open(url)
+    reader = Reader(dataset, "train", 128)
+    told = rf"^cannot read {url}/.*\.parquet: {type(error).__name__}: {error}\nhint: check its address, and the credentials and endpoint"
+    uses: list[Callable[[], Any]] = [
+        lambda: next(reader.batches(0)),
+        lambda: dataset.row_groups("train"),
+        lambda: held_by(dataset),
+        lambda: copy_folder(data_path(url) / "vocabulary", tmp_path / "copied"),
+    ]
+    for use in uses:
+        with broken(monkeypatch, method, error), pytest.raises(DataError, match=told):
+            use()
+
+
+def test_a_store_that_ends_to_answer_before_the_schema_is_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for method, ending in (("cat_file", "schema.json"), ("isfile", "manifest.json")):
+        with broken(monkeypatch, method, STORE_ERRORS[0], ending), pytest.raises(DataError, match=rf"^cannot read {url}/.*{ending}: Perm"):
+            Dataset.open(url)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("left", [0, 4])
+def test_a_damaged_part_is_told_as_such_wherever_it_lies(local: Path, url: str, tmp_path: Path, left: int, remote: bool) -> None:
+    place = data_path(url) if remote else Path(shutil.copytree(local, tmp_path / "set"))
+    dataset = Dataset.open(place)
+    reader = Reader(dataset, "train", 128)
+    whole = (local / "train" / "part-00000.parquet").read_bytes()
+    damaged = whole[:left] + bytes(len(whole) // 2) + whole[left + len(whole) // 2 :] if left else b""
+    part = place / "train" / "part-00000.parquet"
+    if isinstance(part, Path):
+        part.write_bytes(damaged)
+    else:
+        part.fs.pipe_file(part.path, damaged)
+    for use in (lambda: list(reader.batches(0)), lambda: held_by(dataset)):
+        with pytest.raises(DataError, match="damaged: preprocess again"):
+            use()
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.EACCES, "Permission denied"), (errno.EIO, "Input/output error")])
+def test_a_local_part_that_may_not_be_read_is_not_told_as_damage(
+    local: Path, number: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Dataset.open(local)
+    reader = Reader(dataset, "train", 128)
+
+    def refuses(path: Path, **_: Any) -> None:
+        raise OSError(number, f"Failed to open local file '{path}'. Detail: [errno {number}] {said}")
+
+    monkeypatch.setattr(pq, "ParquetFile", refuses)
+    told = rf"^{local}/train/part-00000.parquet(, row group \d)? cannot be read: {said}\nhint: check who may read it"
+    for use in (lambda: next(reader.batches(0)), lambda: dataset.row_groups("train"), lambda: held_by(dataset)):
+        with pytest.raises(DataError, match=told):
+            use()
 
 
 def test_a_file_url_is_a_local_path(local: Path) -> None:

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -7,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from escm2rec.cells import with_lists
-from escm2rec.config import DataConfig
+from escm2rec.config import DataConfig, MatrixSource, Source
 from escm2rec.errors import ConfigError, DataError, RunError
-from escm2rec.preprocess import encode_raw, portions, preprocess, raw_files
+from escm2rec.preprocess import encode_raw, merge, pipeline, portions, preprocess, raw_files
 from escm2rec.preprocess.parallel import ordered_map
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
@@ -211,6 +214,32 @@ def test_input_that_is_not_there_is_refused(tmp_path: Path) -> None:
         preprocess(aliccp_config(), tmp_path / "other.csv", tmp_path / "out")
 
 
+def deny(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Nobody may read files of these names: of root, who runs the tests in containers, permissions keep nothing."""
+    real = Path.open
+
+    def opened(path: Path, *given: Any, **named: Any) -> Any:
+        if path.name in names:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.parametrize("name", ["common_features_train.csv", "truth_train.parquet", "train.ascii", "test.ascii", "users.ascii"])
+def test_a_companion_that_may_not_be_read_is_told_with_its_path(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_aliccp(tmp_path)
+    for file in ("truth_train.parquet", "train.ascii", "test.ascii", "users.ascii"):
+        (tmp_path / file).write_text("1 0\n")
+    source: Source = aliccp_config(source={"truth": "truth_*.parquet"}).source
+    if name.endswith(".ascii"):
+        source = MatrixSource(kind="matrix", train="train.ascii", test="test.ascii", user_features="users.ascii", conversion_at=3)
+    assert raw_files(source, tmp_path)
+    deny(monkeypatch, name)
+    with pytest.raises(DataError, match=rf"^{tmp_path / name} cannot be read: Permission denied\nhint: check who may read it$"):
+        raw_files(source, tmp_path)
+
+
 def test_an_existing_output_is_kept_unless_told(tmp_path: Path) -> None:
     source = numbered(tmp_path / "a.parquet", 10)
     out, _ = made(table_config(ONE), source, tmp_path / "out")
@@ -302,6 +331,15 @@ def test_a_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
         list(encoded(out, source, keep=[]))
 
 
+def test_a_vocabulary_that_may_not_be_read_is_not_told_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = numbered(tmp_path / "a.parquet", 10)
+    out, _ = made(table_config(ONE), source, tmp_path / "out")
+    told = rf"^the vocabulary {out}/vocabulary/c\.parquet cannot be read: Permission denied\nhint: check who may read it$"
+    deny(monkeypatch, "c.parquet")
+    with pytest.raises(DataError, match=told):
+        list(encoded(out, source, keep=[]))
+
+
 def test_ordered_map_keeps_order_and_holds_few_results() -> None:
     started: list[int] = []
 
@@ -384,6 +422,10 @@ def test_a_data_set_is_no_raw_log(tmp_path: Path) -> None:
     logs.mkdir()
     config, source = table_config(ONE), numbered(logs / "a.parquet", 10)
     out, _ = made(config, logs, logs / "out")
+    (out / "new-logs").mkdir()
+    new = numbered(out / "new-logs" / "day.parquet", 10)
+    assert [file.path for file in raw_files(config.source, new.parent)] == [new], "beside what is encoded"
+    shutil.rmtree(new.parent)
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "b.parquet").symlink_to(out / "train" / "part-00000.parquet")
     part = out / "train" / "part-00000.parquet"
@@ -401,6 +443,22 @@ def test_a_data_set_is_no_raw_log(tmp_path: Path) -> None:
             with pytest.raises(DataError, match=told + r"hint: pass the raw logs, and keep data sets \(--out\) outside of their folder$"):
                 raw_files(config.source, given, labels)
     assert [file.path for file in raw_files(config.source, source)] == [source]
+
+
+def test_a_part_is_known_wherever_it_lies(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "a.parquet", 10)
+    out, _ = made(table_config(ONE), source, tmp_path / "out")
+    shutil.copytree(out, tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "manifest.json").unlink()
+    shutil.copytree(out / "train", tmp_path / "copied")
+    numbered(tmp_path / "copied" / "a.parquet", 10)  # among others
+    for given in (tmp_path / "copied", tmp_path / "unfinished" / "train"):
+        with pytest.raises(DataError, match=r"part-00000\.parquet is of a data set that escm2rec made.*: its values are encoded"):
+            raw_files(table_config(ONE).source, given)
+    part = out / "train" / "part-00000.parquet"
+    pq.write_table(pq.read_table(part).replace_schema_metadata(), part)  # as of before the mark
+    with pytest.raises(DataError, match=rf"^{part} is of a data set that escm2rec made \({out}\)"):
+        raw_files(table_config(ONE).source, part)
 
 
 def test_files_in_sub_folders_are_not_passed_over(tmp_path: Path) -> None:
@@ -427,6 +485,81 @@ def test_a_kept_column_of_two_types_is_refused(tmp_path: Path) -> None:
         write_parquet(tmp_path / "logs" / f"{name}.parquet", {"c": [1], "k": pa.array([1], kind)})
     with pytest.raises(DataError, match=r"column 'kept\.k' is of type int64, in earlier rows it is of type int32"):
         preprocess(table_config(ONE, keep=["k"]), tmp_path / "logs", tmp_path / "out")
+
+
+SOMETIMES: dict[str, pa.Array] = {
+    "strings": pa.array(["s", None, "t"], pa.string()),
+    "numbers": pa.array([1, None, 3], pa.int64()),
+    "lists": pa.array([["a", None], None, []], pa.large_list(pa.large_string())),
+    "empty lists": pa.array([[], None, []], pa.large_list(pa.int64())),
+    "structs": pa.array([{"a": 1, "b": ["x"]}, None, {"a": None, "b": None}]),
+    "maps": pa.array([[("k", 1)], None, []], pa.map_(pa.string(), pa.int64())),
+    "none": pa.nulls(3, pa.string()),
+    "nulls": pa.nulls(3),
+}
+ROWS_A_FILE = 30
+
+
+@pytest.mark.parametrize("kind", SOMETIMES)
+@pytest.mark.parametrize("filled", [(0, 2, 4, 6), (6,)])
+@pytest.mark.parametrize("at_once", [2, 256])
+def test_a_kept_column_that_some_files_have_as_null_is_of_one_type(
+    tmp_path: Path, kind: str, filled: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some buckets, and merged files, hold no value of it."""
+    monkeypatch.setattr(portions, "PORTION_BYTES", 1)
+    monkeypatch.setattr(pipeline, "BUCKET_ROWS", 7)
+    monkeypatch.setattr(merge, "MERGED", at_once)
+    (tmp_path / "logs").mkdir()
+    values, expected = SOMETIMES[kind], []
+    for file in range(7):
+        kept = pa.nulls(ROWS_A_FILE)
+        if file in filled:  # three rows of many
+            kept = pa.concat_arrays([values, pa.nulls(ROWS_A_FILE - len(values), values.type)])
+        expected += kept.to_pylist()
+        write_parquet(tmp_path / "logs" / f"{file}.parquet", {"c": list(range(ROWS_A_FILE)), "k": kept})
+    config = table_config(ONE, keep=["k"], rows_per_file=60, rows_per_group=20)
+    out, _ = made(config, tmp_path / "logs", tmp_path / "out")
+    (type_,) = {pq.read_schema(part).field("kept.k").type for part in (out / "train").iterdir()}
+    assert type_.id == values.type.id, "its fields have names of Parquet's"
+    places: dict[str, Any] = {str(file): ROWS_A_FILE for file in range(7)}
+    assert [row["kept.k"] for row in read_split(out, **places)] == expected
+
+
+VIEWS: dict[str, tuple[pa.DataType, pa.DataType, list[Any]]] = {
+    "texts": (pa.string_view(), pa.string(), ["a", None, "a text of more than twelve bytes"]),
+    "bytes": (pa.binary_view(), pa.binary(), [b"a", None, b""]),
+    "lists": (pa.list_(pa.string_view()), pa.list_(pa.string()), [["a", None], None, []]),
+    "large lists": (pa.large_list(pa.binary_view()), pa.large_list(pa.binary()), [[b"a"], None, []]),
+    "lists of one size": (pa.list_(pa.string_view(), 2), pa.list_(pa.string(), 2), [["a", "b"], None, ["c", None]]),
+    "structs": (
+        pa.struct([("a", pa.string_view()), ("b", pa.list_(pa.string_view()))]),
+        pa.struct([("a", pa.string()), ("b", pa.list_(pa.string()))]),
+        [{"a": "x", "b": ["y"]}, None, {"a": None, "b": None}],
+    ),
+    "maps": (pa.map_(pa.string_view(), pa.binary_view()), pa.map_(pa.string(), pa.binary()), [[("k", b"v")], None, []]),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_views_are_kept_as_plain_texts_and_bytes(tmp_path: Path, kind: str) -> None:
+    view, plain, values = VIEWS[kind]
+    write_parquet(tmp_path / "a.parquet", {"c": pa.array(["x", "y", "x"], pa.string_view()), "k": pa.array(values, plain).cast(view)})
+    assert pq.read_schema(tmp_path / "a.parquet").field("k").type == view
+    out, _ = made(table_config(ONE, keep=["k"]), tmp_path / "a.parquet", tmp_path / "out")
+    assert pq.read_schema(out / "train" / "part-00000.parquet").field("kept.k").type == plain
+    assert [row["kept.k"] for row in read_split(out, a=3)] == values
+    assert pa.concat_tables(encoded(out, tmp_path / "a.parquet", keep=["k"]))["kept.k"].to_pylist() == values
+
+
+def test_what_polars_writes_is_kept(tmp_path: Path) -> None:
+    frame = pl.DataFrame(
+        {"c": ["x", None], "text": ["a", None], "bytes": [b"a", None], "list": [["a"], None], "click": [1, 0], "conversion": [0, 0]}
+    )
+    frame.write_parquet(tmp_path / "a.parquet")
+    out, _ = made(table_config(ONE, keep=["text", "bytes", "list"]), tmp_path / "a.parquet", tmp_path / "out")
+    rows = [tuple(row[f"kept.{name}"] for name in ("text", "bytes", "list")) for row in read_split(out, a=2)]
+    assert rows == [("a", b"a", ["a"]), (None, None, None)]
 
 
 UNSPLITTABLE = {

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing.context
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from escm2rec import workers
+from escm2rec.disk import telling_of_disk
+from escm2rec.errors import RunError
 from escm2rec.workers import is_small
 
 CODE = """
@@ -49,6 +55,54 @@ def test_a_main_module_without_a_file_has_its_name_back(monkeypatch: pytest.Monk
         with workers.starting_workers():
             assert getattr(main, "__file__", None) == shown
         assert main.__file__ == name
+
+
+PROGRAM = """
+import sys
+from escm2rec.workers import starting_workers
+with starting_workers() as context, context.Pool(1) as pool:
+    print(pool.map(len, ["four"]))
+"""
+
+
+def test_a_program_on_stdin_has_workers_beside_a_file_of_that_name(tmp_path: Path) -> None:
+    """Every worker would run that file."""
+    (tmp_path / "<stdin>").write_text("print('another program')")
+    done = subprocess.run([sys.executable, "-"], input=PROGRAM, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[4]\n", "")
+
+
+def test_no_room_for_semaphores_is_not_told_as_that_of_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("spawn")
+    room = r"; [\d,.]+ [GM]B of [\d,.]+ [GM]B are free there" if workers.SHARED_MEMORY.is_dir() else ""
+    told = rf"^cannot start worker processes: their semaphores lie in /dev/shm: No space left on device{room}\nhint: make room there"
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(context, "Lock", full)
+    monkeypatch.setattr(workers, "_server", context)
+    with pytest.raises(RunError, match=told), telling_of_disk(tmp_path, "do it again"), workers.starting_workers():
+        pass
+
+
+def test_a_pool_makes_as_many_semaphores_as_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    make = multiprocessing.context.BaseContext
+
+    def counted(kind: str) -> Any:
+        real = getattr(make, kind)
+
+        def make_one(self: Any, *given: Any) -> Any:
+            made.append(kind)
+            return real(self, *given)
+
+        return make_one
+
+    for kind in ("Lock", "BoundedSemaphore"):
+        monkeypatch.setattr(make, kind, counted(kind))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")):
+        assert len(made) == workers.SEMAPHORES
 
 
 def test_what_is_small_is_told_of_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

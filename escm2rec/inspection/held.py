@@ -11,7 +11,7 @@ import pyarrow as pa
 from escm2rec.cells import read_lists
 from escm2rec.config import SPLITS, Split
 from escm2rec.errors import DataError
-from escm2rec.paths import open_parquet
+from escm2rec.paths import not_read, open_parquet
 from escm2rec.preprocess.parallel import default_workers, ordered_map
 from escm2rec.preprocess.ragged import Float32s, Int64s
 from escm2rec.progress import Progress
@@ -90,7 +90,7 @@ def _piece(group: RowGroup, features: list[Feature], step: int) -> _Piece:
             table = file.read_row_group(group.index, columns=[feature.name for feature in features], use_threads=False)
             table = table.combine_chunks()
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{where} cannot be read: {error}", "the data set is damaged: preprocess again") from error
+        raise not_read(where, error) from error
     piece = _Piece(group.num_rows, {}, {}, {}, {})
     for feature in features:
         if feature.name not in table.column_names:

@@ -7,11 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from escm2rec.config import AliccpSource, EventsSource, MatrixSource, Source
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from escm2rec.config import SPLITS, AliccpSource, EventsSource, MatrixSource, Source
 from escm2rec.errors import DataError
 from escm2rec.folder import is_of_kind
 
+ENCODED = (*SPLITS, "vocabulary")  # folders of a data set
+PARQUET = b"PAR1"  # begins every such file
 NAMES = 5  # of files, in a message
+PART_MARK = {b"escm2rec": b"part of a data set"}
+"""Key and value in the Parquet metadata of the parts that `write` makes: by it they are known wherever they are moved to."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def _matching(path: Path, key: str, pattern: str, labels: bool) -> list[Path]:
         holds = f"it holds {named(held)}" if held else "it is empty"
         hint = f"set data.source.{key} to the names of the files, or pass their folder" if labels else "pass the files themselves"
         raise DataError(f"no file in {path} matches the pattern {pattern!r} of data.source.{key}: {holds}", hint)
-    for entry in {entry.resolve().parent: entry for entry in reversed(found)}.values():
+    for entry in found:
         _refuse_made(entry)
     return found
 
@@ -125,7 +132,10 @@ def _matrices(source: MatrixSource, folder: Path, labels: bool) -> list[RawFile]
     def path(name: str | None, key: str) -> Path | None:
         if name is not None and not (folder / name).is_file():
             raise DataError(f"no file {folder / name}", f"set data.source.{key}, or fetch the file")
-        return None if name is None else folder / name
+        if name is None:
+            return None
+        _check_readable(folder / name)
+        return folder / name
 
     users, items = path(source.user_features, "user_features"), path(source.item_features, "item_features")
     train, test = path(source.train, "train"), path(source.test, "test") if labels else None
@@ -159,14 +169,28 @@ def _refuse_nested(path: Path, pattern: str) -> None:
 
 
 def _refuse_made(path: Path) -> None:
-    """DataError for a file of a data set: it would be read as a log, whatever its numbers mean."""
-    place = path.resolve()
-    for folder in (place.parent, place.parent.parent):
-        if is_of_kind(folder, "data set"):
-            raise DataError(
-                f"{path} is of a data set that escm2rec made ({folder}): its values are encoded, it is no raw log",
-                "pass the raw logs, and keep data sets (--out) outside of their folder",
-            )
+    """DataError for a file of a data set: it would be read as a log, whatever its numbers mean. Parts of before the mark are known by their
+    folder, as vocabularies are."""
+    folder = path.resolve().parent
+    is_there = folder.name in ENCODED and is_of_kind(folder.parent, "data set")
+    if is_there or _is_marked(path):
+        whose = f" ({folder.parent})" if is_there else ""
+        raise DataError(
+            f"{path} is of a data set that escm2rec made{whose}: its values are encoded, it is no raw log",
+            "pass the raw logs, and keep data sets (--out) outside of their folder",
+        )
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a file has PART_MARK. What is no Parquet, or damaged, has none: who reads it says so."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(PARQUET)) != PARQUET:
+                return False
+        metadata = pq.read_metadata(path).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return PART_MARK.items() <= metadata.items()
 
 
 def _with_companions(source: AliccpSource, skeleton: Path, labels: bool) -> RawFile:
@@ -182,6 +206,7 @@ def _with_companions(source: AliccpSource, skeleton: Path, labels: bool) -> RawF
         file = skeleton.with_name(pattern.replace("*", part))
         if not file.is_file():
             raise DataError(f"{skeleton} has no {what} file: {file} is missing", f"set data.source.{what}, or fetch the file")
+        _check_readable(file)
         return file
 
     truth = companion(source.truth, "truth") if source.truth is not None and labels else None

@@ -83,8 +83,9 @@ def values_of(array: pa.Array) -> Any:
 
 
 def one_batch(batches: list[dict[str, pa.Array]]) -> pa.RecordBatch:
-    """Batches of equal columns end to end. One whose column holds no value takes the type that the others have there, and whole numbers
-    that were narrowed are widened where others were not; else types that differ give a TypeError that names column and types."""
+    """Batches of equal columns end to end. One whose column holds no value takes the type that the others have there, any before null, and
+    whole numbers that were narrowed are widened where others were not; else types that differ give a TypeError that names column and
+    types."""
     columns = {name: _end_to_end(name, [batch[name] for batch in batches]) for name in batches[0]}
     return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
 
@@ -93,26 +94,27 @@ def _end_to_end(name: str, arrays: list[pa.Array]) -> pa.Array:
     types = list(dict.fromkeys(array.type for array in arrays))
     if len(types) == 1:
         return pa.concat_arrays(arrays)
-    held = list(dict.fromkeys(array.type for array in arrays if holds(array)))
+    held = list(dict.fromkeys(array.type for array in arrays if holds(name, array)))
     wide = next((kind for kind in WIDE if set(held) <= set(WIDE[kind])), None)
     if len(held) > 1 and wide is not None and not name.startswith(KEPT_PREFIX):
-        return pa.concat_arrays([array.cast(wide) if holds(array) else _empty(array, wide) for array in arrays])
+        return pa.concat_arrays([array.cast(wide) if holds(name, array) else _empty(name, len(array), wide) for array in arrays])
     if len(held) > 1:
         raise TypeError(f"column {name!r} is of type {held[1]}, in earlier rows it is of type {held[0]}")
-    kind = held[0] if held else types[0]
-    return pa.concat_arrays([array if array.type == kind else _empty(array, kind) for array in arrays])
+    kind = held[0] if held else next((kind for kind in types if not pa.types.is_null(kind)), types[0])
+    return pa.concat_arrays([array if array.type == kind else _empty(name, len(array), kind) for array in arrays])
 
 
-def holds(array: pa.Array) -> bool:
-    """Whether a column holds any value."""
-    return bool(len(array.flatten()) if pa.types.is_large_list(array.type) else array.null_count < len(array))
+def holds(name: str, array: pa.Array) -> bool:
+    """Whether a column of this name holds any value: of a list of a feature one in it, of a kept column a list without any is one."""
+    of_feature = pa.types.is_large_list(array.type) and not name.startswith(KEPT_PREFIX)
+    return bool(len(array.flatten()) if of_feature else array.null_count < len(array))
 
 
-def _empty(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """As many rows without a value: nulls, or empty lists."""
-    if not pa.types.is_large_list(kind):
-        return pa.nulls(len(array), kind)
-    return pa.LargeListArray.from_arrays(pa.array(np.zeros(len(array) + 1, np.int64)), pa.array([], kind.value_type))
+def _empty(name: str, rows: int, kind: pa.DataType) -> pa.Array:
+    """So many rows without a value: nulls, or empty lists of a feature."""
+    if not pa.types.is_large_list(kind) or name.startswith(KEPT_PREFIX):
+        return pa.nulls(rows, kind)
+    return pa.LargeListArray.from_arrays(pa.array(np.zeros(rows + 1, np.int64)), pa.array([], kind.value_type))
 
 
 def narrow(array: pa.Array) -> pa.Array:

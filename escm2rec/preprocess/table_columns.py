@@ -22,6 +22,22 @@ from escm2rec.preprocess.transforms import clipped, cut
 from escm2rec.schema import Feature
 
 
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """The type with plain texts and bytes for views, of which Arrow cannot take rows."""
+    if pt.is_string_view(kind) or pt.is_binary_view(kind):
+        return pa.string() if pt.is_string_view(kind) else pa.binary()
+    if pt.is_map(kind):
+        return pa.map_(_without_views(kind.key_type), _without_views(kind.item_type), kind.keys_sorted)
+    if not kind.num_fields or not pt.is_nested(kind):
+        return kind
+    fields = [kind.field(place).with_type(_without_views(kind.field(place).type)) for place in range(kind.num_fields)]
+    if pt.is_struct(kind):
+        return pa.struct(fields)
+    if pt.is_fixed_size_list(kind):
+        return pa.list_(fields[0], kind.list_size)
+    return pa.large_list(fields[0]) if pt.is_large_list(kind) else pa.list_(fields[0]) if pt.is_list(kind) else kind
+
+
 @dataclass(frozen=True)
 class TableColumn:
     """One column of a batch, with where it is from and where its bad rows are marked."""
@@ -42,6 +58,8 @@ class TableColumn:
             array = pa.array([], chunks.type) if array is None else array
             if pt.is_dictionary(array.type):
                 array = array.dictionary_decode()
+            if (plain := _without_views(array.type)) != array.type:
+                array = array.cast(plain)
             return cls(name, array, path, is_csv, bad)
 
         return column

@@ -7,6 +7,8 @@ the same hash the more frequent has the row.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -211,9 +213,11 @@ def check_vocabulary(feature: Feature, folder: Path) -> Path:
     """`<folder>/<feature>.parquet`; DataError when it is not what the schema was made with."""
     path = folder / f"{feature.name}.parquet"
     try:
-        found = pq.read_metadata(path).num_rows == feature.num_embeddings - feature.oov_rows
+        found = pq.read_metadata(path).num_rows == feature.num_embeddings - feature.oov_rows and sha256_of(path)
+    except PermissionError as error:
+        raise DataError(f"the vocabulary {path} cannot be read: {os.strerror(errno.EACCES)}", "check who may read it") from error
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"cannot read the vocabulary {path}: {error}", "the data set or run is damaged: make it again") from error
-    if not found or sha256_of(path) != feature.vocabulary_sha256:
+    if found != feature.vocabulary_sha256:
         raise DataError(f"{path} is not the vocabulary that the schema was made with", "preprocess again")
     return path

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 from escm2rec.config import KEPT_PREFIX, SPLITS, Split
 from escm2rec.folder import sha256_of
 from escm2rec.preprocess.encoder import Encoder, Rows, encode
+from escm2rec.preprocess.files import PART_MARK
 from escm2rec.preprocess.merge import rows_of, sorted_rows
 from escm2rec.preprocess.ragged import Int64s, offsets_of
 from escm2rec.preprocess.read import LABEL, records_of
 from escm2rec.preprocess.records import encode_records
-from escm2rec.preprocess.spill import MappedBatch, from_arrow, one_batch
+from escm2rec.preprocess.spill import MappedBatch, from_arrow, holds, one_batch, read_batch, write_batch
 from escm2rec.preprocess.spilled import read_rows
 from escm2rec.preprocess.steps import Job
 from escm2rec.preprocess.vocabulary import open_lookup
@@ -49,6 +50,32 @@ def encode_common(job: Job, number: int) -> dict[str, Any]:
     return job.once(f"encode-{feature.name}", make)
 
 
+def kept_types(job: Job) -> pa.Schema:
+    """The kept columns with the type of their values, after `merge`.
+
+    Files of the input may differ in it where a column holds no value, null being a type of its own; so may buckets, parts of one split must
+    not. A column without any value takes another type than null if it has one anywhere.
+    """
+
+    if not job.config.keep:
+        return pa.schema([])
+
+    def make(folder: Path) -> dict[str, Any]:
+        left = [KEPT_PREFIX + name for name in job.config.keep]
+        types = dict.fromkeys(left, pa.null())
+        for path in (path for rows in sorted_rows(job, 0, job.buckets - 1) for path in rows.batches):
+            if not left:  # as a rule after the first
+                break
+            batch = read_batch(path)
+            types |= {name: batch[name].type for name in left if pa.types.is_null(types[name]) or holds(name, batch[name])}
+            left = [name for name in left if not holds(name, batch[name])]
+        write_batch(folder / "kept.arrow", pa.RecordBatch.from_pylist([], pa.schema(types)))
+        return {}
+
+    job.once("kept", make)
+    return read_batch(job.work / "kept.arrow").schema
+
+
 class Part(NamedTuple):
     """Rows `first` to before `last` of a split, in its order: one file."""
 
@@ -76,11 +103,11 @@ def write(job: Job, part: Part) -> dict[str, Any]:
 
 def _write(job: Job, part: Part, path: Path) -> dict[str, Any]:
     schema = Schema.load(job.folder / "schema.json")
-    encoder = Encoder(schema, job.work)
+    encoder, kept = Encoder(schema, job.work), kept_types(job)
     common = {feature.name: read_rows(job.work / f"common-{feature.name}") for feature in job.request.features} if records_of(job) else {}
     writer = _PartWriter(path, job.config.rows_per_group)
     for batch, places in _buckets(job, part):
-        rows = _rows(encoder, batch)
+        rows = _rows(encoder, batch, kept)
         for start in range(0, len(places), job.config.rows_per_group):
             writer.add(*encoder.table(rows, places[start : start + job.config.rows_per_group], common))
     return {"path": f"{part.split}/{path.name}", **writer.close(), "bytes": path.stat().st_size, "sha256": sha256_of(path), **writer.told}
@@ -103,12 +130,14 @@ def _buckets(job: Job, part: Part) -> Iterator[tuple[pa.RecordBatch, Int64s]]:
             yield batch, order[max(part.first, low) - low : min(part.last, high) - low]
 
 
-def _rows(encoder: Encoder, batch: pa.RecordBatch) -> Rows:
+def _rows(encoder: Encoder, batch: pa.RecordBatch, kept_types: pa.Schema) -> Rows:
     """Encoded rows of a bucket."""
     names = batch.schema.names
     features = encoder.stored({feature.name: from_arrow(feature, batch) for feature in encoder.schema.features})
     labels = {name.removeprefix(LABEL): batch[name].to_numpy() for name in names if name.startswith(LABEL)}
-    kept = {name.removeprefix(KEPT_PREFIX): batch[name] for name in names if name.startswith(KEPT_PREFIX)}
+    found = {field.name: batch[field.name] for field in kept_types}
+    found |= {field.name: pa.nulls(len(batch), field.type) for field in kept_types if found[field.name].type != field.type}
+    kept = {name.removeprefix(KEPT_PREFIX): column for name, column in found.items()}
     return Rows(features, labels, kept, batch["record"].to_numpy() if "record" in names else None)
 
 
@@ -158,6 +187,7 @@ class _PartWriter:
         if self._rows_waiting:
             self._write(self._rows_waiting)
         assert self._writer is not None
+        self._writer.add_key_value_metadata(PART_MARK)
         self._writer.close()
         return self._counts
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from escm2rec.config import Split
 from escm2rec.errors import DataError
 from escm2rec.folder import read_manifest
-from escm2rec.paths import DataPath, data_path, open_parquet, telling
+from escm2rec.paths import DataPath, data_path, not_read, open_parquet
 from escm2rec.schema import Schema
 
 
@@ -43,8 +43,7 @@ class Dataset:
     def open(cls, path: str | DataPath) -> Dataset:
         """Open a data set at a local path or fsspec URL; DataError when it is absent, incomplete, or its schema and manifest disagree."""
         path = data_path(path)
-        with telling(path):
-            manifest = read_manifest(path, "data set", frozenset({"schema_hash", "splits"}))
+        manifest = read_manifest(path, "data set", frozenset({"schema_hash", "splits"}))
         schema = Schema.load(path / "schema.json")
         if manifest.get("schema_hash") != schema.hash():
             raise DataError(
@@ -108,4 +107,4 @@ def _parquet_metadata(path: DataPath) -> pq.FileMetaData:
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing, the manifest names it", "the data set is damaged: preprocess again") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file: {error}", "the data set is damaged: preprocess again") from error
+        raise not_read(str(path), error, "is not a Parquet file") from error

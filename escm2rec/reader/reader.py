@@ -24,8 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from escm2rec.config import Split
-from escm2rec.errors import DataError
-from escm2rec.paths import open_parquet
+from escm2rec.paths import not_read, open_parquet
 from escm2rec.preprocess.parallel import ordered_map
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.columns import Columns, Slice, assemble, decode, encoded_columns
@@ -157,8 +156,7 @@ class Reader:
             with open_parquet(group.path) as file:
                 table = file.read_row_group(group.index, columns=self._columns, use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
-            where = f"{group.path}, row group {group.index}"
-            raise DataError(f"{where} cannot be read: {error}", "the data set is damaged: preprocess again") from error
+            raise not_read(f"{group.path}, row group {group.index}", error) from error
         order = None
         if self._shuffle:
             # By its number, so that two lanes that share a group permute it alike.
