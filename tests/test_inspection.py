@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 from escm2rec.cells import from_cells, to_cells, with_lists
 from escm2rec.cli import main
@@ -161,6 +162,44 @@ def test_frequent_values_come_with_their_share_of_all_values(record: dict[str, A
     assert record["features"]["user"]["concentration"] == pytest.approx(sum(first_hundredth) / sum(users.values()))
 
 
+@pytest.mark.parametrize("feature", [{"kind": "categorical", "column": "shop"}, {"kind": "list", "column": "tags"}])
+@pytest.mark.parametrize("limits", [{}, {"min_count": 10_000}, {"max_size": 3}, {"max_size": 2, "oov_rows": 9}, {"oov_rows": 300}])
+def test_concentration_and_plot_are_of_all_rows_those_that_values_share_among_them(
+    feature: dict[str, Any], limits: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").mkdir()
+    pq.write_table(raw_table(ROWS, 1, labels=True), tmp_path / "logs" / "a.parquet")
+    tree = {"source": {"kind": "table"}, "features": [{"name": "one", **feature, **limits}], "split": SPLIT, "rows_per_group": 500}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    lines = drawn_lines(monkeypatch)
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]["one"]
+    column = with_lists(pq.read_table(tmp_path / "data" / "train"))["one"].combine_chunks()
+    rows = (column.flatten() if feature["kind"] == "list" else column).to_numpy()
+    counts = np.sort(np.bincount(rows, minlength=told["table_rows"]))[::-1]
+    assert told["concentration"] == pytest.approx(counts[: max(told["table_rows"] // 100, 1)].sum() / len(rows))
+    assert sum(entry["count"] for entry in told["top"]) <= (1 - told["oov"]["train"]) * len(rows) + 0.5
+    if limits.get("min_count"):
+        assert (told["values"], told["table_rows"], told["concentration"], told["top"]) == (0, 1, 1.0, [])
+    assert len(lines) == (np.count_nonzero(counts) > 1)
+    for x, y in lines:
+        assert y[0] == pytest.approx(counts[0] / len(rows))
+        assert (x[-1], y[-1]) == (told["table_rows"] if told["table_rows"] <= plots.FEW_ROWS else 1.0, 1.0)
+
+
+def drawn_lines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[float], list[float]]]:
+    """The points of each line that a plot is about to have."""
+    lines: list[tuple[list[float], list[float]]] = []
+
+    def image(draw: Any, size: tuple[float, float]) -> str:
+        axes = Figure(size).subplots()
+        draw(axes)
+        lines.extend((line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines)  # type: ignore[union-attr]
+        return ""
+
+    monkeypatch.setattr(plots, "image", image)
+    return lines
+
+
 def test_long_values_are_short_on_the_page_with_the_whole_in_the_title(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     address = '<https://shop.example/"a"/very/long/path>'
@@ -192,6 +231,19 @@ def test_rows_of_a_hashed_table_are_counted(record: dict[str, Any], data: Path, 
     ]
     assert "oov" not in told
     assert "values" not in told
+
+
+def test_where_training_has_no_value_nothing_is_concentrated(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    table = raw_table(200, 1, labels=True).append_column("never", pa.array([None] * 200, pa.int64()))
+    pq.write_table(table, tmp_path / "logs" / "a.parquet")
+    features = [
+        {"name": name, "kind": "categorical", "column": "never", **more} for name, more in (("own", {}), ("hashed", {"hash_size": 9}))
+    ]
+    tree = {"source": {"kind": "table"}, "features": [KIND | {"column": "shop"}, *features], "split": SPLIT}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]
+    assert [(told[name]["concentration"], told[name]["top"]) for name in ("own", "hashed")] == [(None, [])] * 2
 
 
 def test_a_hashed_table_too_large_to_count_is_not(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -335,7 +387,7 @@ def labels_of(image: str) -> list[str]:
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 5, 9, plots.FEW_ROWS])
 def test_the_axis_of_a_small_table_counts_its_rows(rows: int) -> None:
-    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows, rows * (rows + 1) / 2))
+    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows))
     ticks = labels[: labels.index(f"most frequent rows (of {rows})")]
     assert ticks == (["1", "2", "3", "4", "5"][:rows] if rows <= 5 else ticks)
     assert all(1 <= int(tick) <= rows for tick in ticks)
@@ -344,7 +396,7 @@ def test_the_axis_of_a_small_table_counts_its_rows(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [plots.FEW_ROWS + 1, 99, 100_000])
 def test_the_axis_of_a_larger_table_has_shares_of_its_rows(rows: int) -> None:
-    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows, rows * (rows + 1) / 2))
+    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows))
     ticks = labels[: labels.index("share of the table's rows")]
     assert ticks[-2:] == ["10%", "100%"]
 

@@ -29,15 +29,16 @@ WORDS = {
     "rows of the table. Far more in validation and test than in training means that new values keep coming.",
     "Table rows": "Rows of the embedding table: one a value of the vocabulary, and those that the others share; or as many as "
     "<code>hash_size</code> says, or one a bucket.",
-    "Concentration": "Share of all training values that fall on the most frequent hundredth of the table's rows. Near 100%, few rows do "
-    "all the work: a sharding plan that gives each rank as many rows does not give it as much work.",
+    "Concentration": "Share of all training values that fall on the most frequent hundredth of the table's rows, the rows "
+    "that values out of vocabulary share among them. Near 100%, few rows do all the work: a sharding plan that gives each rank as many "
+    "rows does not give it as much work.",
     "Values an impression": "Of lists, in training: the mean is the pooling factor, by which a lookup costs; p99 is what only one "
     "impression in a hundred exceeds.",
 }
 
 
 def write_inspection(record: Record, features: tuple[Feature, ...], held: dict[Split, Held], counts: dict[str, Int64s], path: Path) -> None:
-    """Write the page of what `inspect` found; `counts` are of the table features' values, the most frequent first."""
+    """Write the page of what `inspect` found; `counts` are of the rows of the tables, the most frequent first."""
     plots = list(_plots(record["features"], {feature.name: feature for feature in features}, held["train"], counts))
     shown = plots[:MAX_FEATURES_SHOWN]
     left = f"{len(plots) - len(shown)} more features are in the tables and in the JSON alone." if len(plots) > len(shown) else ""
@@ -122,7 +123,7 @@ def _numbers(features: Record) -> str:
 def _plots(records: Record, features: dict[str, Feature], held: Held, counts: dict[str, Int64s]) -> Iterator[str]:
     for name, told in records.items():
         if name in counts and len(counts[name]) > 1:
-            source = skew_plot(np.cumsum(counts[name]), told["table_rows"], told["top"][0]["count"] / told["top"][0]["share"])
+            source = skew_plot(np.cumsum(counts[name]), told["table_rows"])
             yield figure(escape(name), "share of the values on the most frequent rows", source)
         if name in held.lengths:
             yield figure(escape(name), "values an impression", lengths_plot(held.lengths[name]))

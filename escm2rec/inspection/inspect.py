@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from escm2rec.config import SPLITS, ImpressionTable, Split
 from escm2rec.errors import ConfigError, DataError
-from escm2rec.inspection.held import Held, held_by, is_counted
+from escm2rec.inspection.held import Held, counted_rows, held_by
 from escm2rec.inspection.table import print_tables
 from escm2rec.paths import DataPath, open_parquet
 from escm2rec.preprocess.ragged import Float32s, Float64s, Int64s
@@ -32,22 +32,26 @@ NUMERIC_QUANTILES = {"min": 0.0, "p1": 0.01, "p25": 0.25, "p50": 0.5, "p75": 0.7
 
 @dataclass(frozen=True)
 class _Top:
-    """How often training meets the values of a table, the most frequent first; only the first `values` are there.
+    """How often training meets the values and the rows of a table, the most frequent first.
 
-    total  values in training, those out of vocabulary included
-    rows   of the table
+    values  the first MOST_SHOWN of those with a row of their own
+    counts  of each of these, and of the rest
+    by_row  the same of each row that is met, those that values share among them
+    total   values in training
+    rows    of the table
     """
 
     values: list[Any]
     counts: Int64s
+    by_row: Int64s
     total: int
     rows: int
 
     def record(self, most: int) -> Record:
-        shares = self.counts / max(self.total, 1)
-        shown = zip(self.values[:most], self.counts[:most].tolist(), shares[:most].tolist(), strict=False)
-        top = [{"value": value, "count": count, "share": share} for value, count, share in shown]
-        return {"top": top, "concentration": float(shares[: max(self.rows // 100, 1)].sum())}
+        shown = zip(self.values[:most], self.counts[:most].tolist(), strict=False)
+        top = [{"value": value, "count": count, "share": count / self.total} for value, count in shown]
+        hundredth = self.by_row[: max(self.rows // 100, 1)].sum()
+        return {"top": top, "concentration": float(hundredth / self.by_row.sum()) if len(self.by_row) else None}
 
 
 def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: bool = False) -> Record:
@@ -63,7 +67,8 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
               lists: lengths by split (mean, p50, p90, p99, max of the values an impression);
               the `top` most frequent: value (row of a hashed table, range of a bucket, hash of a cross), count and share of all training
               values;
-              concentration: share of the training values that fall on the most frequent hundredth of the rows;
+              concentration: share of the training values that fall on the most frequent hundredth of the rows (one at least), those
+              that values out of vocabulary share among them; None where training has no value;
               clip, cross and max_length as configured, where they are;
               numeric: mean and std of training (of the logarithm with log1p), and by split missing (share of the impressions without a
               number) and quantiles, in the units of the log; all are of the numbers that were there, quantiles None where none was
@@ -92,7 +97,7 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
     if html is not None:
         from escm2rec.inspection.html import write_inspection
 
-        counts = {name: top_of.counts for name, top_of in tops.items() if top_of is not None}
+        counts = {name: top_of.by_row for name, top_of in tops.items() if top_of is not None}
         write_inspection(record, dataset.schema.features, held, counts, html)
         record["html"] = str(html)
     return record
@@ -159,16 +164,21 @@ def _feature(dataset: Dataset, feature: Feature, held: dict[Split, Held], top: _
 
 
 def _top_counts(dataset: Dataset, feature: Feature, held: dict[Split, Held]) -> _Top | None:
-    """Of a vocabulary what it was fitted with; of other tables what the pass counted, with rows or the ranges of buckets for values."""
+    """Of a vocabulary what it was fitted with; of other tables what the pass counted, with rows or the ranges of buckets for values.
+
+    None where that are too many rows to be counted.
+    """
+    shared_alone = feature.encoding == "vocabulary" and feature.oov_rows == 1
+    if not shared_alone and not counted_rows(feature):
+        return None
+    counted = held["train"].counts.get(feature.name)
     if feature.encoding in ("hash", "buckets"):
-        if not is_counted(feature):
-            return None
-        counts = held["train"].counts[feature.name]
+        counts = np.asarray(counted)
         order = np.argsort(-counts, kind="stable")
         order = order[counts[order] > 0]
         rows = order[:MOST_SHOWN].tolist()
         values = rows if feature.encoding == "hash" else [_range_of(feature.boundaries or (), row) for row in rows]
-        return _Top(values, counts[order], int(counts.sum()), feature.num_embeddings)
+        return _Top(values, counts[order], counts[order], int(counts.sum()), feature.num_embeddings)
     path = dataset.path / "vocabulary" / f"{feature.name}.parquet"
     try:
         with open_parquet(path) as file:
@@ -177,7 +187,10 @@ def _top_counts(dataset: Dataset, feature: Feature, held: dict[Split, Held]) -> 
         raise DataError(f"cannot read the vocabulary {path}: {error}", "the data set is damaged: preprocess again") from error
     told = dataset.manifest["features"][feature.name]
     total = round(told["pooling_factor"] * dataset.split_counts("train")["rows"])
-    return _Top(table["value"].slice(0, MOST_SHOWN).to_pylist(), table["count"].to_numpy(), total, feature.num_embeddings)
+    values, counts = table["value"].slice(0, MOST_SHOWN).to_pylist(), table["count"].to_numpy()
+    shared = np.array([round((told["oov"]["train"] or 0) * total)]) if counted is None else counted
+    by_row = -np.sort(-np.concatenate([counts, shared[shared > 0]]), kind="stable")
+    return _Top(values, counts, by_row, total, feature.num_embeddings)
 
 
 def _range_of(boundaries: tuple[float, ...], row: int) -> str:

@@ -22,18 +22,22 @@ FEW_ROWS = 20
 """Up to so many rows of a table the axis counts them: shares of so few would have one label or none."""
 
 
-def skew_plot(reached: Int64s, rows: int, total: float) -> str:
-    """Share of `total` values that fall on the most frequent rows of a table of `rows`; `reached` is their running count, two or more."""
+def skew_plot(reached: Int64s, rows: int) -> str:
+    """Share of the values that fall on the most frequent rows of a table of `rows`; `reached` is the running count of those that are met,
+    two or more."""
     places = np.unique(np.geomspace(1, len(reached), POINTS).round().astype(np.int64))
+    shares = reached[places - 1] / reached[-1]
+    if len(reached) < rows:  # the others add nothing
+        places, shares = np.append(places, rows), np.append(shares, 1.0)
 
     def draw(axes: Axes) -> None:
         axes.set(ylim=(0, 1.02), ylabel="share of the values")
         if rows <= FEW_ROWS:
-            axes.plot(places, reached[places - 1] / total, color=BLUE, linewidth=1.6, marker="o", markersize=4, clip_on=False)
+            axes.plot(places, shares, color=BLUE, linewidth=1.6, marker="o", markersize=4, clip_on=False)
             axes.set(xlim=(1, rows), xlabel=f"most frequent rows (of {rows})")
             _count_on(axes.xaxis)
         else:
-            axes.plot(places / rows, reached[places - 1] / total, color=BLUE, linewidth=1.6)
+            axes.plot(places / rows, shares, color=BLUE, linewidth=1.6)
             axes.set(xscale="log", xlim=(1 / rows, 1), xlabel="share of the table's rows")
             _label_shares(axes.xaxis)
 
