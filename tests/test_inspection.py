@@ -120,6 +120,8 @@ def test_rates_say_whether_they_are_of_rows_or_of_weights(
     }[weight, rate]
     assert sentence in page
     assert sentence in said
+    assert ("means that new values keep coming" in page) == (rate == 1)
+    assert ("that were kept, 25.0% of the unclicked ones among them: a value that was in the others alone" in page) == (rate < 1)
     cells = page[page.index("<h2>Splits</h2>") : page.index("</table>")]
     assert [cells.count(f"<td>{of}</td>") for of in ("rows", "weights")] == [len(rows), 2 - len(rows)]
 

@@ -26,7 +26,7 @@ HASH_SHOWN = 10
 WORDS = {
     "Coverage": "Share of the impressions that have a value of the feature.",
     "Out of vocabulary": "Share of the values without a table row of their own: not seen in training, or too rarely. They share the first "
-    "rows of the table. Far more in validation and test than in training means that new values keep coming.",
+    "rows of the table. {more}",
     "Table rows": "Rows of the embedding table: one a value of the vocabulary, and those that the others share; or as many as "
     "<code>hash_size</code> says, or one a bucket.",
     "Concentration": "Share of all training values that fall on the most frequent hundredth of the table's rows, the rows "
@@ -35,6 +35,11 @@ WORDS = {
     "Values an impression": "Of lists, in training: the mean is the pooling factor, by which a lookup costs; p99 is what only one "
     "impression in a hundred exceeds.",
 }
+MORE_IS_NEW = "Far more in validation and test than in training means that new values keep coming."
+MORE_IS_LEFT_OUT = (
+    "Vocabularies count the training impressions that were kept, {kept} of the unclicked ones among them: a value that was in the others "
+    "alone is out of vocabulary in validation and test, which are whole. More there than in training does not mean that values are new."
+)
 
 
 def write_inspection(record: Record, features: tuple[Feature, ...], held: dict[Split, Held], counts: dict[str, Int64s], path: Path) -> None:
@@ -44,7 +49,7 @@ def write_inspection(record: Record, features: tuple[Feature, ...], held: dict[S
     left = f"{len(plots) - len(shown)} more features are in the tables and in the JSON alone." if len(plots) > len(shown) else ""
     sections = [_header(record), _splits(record), _tables(record), _numbers(record["features"])]
     drawn = f'<h2>Distributions in training</h2><div class="plots">{"".join(shown)}</div>{note(left)}' if shown else ""
-    write_page(path, "What the data set holds", [*sections, drawn, _words()])
+    write_page(path, "What the data set holds", [*sections, drawn, _words(record["negative_keep_rate"])])
 
 
 def _header(record: Record) -> str:
@@ -133,6 +138,7 @@ def _plots(records: Record, features: dict[str, Feature], held: Held, counts: di
             yield figure(escape(name), "log(1 + number)" if feature.log1p else "number", histogram_plot(numbers))
 
 
-def _words() -> str:
-    entries = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in WORDS.items())
+def _words(negative_keep_rate: float) -> str:
+    more = MORE_IS_NEW if negative_keep_rate == 1 else MORE_IS_LEFT_OUT.format(kept=percent(negative_keep_rate))
+    entries = "".join(f"<dt>{name}</dt><dd>{text.format(more=more)}</dd>" for name, text in WORDS.items())
     return f'<h2>In words</h2><dl class="words">{entries}</dl>'
