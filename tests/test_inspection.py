@@ -22,9 +22,10 @@ from escm2rec.cli import main
 from escm2rec.config import parse_config
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.inspection import held, plots
-from escm2rec.inspection.inspect import inspect, length_quantiles
+from escm2rec.inspection.inspect import inspect, length_quantiles, raw_numbers, told_number
 from escm2rec.preprocess import preprocess
 from escm2rec.reader.dataset import Dataset
+from escm2rec.schema import Feature
 from tests.raw_tables import FEATURES, raw_table
 from tests.test_evaluation_html import Page
 
@@ -277,6 +278,36 @@ def test_numbers_are_told_in_the_units_of_the_log(record: dict[str, Any], tables
     assert told["mean"] == pytest.approx(np.log1p(price).mean())
     for name, share in (("min", 0.0), ("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
         assert told["quantiles"]["train"][name] == pytest.approx(np.quantile(price, share), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("log1p", [False, True])
+@pytest.mark.parametrize(("most", "decimals"), [(5e-6, 9), (0.5, 4), (5.0, 2), (5e3, 1), (5e5, 0)])
+def test_numbers_are_told_as_they_were_where_float32_holds_them(most: float, decimals: int, log1p: bool) -> None:
+    numbers = np.round(np.minimum(np.random.default_rng(1).exponential(most / 5, 2_000), most), decimals)
+    numbers[:2] = 0, most
+    fitted = np.log1p(numbers) if log1p else numbers
+    mean, std = float(fitted.mean()), float(fitted.std())
+    feature = Feature(name="x", kind="numeric", column="x", log1p=log1p, mean=mean, std=std, clip=(0, most))
+    back = raw_numbers(feature, ((fitted - mean) / std).astype(np.float32))
+    assert np.count_nonzero(back != numbers) > 1_000, "what float32 rounded"
+    told = [told_number(feature, number) for number in back.tolist()]
+    assert told == numbers.tolist()
+    assert str(told[0]) == "0.0"
+
+
+def test_digits_that_float32_does_not_tell_are_not_told() -> None:
+    feature = Feature(name="x", kind="numeric", column="x", mean=1_000.0, std=800.0)
+    assert told_number(feature, 5000.000129238026) == 5000.0
+    assert told_number(feature, -1.89e-09) == 0.0
+    assert told_number(feature, 1234.56789012345) == 1234.5679
+    assert told_number(feature, 1000.0) == 1000.0
+    assert told_number(feature, 1000.0123456789) == 1000.0123, "close to the mean as many as float32 has"
+    late = Feature(name="x", kind="numeric", column="x", mean=1_769_385_600.0, std=86_400.0)
+    assert told_number(late, 1_769_471_999.0001) == 1_769_471_999.0, "seconds since 1970 have ten"
+    clipped = feature.model_copy(update={"clip": (None, 3.14159)})
+    assert told_number(clipped, 3.14161) == 3.14159
+    logarithm = feature.model_copy(update={"log1p": True, "mean": 0.0, "std": 1.0})
+    assert told_number(logarithm, -1.0) == -1.0
 
 
 def numbers_with_gaps(rows: int, seed: int) -> pa.Table:

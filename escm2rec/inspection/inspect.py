@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ NO_ROWS: Record = {
 MOST_SHOWN = 1_000
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 NUMERIC_QUANTILES = {"min": 0.0, "p1": 0.01, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p99": 0.99, "max": 1.0}
+LEAST_OF_LOG1P = -1 + 2.0**-53
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
               that values out of vocabulary share among them; None where training has no value;
               clip, cross and max_length as configured, where they are;
               numeric: mean and std of training (of the logarithm with log1p), and by split missing (share of the impressions without a
-              number) and quantiles, in the units of the log; all are of the numbers that were there, quantiles None where none was
+              number) and quantiles, in the units of the log; all are of the numbers that were there, quantiles None where none was,
+              with the digits that float32 tells, about 7
     rejected, negative_keep_rate, negatives_left_out, schema_hash   as preprocess wrote them
     weight    the column of the log that the weights are of, None where there is none
 
@@ -212,8 +215,21 @@ def length_quantiles(histogram: Int64s) -> Record:
 def _number_quantiles(feature: Feature, encoded: Float32s) -> Record | None:
     if not len(encoded):
         return None
-    raw = raw_numbers(feature, encoded)
-    return dict(zip(NUMERIC_QUANTILES, np.quantile(raw, list(NUMERIC_QUANTILES.values())).tolist(), strict=True))
+    quantiles = np.quantile(raw_numbers(feature, encoded), list(NUMERIC_QUANTILES.values())).tolist()
+    return {name: told_number(feature, quantile) for name, quantile in zip(NUMERIC_QUANTILES, quantiles, strict=True)}
+
+
+def told_number(feature: Feature, number: float) -> float:
+    """A number computed back from a standardised float32, without the digits that this does not tell, within the bounds of `clip`.
+
+    float32 holds 24 bits of the distance from the mean (with log1p, of the logarithms). Close to the mean these are more digits than a
+    float32 of the number itself has, and that many are told.
+    """
+    fitted = math.log1p(max(number, LEAST_OF_LOG1P)) if feature.log1p else number
+    known = 2.0**-23 * max(abs(fitted - feature.mean), min(abs(fitted), feature.std)) * (1 + number if feature.log1p else 1)
+    told = round(number, -math.ceil(math.log10(known))) if known else number
+    low, high = feature.clip or (None, None)
+    return min(max(told, -math.inf if low is None else low), math.inf if high is None else high) + 0.0  # which makes 0 of -0
 
 
 def raw_numbers(feature: Feature, encoded: Float32s) -> Float64s:
