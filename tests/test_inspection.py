@@ -369,6 +369,16 @@ def test_a_number_that_training_never_has_is_told_without_quantiles(tmp_path: Pa
     assert len(Page((tmp_path / "page.html").read_text(encoding="utf-8")).images) == 1, "that of the kind"
 
 
+@pytest.mark.parametrize(("most", "said"), [(1_000_000, "here all of them"), (2_400, "here all of them"), (100, "here one in 24")])
+def test_the_page_says_that_numbers_are_of_a_sample(
+    gaps: Path, most: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "SAMPLE_ROWS", most)
+    inspect(gaps, html=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"Quantiles, their range and the plot are of a sample of 1,000,000 impressions at most, {said}: it may have none" in page
+
+
 @pytest.mark.parametrize("most", [1, 7, 800, 10_000])
 def test_a_sample_is_without_missing_numbers_and_with_as_many_of_the_mean_as_all_have(
     gaps: Path, most: int, monkeypatch: pytest.MonkeyPatch

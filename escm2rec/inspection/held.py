@@ -19,7 +19,7 @@ from escm2rec.reader.dataset import Dataset, RowGroup
 from escm2rec.schema import Feature, Schema
 
 SAMPLE_ROWS = 1_000_000
-"""At most about so many impressions are looked at for the numbers of a feature, every k-th of the split."""
+"""At most so many impressions of a split are looked at for the numbers of a feature."""
 MAX_COUNTED_ROWS = 1 << 27
 """Up to so many rows of a table are counted one by one: 8 bytes a row."""
 
@@ -59,7 +59,7 @@ def held_by(dataset: Dataset) -> dict[Split, Held]:
             if not of_split:
                 continue
             found[split] = Held()
-            step = -(-sum(group.num_rows for group in of_split) // SAMPLE_ROWS)
+            step = sample_step(sum(group.num_rows for group in of_split))
             sampled: list[_Piece] = []
             for piece in ordered_map(_tasks(dataset.schema, of_split, step), default_workers()):
                 _add(found[split], piece, dataset.schema)
@@ -67,6 +67,11 @@ def held_by(dataset: Dataset) -> dict[Split, Held]:
                 progress.add(piece.rows, split)
             found[split].numbers = _numbers_there(dataset, split, sampled)
     return found
+
+
+def sample_step(rows: int) -> int:
+    """Every how many-th impression of a split of so many is looked at for numbers."""
+    return -(-rows // SAMPLE_ROWS)
 
 
 def counted_rows(feature: Feature) -> int:

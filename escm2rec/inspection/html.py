@@ -11,7 +11,7 @@ import numpy as np
 
 from escm2rec.config import Split
 from escm2rec.evaluation.html import aligned, facts, figure, note, table, write_page
-from escm2rec.inspection.held import SAMPLE_ROWS, Held
+from escm2rec.inspection.held import SAMPLE_ROWS, Held, sample_step
 from escm2rec.inspection.inspect import NUMERIC_QUANTILES
 from escm2rec.inspection.plots import histogram_plot, lengths_plot, skew_plot
 from escm2rec.inspection.table import filled, kind_of, lengths_of, percent, rates_said, value_of
@@ -47,7 +47,7 @@ def write_inspection(record: Record, features: tuple[Feature, ...], held: dict[S
     plots = list(_plots(record["features"], {feature.name: feature for feature in features}, held["train"], counts))
     shown = plots[:MAX_FEATURES_SHOWN]
     left = f"{len(plots) - len(shown)} more features are in the tables and in the JSON alone." if len(plots) > len(shown) else ""
-    sections = [_header(record), _splits(record), _tables(record), _numbers(record["features"])]
+    sections = [_header(record), _splits(record), _tables(record), _numbers(record)]
     drawn = f'<h2>Distributions in training</h2><div class="plots">{"".join(shown)}</div>{note(left)}' if shown else ""
     write_page(path, "What the data set holds", [*sections, drawn, _words(record["negative_keep_rate"])])
 
@@ -108,18 +108,20 @@ def _value(told: Record) -> str:
     return f'<span title="{escape(str(told["top"][0]["value"]))}">{escape(shown)}</span>' if shown.endswith("…") else escape(shown)
 
 
-def _numbers(features: Record) -> str:
-    found = {name: told for name, told in features.items() if "quantiles" in told}
+def _numbers(record: Record) -> str:
+    found = {name: told for name, told in record["features"].items() if "quantiles" in told}
     if not found:
         return ""
     told = list(found.values())
     columns = [[percent(each["missing"]["train"]) for each in told]]
     columns += [aligned([each[name] for each in told]) for name in ("mean", "std")]
     columns += [aligned([(each["quantiles"]["train"] or {}).get(name) for each in told]) for name in NUMERIC_QUANTILES]
+    step = sample_step(record["splits"]["train"]["rows"])
     said = (
-        "In training, of the numbers that were there; missing is the share of the impressions without one. Quantiles, of "
-        f"{SAMPLE_ROWS:,} impressions at most, are in the units of the log. Mean and standard deviation are of the logarithm where log1p "
-        "is set."
+        "In training, of the numbers that were there; missing is the share of the impressions without one. Quantiles are in the units of "
+        "the log, mean and standard deviation of the logarithm where log1p is set. Quantiles, their range and the plot are of a sample of "
+        f"{SAMPLE_ROWS:,} impressions at most, here {f'one in {step:,}' if step > 1 else 'all of them'}: it may have none of the numbers "
+        "that few impressions have, and lack the least and the greatest."
     )
     logs = [f"{name}{', log1p' if each['log1p'] else ''}" for name, each in zip(_names(found), told, strict=True)]
     return f"<h2>Numbers</h2>{table(['Feature', 'Missing', 'Mean', 'Std', *NUMERIC_QUANTILES], logs, columns)}{note(said)}"

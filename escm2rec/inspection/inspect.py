@@ -73,8 +73,9 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
               that values out of vocabulary share among them; None where training has no value;
               clip, cross and max_length as configured, where they are;
               numeric: mean and std of training (of the logarithm with log1p), and by split missing (share of the impressions without a
-              number) and quantiles, in the units of the log; all are of the numbers that were there, quantiles None where none was,
-              with the digits that float32 tells, about 7
+              number) and quantiles, in the units of the log; all are of the numbers that were there; quantiles are of a sample,
+              every k-th row so that they are a million at most, and None where that has none, as it may of a feature that few rows have;
+              they have the digits that float32 tells, about 7
     rejected, negative_keep_rate, negatives_left_out, schema_hash   as preprocess wrote them
     weight    the column of the log that the weights are of, None where there is none
 
