@@ -121,10 +121,34 @@ def test_rates_say_whether_they_are_of_rows_or_of_weights(
     }[weight, rate]
     assert sentence in page
     assert sentence in said
+    left_out = told["negatives_left_out"]
+    assert ("Rejected rows: none. Negatives" in said) == ("negatives of training" in page) == (rate < 1)
+    assert (f"Negatives left out of training: {left_out:,} (25.0% were kept)." in said) == (rate < 1)
+    assert (f"<dd>25.0% kept, {left_out:,} left out</dd>" in page) == (rate < 1)
     assert ("means that new values keep coming" in page) == (rate == 1)
     assert ("that were kept, 25.0% of the unclicked ones among them: a value that was in the others alone" in page) == (rate < 1)
     cells = page[page.index("<h2>Splits</h2>") : page.index("</table>")]
     assert [cells.count(f"<td>{of}</td>") for of in ("rows", "weights")] == [len(rows), 2 - len(rows)]
+
+
+def test_rejected_rows_are_told_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    lines = [f"{'train' if row % 3 else 'other'},{'x' if row == 4 else row},0,0" for row in range(3_000)]
+    (tmp_path / "logs" / "a.csv").write_text("\n".join(["part,price,click,conversion", *lines]))
+    tree = {
+        "source": {"kind": "table", "files": "*.csv"},
+        "features": [{"name": "part", "kind": "categorical"}, {"name": "price", "kind": "numeric"}],
+        "split": {"by": "column", "column": "part", "train": ["train"]},
+        "bad_rows": "count",
+    }
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    capsys.readouterr()
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")
+    assert sorted(told["rejected"].values()) == [1, 1_000]
+    reasons = ", ".join(f"{reason}: {rows:,}" for reason, rows in told["rejected"].items())
+    assert "no split: 1,000" in reasons
+    assert f"Rejected rows: {reasons}. Features" in " ".join(capsys.readouterr().err.split())
+    assert f"<dt>rejected rows</dt><dd>{reasons}</dd>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_weights_that_change_no_rate_are_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,14 +393,15 @@ def test_a_number_that_training_never_has_is_told_without_quantiles(tmp_path: Pa
     assert len(Page((tmp_path / "page.html").read_text(encoding="utf-8")).images) == 1, "that of the kind"
 
 
-@pytest.mark.parametrize(("most", "said"), [(1_000_000, "here all of them"), (2_400, "here all of them"), (100, "here one in 24")])
+@pytest.mark.parametrize(("most", "said"), [(1_000_000, "all of them"), (2_400, "all of them"), (100, "one impression in 24")])
 def test_the_page_says_that_numbers_are_of_a_sample(
     gaps: Path, most: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(held, "SAMPLE_ROWS", most)
     inspect(gaps, html=tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert f"Quantiles, their range and the plot are of a sample of 1,000,000 impressions at most, {said}: it may have none" in page
+    assert "Quantiles, their range and the plot are of a sample of 1,000,000 impressions at most, which may have none" in page
+    assert f"here it is {said}." in page
 
 
 @pytest.mark.parametrize("most", [1, 7, 800, 10_000])

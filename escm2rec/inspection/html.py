@@ -14,7 +14,7 @@ from escm2rec.evaluation.html import aligned, facts, figure, note, table, write_
 from escm2rec.inspection.held import SAMPLE_ROWS, Held, sample_step
 from escm2rec.inspection.inspect import NUMERIC_QUANTILES
 from escm2rec.inspection.plots import histogram_plot, lengths_plot, skew_plot
-from escm2rec.inspection.table import filled, kind_of, lengths_of, percent, rates_said, value_of
+from escm2rec.inspection.table import filled, kind_of, lengths_of, percent, rates_said, rejected_said, value_of
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.schema import Feature
 
@@ -53,14 +53,9 @@ def write_inspection(record: Record, features: tuple[Feature, ...], held: dict[S
 
 
 def _header(record: Record) -> str:
-    rejected = ", ".join(f"{reason}: {rows:,}" for reason, rows in record["rejected"].items()) or "none"
-    told = {
-        "data set": record["data"],
-        "schema": record["schema_hash"][:12],
-        "rejected rows": rejected,
-        "negatives kept in training": percent(record["negative_keep_rate"]),
-        "negatives left out": f"{record['negatives_left_out']:,}",
-    }
+    told = {"data set": record["data"], "schema": record["schema_hash"][:12], "rejected rows": rejected_said(record)}
+    if (rate := record["negative_keep_rate"]) < 1:
+        told["negatives of training"] = f"{percent(rate)} kept, {record['negatives_left_out']:,} left out"
     parts = f"{len(record['features'])} features · {sum(split['rows'] for split in record['splits'].values()):,} impressions"
     return f'<header><h1>What the data set holds</h1><p class="soft">{parts}</p>{facts(told)}</header>'
 
@@ -120,8 +115,8 @@ def _numbers(record: Record) -> str:
     said = (
         "In training, of the numbers that were there; missing is the share of the impressions without one. Quantiles are in the units of "
         "the log, mean and standard deviation of the logarithm where log1p is set. Quantiles, their range and the plot are of a sample of "
-        f"{SAMPLE_ROWS:,} impressions at most, here {f'one in {step:,}' if step > 1 else 'all of them'}: it may have none of the numbers "
-        "that few impressions have, and lack the least and the greatest."
+        f"{SAMPLE_ROWS:,} impressions at most, which may have none of a number that few impressions have, and lack the least and the "
+        f"greatest; here it is {f'one impression in {step:,}' if step > 1 else 'all of them'}."
     )
     logs = [f"{name}{', log1p' if each['log1p'] else ''}" for name, each in zip(_names(found), told, strict=True)]
     return f"<h2>Numbers</h2>{table(['Feature', 'Missing', 'Mean', 'Std', *NUMERIC_QUANTILES], logs, columns)}{note(said)}"
