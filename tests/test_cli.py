@@ -148,6 +148,13 @@ CALLS: list[tuple[str, str, list[str], Callable[[Config], list[Any]]]] = [
         ["--run", "r", "--input", "a", "--out", "o", "--overwrite"],
         lambda _: [Path("r"), [Path("a")], Path("o"), None, True],
     ),
+    ("inspect", "escm2rec.inspection.inspect", ["d"], lambda _: [Path("d"), 10, None, False, False]),
+    (
+        "inspect",
+        "escm2rec.inspection.inspect",
+        ["d", "--top", "3", "--html", "p", "--overwrite", "--verify"],
+        lambda _: [Path("d"), 3, Path("p"), True, True],
+    ),
 ]
 
 

@@ -14,7 +14,7 @@ from escm2rec.evaluation.html import aligned, facts, figure, note, table, write_
 from escm2rec.inspection.held import SAMPLE_ROWS, Held, sample_step
 from escm2rec.inspection.inspect import NUMERIC_QUANTILES
 from escm2rec.inspection.plots import histogram_plot, lengths_plot, skew_plot
-from escm2rec.inspection.table import filled, kind_of, lengths_of, percent, rates_said, rejected_said, value_of
+from escm2rec.inspection.table import filled, kind_of, lengths_of, percent, rates_said, rejected_said, value_of, verified_said
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.schema import Feature
 
@@ -56,6 +56,8 @@ def _header(record: Record) -> str:
     told = {"data set": record["data"], "schema": record["schema_hash"][:12], "rejected rows": rejected_said(record)}
     if (rate := record["negative_keep_rate"]) < 1:
         told["negatives of training"] = f"{percent(rate)} kept, {record['negatives_left_out']:,} left out"
+    if "verified" in record:
+        told["verified"] = verified_said(record)
     parts = f"{len(record['features'])} features · {sum(split['rows'] for split in record['splits'].values()):,} impressions"
     return f'<header><h1>What the data set holds</h1><p class="soft">{parts}</p>{facts(told)}</header>'
 

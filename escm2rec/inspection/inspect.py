@@ -14,6 +14,7 @@ from escm2rec.config import SPLITS, ImpressionTable, Split
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.inspection.held import Held, counted_rows, held_by
 from escm2rec.inspection.table import print_tables
+from escm2rec.inspection.verify import verify as verify_files
 from escm2rec.paths import DataPath, open_parquet
 from escm2rec.preprocess.ragged import Float32s, Float64s, Int64s
 from escm2rec.reader.dataset import Dataset
@@ -56,8 +57,10 @@ class _Top:
         return {"top": top, "concentration": float(hundredth / self.by_row.sum()) if len(self.by_row) else None}
 
 
-def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: bool = False) -> Record:
+def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: bool = False, verify: bool = False) -> Record:
     """Say what the data set folder `data` holds; with `html` also write a page there, with plots.
+
+    With `verify` every file is read first, and compared with the size and checksum that were noted when it was written.
 
     Returns
 
@@ -79,12 +82,16 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
     rejected, negative_keep_rate, negatives_left_out, schema_hash   as preprocess wrote them
     weight    the column of the log that the weights are of, None where there is none
 
+    verified  with `verify`: how many files and bytes were compared
+
     All that is not a rate of a split counts rows, whatever they weigh.
 
-    Raises DataError when the data set is absent, incomplete or damaged, ConfigError when `html` may not be written.
+    Raises DataError when the data set is absent, incomplete or damaged (with `verify`, be it by a bit), ConfigError when `html` may not be
+    written.
     """
     _check_page(html, overwrite)
     dataset = Dataset.open(data)
+    verified = {"verified": verify_files(dataset)} if verify else {}
     held = held_by(dataset)
     tops = {feature.name: _top_counts(dataset, feature, held) for feature in dataset.schema.tables}
     features = {feature.name: _feature(dataset, feature, held, tops.get(feature.name), top) for feature in dataset.schema.features}
@@ -94,6 +101,7 @@ def inspect(data: DataPath, top: int = 10, html: Path | None = None, overwrite: 
         **{name: manifest[name] for name in ("schema_hash", "negative_keep_rate", "negatives_left_out")},
         "weight": _weight_column(dataset),
         "rejected": {reason: entry["rows"] for reason, entry in manifest["rejected"].items()},
+        **verified,
         "splits": {split: _split(dataset, split) for split in SPLITS},
         "features": features,
     }

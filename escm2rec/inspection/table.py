@@ -81,11 +81,18 @@ def rates_said(record: Record) -> str:
 
 
 def left_out_said(record: Record) -> str:
-    """Which rows of the log are not in the data set."""
+    """Which rows of the log are not in the data set, and whether its files were verified."""
     said = f"Rejected rows: {rejected_said(record)}."
     if record["negative_keep_rate"] < 1:
         said += f" Negatives left out of training: {record['negatives_left_out']:,} ({percent(record['negative_keep_rate'])} were kept)."
+    if "verified" in record:
+        said += f" Verified: {verified_said(record)}."
     return said
+
+
+def verified_said(record: Record) -> str:
+    """How much was compared with its checksums."""
+    return f"{record['verified']['files']:,} files of {record['verified']['bytes'] / 1e6:,.1f} MB are as they were written"
 
 
 def rejected_said(record: Record) -> str:
