@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ ROWS = 4_000
 HASHED = {"name": "hashed", "kind": "list", "column": "tags", "hash_size": 16}
 KIND = {"name": "kind", "kind": "categorical"}
 SPLIT = {"by": "file", "train": "a*.parquet", "test": "b*.parquet"}
+
+
+def parsed_page(page: str) -> Page:
+    """The page, in which no tag but those that need no end is left open; where words may break needs none either."""
+    return Page(page.replace("<wbr>", ""))
 
 
 @pytest.fixture(scope="module")
@@ -239,13 +244,14 @@ def test_long_values_are_short_on_the_page_with_the_whole_in_the_title(tmp_path:
     preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
     told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert Page(page).open == []
+    assert parsed_page(page).open == []
     value = str(told["crossed"]["top"][0]["value"])
     assert len(value) > 10
-    assert f'<td><span title="{value}">hash {value[:9]}…</span></td>' in page
-    assert f'<td><span title="{escape(address)}">{escape(address[:23])}…</span></td>' in page
-    assert f"<td>row {told['hashed']['top'][0]['value']}</td>" in page
-    assert "<td>shop 1</td>" in page
+    page = page.replace("<wbr>", "")
+    assert f'<td class="text"><span title="{value}">hash {value[:9]}…</span></td>' in page
+    assert f'<td class="text"><span title="{escape(address)}">{escape(address[:23])}…</span></td>' in page
+    assert f'<td class="text">row {told["hashed"]["top"][0]["value"]}</td>' in page
+    assert '<td class="text">shop 1</td>' in page
     assert page.count(" title=") == 2
 
 
@@ -390,7 +396,7 @@ def test_a_number_that_training_never_has_is_told_without_quantiles(tmp_path: Pa
     told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]["never"]
     assert (told["missing"], told["quantiles"]) == ({"train": 1.0}, {"train": None})
     assert capsys.readouterr().err.splitlines()[-1].split() == ["never", "numeric", "–", "0.00%", "–", "–", "–"]
-    assert len(Page((tmp_path / "page.html").read_text(encoding="utf-8")).images) == 1, "that of the kind"
+    assert len(parsed_page((tmp_path / "page.html").read_text(encoding="utf-8")).images) == 1, "that of the kind"
 
 
 @pytest.mark.parametrize(("most", "said"), [(1_000_000, "all of them"), (2_400, "all of them"), (100, "one impression in 24")])
@@ -440,7 +446,7 @@ def test_the_command_prints_json_and_tables_for_people(
         *record["features"],
     ]
     html = page.read_text(encoding="utf-8")
-    parsed = Page(html)
+    parsed = parsed_page(html)
     assert parsed.outside == []
     assert parsed.headings[0] == "What the data set holds"
     assert len(parsed.images) == 5 + 3 + 1  # tables of a vocabulary or hashed, lists, numbers
@@ -481,6 +487,56 @@ def test_a_thin_tail_of_lengths_is_told_where_there_is_one() -> None:
     assert not any("more than" in label for label in labels_of(plots.lengths_plot(np.array([1, 2, 3]))))
     labels = labels_of(plots.lengths_plot(np.array([0, 99_950, 0, 30, 0, 20])))
     assert labels[:4] == ["0", "1", "values", "(at most 0.1% have more than 1, up to 5)"]
+
+
+def test_tails_of_numbers_are_told_where_there_are_any() -> None:
+    assert not any("%" in label for label in labels_of(plots.histogram_plot(np.array([5.0] * 9))))
+    inside = np.linspace(0, 1, 9_998)
+    labels = labels_of(plots.histogram_plot(np.array([*inside, 0.5, 70_000.0])))
+    assert [label for label in labels if "%" in label] == ["(≤ 0.1% below 0.001, down to 0)", "(≤ 0.1% above 0.999, up to 7e+04)"]
+    even = np.array([0.0] * 50 + [1.0] * 50)
+    assert not any("%" in label for label in labels_of(plots.histogram_plot(even)))
+    upper = labels_of(plots.histogram_plot(np.array([0.0] * 99_990 + [8.0] * 10)))
+    assert [label for label in upper if "%" in label] == ["(≤ 0.1% above 0, up to 8)"]
+
+
+def test_the_tables_of_the_page_hold_nothing_too_long_to_break(tmp_path: Path) -> None:
+    """So that they fit a page of 1,200 pixels, with lists apart."""
+    (tmp_path / "logs").mkdir()
+    table = (
+        raw_table(400, 1, labels=True).append_column("w" * 60, pa.array(["<" * 50] * 400)).append_column("n" * 60, pa.array([1.5] * 400))
+    )
+    pq.write_table(table, tmp_path / "logs" / "a.parquet")
+    long = [
+        {"name": "w" * 60, "kind": "categorical"},
+        {"name": "n" * 60, "kind": "numeric"},
+        {"name": "tags_of_each_item_" * 4, "kind": "list", "column": "tags"},
+        {"name": "crossed", "kind": "categorical", "cross": ["user", "shop"]},
+    ]
+    tree = {"source": {"kind": "table"}, "features": long, "split": SPLIT}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert parsed_page(page).open == []
+    assert "Values an impression" in page
+    cells = re.findall('<t[hd][^>]* class="text">(.*?)</t[hd]>', page)
+    pieces = [unescape(piece) for cell in cells for piece in re.split(r"<br>|<wbr>|</?span.*?>|\s", cell)]
+    assert len(pieces) > 30
+    assert max(len(piece) for piece in pieces) == 14
+    names = {unescape(re.sub("<.*?>", "", cell.split("<br>")[0])) for cell in cells}
+    assert set(told) <= names, "whole, when the breaks are taken out"
+
+
+def test_lists_are_told_on_the_page_with_their_lengths(data: Path, record: dict[str, Any], tmp_path: Path) -> None:
+    inspect(data, html=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    rows = page[page.index("<h2>Values an impression</h2>") :].split("</table>")[0].split("<tbody>")[1].split("</tr>")[:-1]
+    assert len(rows) == 3
+    for row, name in zip(rows, ("tags", "history", "hashed"), strict=True):
+        mean, *counts = (re.sub("<.*?>", "", cell) for cell in re.findall("<td>(.*?)</td>", row))
+        told = record["features"][name]["lengths"]["train"]
+        assert float(mean) == pytest.approx(told["mean"], abs=1e-3)
+        assert counts == [str(told[column]) for column in ("p50", "p90", "p99", "max")]
 
 
 def main_refuses(data: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> str:

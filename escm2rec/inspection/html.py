@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
@@ -14,7 +15,7 @@ from escm2rec.evaluation.html import aligned, facts, figure, note, table, write_
 from escm2rec.inspection.held import SAMPLE_ROWS, Held, sample_step
 from escm2rec.inspection.inspect import NUMERIC_QUANTILES
 from escm2rec.inspection.plots import histogram_plot, lengths_plot, skew_plot
-from escm2rec.inspection.table import filled, kind_of, lengths_of, percent, rates_said, rejected_said, value_of, verified_said
+from escm2rec.inspection.table import filled, kind_of, percent, rates_said, rejected_said, value_of, verified_said
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.schema import Feature
 
@@ -32,9 +33,12 @@ WORDS = {
     "Concentration": "Share of all training values that fall on the most frequent hundredth of the table's rows, the rows "
     "that values out of vocabulary share among them. Near 100%, few rows do all the work: a sharding plan that gives each rank as many "
     "rows does not give it as much work.",
-    "Values an impression": "Of lists, in training: the mean is the pooling factor, by which a lookup costs; p99 is what only one "
+    "Values an impression": "Of lists, in training. The mean is the pooling factor, by which a lookup costs; p99 is what only one "
     "impression in a hundred exceeds.",
 }
+MAX_UNBROKEN = 14
+"""Longest stretch of a name or value that is kept on one line: the table of features fits a page."""
+NARROW = "<style>.narrow .text { min-width: 10ch; max-width: 34ch; }</style>"
 MORE_IS_NEW = "Far more in validation and test than in training means that new values keep coming."
 MORE_IS_LEFT_OUT = (
     "Vocabularies count the training impressions that were kept, {kept} of the unclicked ones among them: a value that was in the others "
@@ -47,9 +51,9 @@ def write_inspection(record: Record, features: tuple[Feature, ...], held: dict[S
     plots = list(_plots(record["features"], {feature.name: feature for feature in features}, held["train"], counts))
     shown = plots[:MAX_FEATURES_SHOWN]
     left = f"{len(plots) - len(shown)} more features are in the tables and in the JSON alone." if len(plots) > len(shown) else ""
-    sections = [_header(record), _splits(record), _tables(record), _numbers(record)]
+    sections = [_header(record), _splits(record), _tables(record), _lists(record), _numbers(record)]
     drawn = f'<h2>Distributions in training</h2><div class="plots">{"".join(shown)}</div>{note(left)}' if shown else ""
-    write_page(path, "What the data set holds", [*sections, drawn, _words(record["negative_keep_rate"])])
+    write_page(path, "What the data set holds", [NARROW, *sections, drawn, _words(record["negative_keep_rate"])])
 
 
 def _header(record: Record) -> str:
@@ -79,20 +83,38 @@ def _tables(record: Record) -> str:
     if not found:
         return ""
     told, splits = list(found.values()), filled(record["splits"])
-    heads = ["Feature", "Kind", "Table\nrows", *splits, *splits, "mean, p99, max", "Most\nfrequent", "Share", "Concen-\ntration"]
+    by_split = [split.replace("validation", "vali-\ndation") for split in splits]
+    heads = ["Feature", "Kind", "Table\nrows", *by_split, *by_split, "Most\nfrequent", "Share", "Concen-\ntration"]
     columns = [[kind_of(each) for each in told], aligned([each["table_rows"] for each in told])]
     columns += [[percent(each["coverage"][split]) for each in told] for split in splits]
     columns += [[percent(each.get("oov", {}).get(split)) for each in told] for split in splits]
-    columns += [[lengths_of(each) for each in told], [_value(each) for each in told]]
+    columns += [[_value(each) for each in told]]
     columns += [[percent(each["top"][0]["share"]) if each.get("top") else "–" for each in told]]
     columns += [[percent(each.get("concentration")) for each in told]]
-    spans = [("", 3), ("Coverage", len(splits)), ("Out of vocabulary", len(splits)), ("Values an impression", 1), ("In training", 3)]
-    return f"<h2>Features with tables</h2>{table(heads, _names(found), columns, spans, texts=(1,))}"
+    spans = [("", 3), ("Coverage", len(splits)), ("Out of vocabulary", len(splits)), ("In training", 3)]
+    texts = (0, 1, heads.index("Most\nfrequent"))
+    return f"<h2>Features with tables</h2>{_narrow(table(heads, _names(found), columns, spans, texts))}"
+
+
+def _lists(record: Record) -> str:
+    found = {name: told for name, told in record["features"].items() if "lengths" in told}
+    if not found:
+        return ""
+    lengths = [told["lengths"]["train"] for told in found.values()]
+    heads = list(lengths[0])
+    columns = [aligned([each[name] for each in lengths]) for name in heads]
+    said = note("In training, of all impressions; one without a value counts as 0.")
+    return f"<h2>Values an impression</h2>{_narrow(table(['List', *heads], _names(found), columns, texts=(0,)))}{said}"
+
+
+def _narrow(table: str) -> str:
+    """A table whose words wrap in less room."""
+    return f'<div class="narrow">{table}</div>'
 
 
 def _names(features: Mapping[str, Record]) -> list[str]:
     return [
-        escape(name) + (f'<br><span class="soft">{escape(told["column"])}</span>' if told["column"] != name else "")
+        breakable(name) + (f'<br><span class="soft">{breakable(told["column"])}</span>' if told["column"] != name else "")
         for name, told in features.items()
     ]
 
@@ -102,7 +124,14 @@ def _value(told: Record) -> str:
     if not told.get("top"):
         return "–"
     shown = value_of(told, HASH_SHOWN)
-    return f'<span title="{escape(str(told["top"][0]["value"]))}">{escape(shown)}</span>' if shown.endswith("…") else escape(shown)
+    text = breakable(shown)
+    return f'<span title="{escape(str(told["top"][0]["value"]))}">{text}</span>' if shown.endswith("…") else text
+
+
+def breakable(text: str) -> str:
+    """HTML of a name or value that may be broken after what joins its words, and where it goes on for long without."""
+    parts = re.findall(rf"[^\s_.:/-]{{1,{MAX_UNBROKEN}}}[\s_.:/-]?|[\s_.:/-]{{1,{MAX_UNBROKEN}}}", text)
+    return "<wbr>".join(escape(part) for part in parts)
 
 
 def _numbers(record: Record) -> str:
@@ -121,7 +150,8 @@ def _numbers(record: Record) -> str:
         f"greatest; here it is {f'one impression in {step:,}' if step > 1 else 'all of them'}."
     )
     logs = [f"{name}{', log1p' if each['log1p'] else ''}" for name, each in zip(_names(found), told, strict=True)]
-    return f"<h2>Numbers</h2>{table(['Feature', 'Missing', 'Mean', 'Std', *NUMERIC_QUANTILES], logs, columns)}{note(said)}"
+    numbers = table(["Feature", "Missing", "Mean", "Std", *NUMERIC_QUANTILES], logs, columns, texts=(0,))
+    return f"<h2>Numbers</h2>{_narrow(numbers)}{note(said)}"
 
 
 def _plots(records: Record, features: dict[str, Feature], held: Held, counts: dict[str, Int64s]) -> Iterator[str]:

@@ -17,7 +17,7 @@ SIZE = (3.5, 2.4)
 POINTS = 200
 BINS = 60
 MOST_TAIL = 0.001
-"""Share of the impressions whose lengths, the longest, are not drawn."""
+"""Share of the impressions whose lengths, the longest, are not drawn, and of the numbers at either end that count in the outer bins."""
 FEW_ROWS = 20
 """Up to so many rows of a table the axis counts them: shares of so few would have one label or none."""
 
@@ -76,8 +76,10 @@ def lengths_plot(histogram: Int64s) -> str:
 
 
 def histogram_plot(numbers: Float64s) -> str:
-    """How numbers are distributed between their 0.1% and 99.9% quantiles; what lies beyond counts in the outer bins."""
-    low, high = np.quantile(numbers, [0.001, 0.999])
+    """How numbers are distributed between their 0.1% and 99.9% quantiles; what lies beyond counts in the outer bins, and is told."""
+    low, high = np.quantile(numbers, [MOST_TAIL, 1 - MOST_TAIL])
+    tails = [f"(≤ {MOST_TAIL:.1%} below {low:.3g}, down to {numbers.min():.3g})"] if numbers.min() < low else []
+    tails += [f"(≤ {MOST_TAIL:.1%} above {high:.3g}, up to {numbers.max():.3g})"] if numbers.max() > high else []
     if low == high:
         low, high = low - 0.5, high + 0.5
     counts, edges = np.histogram(np.clip(numbers, low, high), bins=BINS, range=(low, high))
@@ -85,6 +87,6 @@ def histogram_plot(numbers: Float64s) -> str:
     def draw(axes: Axes) -> None:
         axes.set_axisbelow(True)
         axes.stairs(counts / len(numbers), edges, fill=True, color=BLUE)
-        axes.set(xlabel="", ylabel="share of the numbers", xlim=(low, high))
+        axes.set(xlabel="\n".join(tails), ylabel="share of the numbers", xlim=(low, high))
 
     return image(draw, SIZE)
