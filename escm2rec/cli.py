@@ -90,7 +90,10 @@ def simulate(
 @_verb
 def preprocess(
     config: ConfigFile,
-    input: Annotated[Path, typer.Option("--input", help="Folder with the raw logs.", show_default=False)],
+    input: Annotated[
+        Path,
+        typer.Option("--input", help="Folder with the raw logs, or one file: then data.source.files is not looked at.", show_default=False),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the data set.", show_default=False)],
     memory_gib: Annotated[
         float, typer.Option("--memory-gib", min=0.5, help="What counts, sorts and lookups may take, beside 300 MB.")
