@@ -90,7 +90,10 @@ def simulate(
 @_verb
 def preprocess(
     config: ConfigFile,
-    input: Annotated[Path, typer.Option("--input", help="Folder with the raw logs.", show_default=False)],
+    input: Annotated[
+        Path,
+        typer.Option("--input", help="Folder with the raw logs, or one file: then data.source.files is not looked at.", show_default=False),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the data set.", show_default=False)],
     memory_gib: Annotated[
         float, typer.Option("--memory-gib", min=0.5, help="What counts, sorts and lookups may take, beside 300 MB.")
@@ -233,6 +236,7 @@ def inspect(
     top: Annotated[int, typer.Option("--top", min=1, max=1000, help="How many of the most frequent values to tell, of each feature.")] = 10,
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with plots to this file.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page at --html.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Also compare every file with its size and checksum.")] = False,
 ) -> Result:
     """Say what a data set holds.
 
@@ -241,7 +245,7 @@ def inspect(
     from escm2rec.inspection.inspect import inspect
     from escm2rec.paths import data_path
 
-    return inspect(data_path(data), top, html, overwrite)
+    return inspect(data_path(data), top, html, overwrite, verify)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from escm2rec import cli
@@ -147,6 +148,13 @@ CALLS: list[tuple[str, str, list[str], Callable[[Config], list[Any]]]] = [
         "escm2rec.scoring.score",
         ["--run", "r", "--input", "a", "--out", "o", "--overwrite"],
         lambda _: [Path("r"), [Path("a")], Path("o"), None, True],
+    ),
+    ("inspect", "escm2rec.inspection.inspect", ["d"], lambda _: [Path("d"), 10, None, False, False]),
+    (
+        "inspect",
+        "escm2rec.inspection.inspect",
+        ["d", "--top", "3", "--html", "p", "--overwrite", "--verify"],
+        lambda _: [Path("d"), 3, Path("p"), True, True],
     ),
 ]
 
@@ -345,6 +353,32 @@ def test_a_cluster_that_nobody_answers_for_is_told_at_once(tmp_path: Path, capsy
     said = capsys.readouterr().err
     assert f"error: no Ray cluster answers at '{address}': [Errno 111] Connection refused\nhint: start one with `ray start --head`" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "logs.parquet"]
+
+
+def test_the_config_of_simulated_tables_reads_all_that_simulate_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, logs, data = ROOT / "data" / "simulated.yaml", tmp_path / "logs", tmp_path / "data"
+    small = ["--set", "simulation.users=300", "--set", "simulation.items=400"]
+    assert run("simulate", "--config", str(config), "--format", "parquet", "--out", str(logs), "--impressions", "3000", *small) == 0
+    simulated = json.loads(capsys.readouterr().out)
+    assert run("preprocess", "--config", str(config), "--input", str(logs), "--out", str(data)) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert sum(split["rows"] for split in made["splits"].values()) == 3_000
+    assert all(split["conversions"] for split in made["splits"].values())
+    assert sum(split["clicks"] for split in made["splits"].values()) == simulated["clicks"]
+    assert simulated["ctr"] == pytest.approx(0.2, abs=0.05)
+    checked = load_config(config).data
+    read = {name for feature in checked.features for name in (feature.column, feature.weights_column) if name is not None}
+    read |= {checked.source.click, checked.source.conversion, "true_propensity", "true_cvr", *checked.keep}  # type: ignore[union-attr]
+    assert read == set(pq.read_schema(next(logs.glob("*.parquet"))).names)
+    assert {"true_propensity", "true_cvr"} <= set(pq.read_schema(next((data / "test").iterdir())).names)
+
+
+def test_one_file_is_read_whatever_the_pattern_says(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.csv").write_text("user,click,conversion\nann,1,0\nbob,0,0\n")
+    options = ["preprocess", "--config", str(config), "--input", str(tmp_path / "log.csv"), "--out", str(tmp_path / "out")]
+    assert run(*options, "--set", "data.source.files=none-*.parquet", "--set", "data.split={by: hash, train: 1.0}") == 0
+    assert json.loads(capsys.readouterr().out)["splits"]["train"]["rows"] == 2
+    assert "Folder with the raw logs, or one file" in " ".join(python("-m", "escm2rec", "preprocess", "--help").stdout.split())
 
 
 def test_an_address_without_ray_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

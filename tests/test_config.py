@@ -332,7 +332,7 @@ def test_simulate_needs_no_config() -> None:
 
 def test_every_config_in_data_is_valid() -> None:
     files = sorted((ROOT / "data").glob("*.yaml"))
-    assert [file.stem for file in files] == ["aliccp", "aliexpress", "coat", "demo", "events", "hillstrom"]
+    assert [file.stem for file in files] == ["aliccp", "aliexpress", "coat", "demo", "events", "hillstrom", "simulated"]
     for file in files:
         assert len(load_config(file).data.features) > 3
 

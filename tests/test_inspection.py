@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 from escm2rec.cells import from_cells, to_cells, with_lists
 from escm2rec.cli import main
 from escm2rec.config import parse_config
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.inspection import held, plots
-from escm2rec.inspection.inspect import inspect, length_quantiles
+from escm2rec.inspection.inspect import inspect, length_quantiles, raw_numbers, told_number
 from escm2rec.preprocess import preprocess
 from escm2rec.reader.dataset import Dataset
+from escm2rec.schema import Feature
 from tests.raw_tables import FEATURES, raw_table
 from tests.test_evaluation_html import Page
 
@@ -31,6 +33,11 @@ ROWS = 4_000
 HASHED = {"name": "hashed", "kind": "list", "column": "tags", "hash_size": 16}
 KIND = {"name": "kind", "kind": "categorical"}
 SPLIT = {"by": "file", "train": "a*.parquet", "test": "b*.parquet"}
+
+
+def parsed_page(page: str) -> Page:
+    """The page, in which no tag but those that need no end is left open; where words may break needs none either."""
+    return Page(page.replace("<wbr>", ""))
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +126,34 @@ def test_rates_say_whether_they_are_of_rows_or_of_weights(
     }[weight, rate]
     assert sentence in page
     assert sentence in said
+    left_out = told["negatives_left_out"]
+    assert ("Rejected rows: none. Negatives" in said) == ("negatives of training" in page) == (rate < 1)
+    assert (f"Negatives left out of training: {left_out:,} (25.0% were kept)." in said) == (rate < 1)
+    assert (f"<dd>25.0% kept, {left_out:,} left out</dd>" in page) == (rate < 1)
+    assert ("means that new values keep coming" in page) == (rate == 1)
+    assert ("that were kept, 25.0% of the unclicked ones among them: a value that was in the others alone" in page) == (rate < 1)
     cells = page[page.index("<h2>Splits</h2>") : page.index("</table>")]
     assert [cells.count(f"<td>{of}</td>") for of in ("rows", "weights")] == [len(rows), 2 - len(rows)]
+
+
+def test_rejected_rows_are_told_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    lines = [f"{'train' if row % 3 else 'other'},{'x' if row == 4 else row},0,0" for row in range(3_000)]
+    (tmp_path / "logs" / "a.csv").write_text("\n".join(["part,price,click,conversion", *lines]))
+    tree = {
+        "source": {"kind": "table", "files": "*.csv"},
+        "features": [{"name": "part", "kind": "categorical"}, {"name": "price", "kind": "numeric"}],
+        "split": {"by": "column", "column": "part", "train": ["train"]},
+        "bad_rows": "count",
+    }
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    capsys.readouterr()
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")
+    assert sorted(told["rejected"].values()) == [1, 1_000]
+    reasons = ", ".join(f"{reason}: {rows:,}" for reason, rows in told["rejected"].items())
+    assert "no split: 1,000" in reasons
+    assert f"Rejected rows: {reasons}. Features" in " ".join(capsys.readouterr().err.split())
+    assert f"<dt>rejected rows</dt><dd>{reasons}</dd>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_weights_that_change_no_rate_are_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +194,44 @@ def test_frequent_values_come_with_their_share_of_all_values(record: dict[str, A
     assert record["features"]["user"]["concentration"] == pytest.approx(sum(first_hundredth) / sum(users.values()))
 
 
+@pytest.mark.parametrize("feature", [{"kind": "categorical", "column": "shop"}, {"kind": "list", "column": "tags"}])
+@pytest.mark.parametrize("limits", [{}, {"min_count": 10_000}, {"max_size": 3}, {"max_size": 2, "oov_rows": 9}, {"oov_rows": 300}])
+def test_concentration_and_plot_are_of_all_rows_those_that_values_share_among_them(
+    feature: dict[str, Any], limits: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").mkdir()
+    pq.write_table(raw_table(ROWS, 1, labels=True), tmp_path / "logs" / "a.parquet")
+    tree = {"source": {"kind": "table"}, "features": [{"name": "one", **feature, **limits}], "split": SPLIT, "rows_per_group": 500}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    lines = drawn_lines(monkeypatch)
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]["one"]
+    column = with_lists(pq.read_table(tmp_path / "data" / "train"))["one"].combine_chunks()
+    rows = (column.flatten() if feature["kind"] == "list" else column).to_numpy()
+    counts = np.sort(np.bincount(rows, minlength=told["table_rows"]))[::-1]
+    assert told["concentration"] == pytest.approx(counts[: max(told["table_rows"] // 100, 1)].sum() / len(rows))
+    assert sum(entry["count"] for entry in told["top"]) <= (1 - told["oov"]["train"]) * len(rows) + 0.5
+    if limits.get("min_count"):
+        assert (told["values"], told["table_rows"], told["concentration"], told["top"]) == (0, 1, 1.0, [])
+    assert len(lines) == (np.count_nonzero(counts) > 1)
+    for x, y in lines:
+        assert y[0] == pytest.approx(counts[0] / len(rows))
+        assert (x[-1], y[-1]) == (told["table_rows"] if told["table_rows"] <= plots.FEW_ROWS else 1.0, 1.0)
+
+
+def drawn_lines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[float], list[float]]]:
+    """The points of each line that a plot is about to have."""
+    lines: list[tuple[list[float], list[float]]] = []
+
+    def image(draw: Any, size: tuple[float, float]) -> str:
+        axes = Figure(size).subplots()
+        draw(axes)
+        lines.extend((line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines)  # type: ignore[union-attr]
+        return ""
+
+    monkeypatch.setattr(plots, "image", image)
+    return lines
+
+
 def test_long_values_are_short_on_the_page_with_the_whole_in_the_title(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     address = '<https://shop.example/"a"/very/long/path>'
@@ -173,13 +244,14 @@ def test_long_values_are_short_on_the_page_with_the_whole_in_the_title(tmp_path:
     preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
     told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert Page(page).open == []
+    assert parsed_page(page).open == []
     value = str(told["crossed"]["top"][0]["value"])
     assert len(value) > 10
-    assert f'<td><span title="{value}">hash {value[:9]}…</span></td>' in page
-    assert f'<td><span title="{escape(address)}">{escape(address[:23])}…</span></td>' in page
-    assert f"<td>row {told['hashed']['top'][0]['value']}</td>" in page
-    assert "<td>shop 1</td>" in page
+    page = page.replace("<wbr>", "")
+    assert f'<td class="text"><span title="{value}">hash {value[:9]}…</span></td>' in page
+    assert f'<td class="text"><span title="{escape(address)}">{escape(address[:23])}…</span></td>' in page
+    assert f'<td class="text">row {told["hashed"]["top"][0]["value"]}</td>' in page
+    assert '<td class="text">shop 1</td>' in page
     assert page.count(" title=") == 2
 
 
@@ -192,6 +264,19 @@ def test_rows_of_a_hashed_table_are_counted(record: dict[str, Any], data: Path, 
     ]
     assert "oov" not in told
     assert "values" not in told
+
+
+def test_where_training_has_no_value_nothing_is_concentrated(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    table = raw_table(200, 1, labels=True).append_column("never", pa.array([None] * 200, pa.int64()))
+    pq.write_table(table, tmp_path / "logs" / "a.parquet")
+    features = [
+        {"name": name, "kind": "categorical", "column": "never", **more} for name, more in (("own", {}), ("hashed", {"hash_size": 9}))
+    ]
+    tree = {"source": {"kind": "table"}, "features": [KIND | {"column": "shop"}, *features], "split": SPLIT}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]
+    assert [(told[name]["concentration"], told[name]["top"]) for name in ("own", "hashed")] == [(None, [])] * 2
 
 
 def test_a_hashed_table_too_large_to_count_is_not(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -223,6 +308,36 @@ def test_numbers_are_told_in_the_units_of_the_log(record: dict[str, Any], tables
     assert told["mean"] == pytest.approx(np.log1p(price).mean())
     for name, share in (("min", 0.0), ("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
         assert told["quantiles"]["train"][name] == pytest.approx(np.quantile(price, share), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("log1p", [False, True])
+@pytest.mark.parametrize(("most", "decimals"), [(5e-6, 9), (0.5, 4), (5.0, 2), (5e3, 1), (5e5, 0)])
+def test_numbers_are_told_as_they_were_where_float32_holds_them(most: float, decimals: int, log1p: bool) -> None:
+    numbers = np.round(np.minimum(np.random.default_rng(1).exponential(most / 5, 2_000), most), decimals)
+    numbers[:2] = 0, most
+    fitted = np.log1p(numbers) if log1p else numbers
+    mean, std = float(fitted.mean()), float(fitted.std())
+    feature = Feature(name="x", kind="numeric", column="x", log1p=log1p, mean=mean, std=std, clip=(0, most))
+    back = raw_numbers(feature, ((fitted - mean) / std).astype(np.float32))
+    assert np.count_nonzero(back != numbers) > 1_000, "what float32 rounded"
+    told = [told_number(feature, number) for number in back.tolist()]
+    assert told == numbers.tolist()
+    assert str(told[0]) == "0.0"
+
+
+def test_digits_that_float32_does_not_tell_are_not_told() -> None:
+    feature = Feature(name="x", kind="numeric", column="x", mean=1_000.0, std=800.0)
+    assert told_number(feature, 5000.000129238026) == 5000.0
+    assert told_number(feature, -1.89e-09) == 0.0
+    assert told_number(feature, 1234.56789012345) == 1234.5679
+    assert told_number(feature, 1000.0) == 1000.0
+    assert told_number(feature, 1000.0123456789) == 1000.0123, "close to the mean as many as float32 has"
+    late = Feature(name="x", kind="numeric", column="x", mean=1_769_385_600.0, std=86_400.0)
+    assert told_number(late, 1_769_471_999.0001) == 1_769_471_999.0, "seconds since 1970 have ten"
+    clipped = feature.model_copy(update={"clip": (None, 3.14159)})
+    assert told_number(clipped, 3.14161) == 3.14159
+    logarithm = feature.model_copy(update={"log1p": True, "mean": 0.0, "std": 1.0})
+    assert told_number(logarithm, -1.0) == -1.0
 
 
 def numbers_with_gaps(rows: int, seed: int) -> pa.Table:
@@ -281,7 +396,18 @@ def test_a_number_that_training_never_has_is_told_without_quantiles(tmp_path: Pa
     told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]["never"]
     assert (told["missing"], told["quantiles"]) == ({"train": 1.0}, {"train": None})
     assert capsys.readouterr().err.splitlines()[-1].split() == ["never", "numeric", "–", "0.00%", "–", "–", "–"]
-    assert len(Page((tmp_path / "page.html").read_text(encoding="utf-8")).images) == 1, "that of the kind"
+    assert len(parsed_page((tmp_path / "page.html").read_text(encoding="utf-8")).images) == 1, "that of the kind"
+
+
+@pytest.mark.parametrize(("most", "said"), [(1_000_000, "all of them"), (2_400, "all of them"), (100, "one impression in 24")])
+def test_the_page_says_that_numbers_are_of_a_sample(
+    gaps: Path, most: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "SAMPLE_ROWS", most)
+    inspect(gaps, html=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Quantiles, their range and the plot are of a sample of 1,000,000 impressions at most, which may have none" in page
+    assert f"here it is {said}." in page
 
 
 @pytest.mark.parametrize("most", [1, 7, 800, 10_000])
@@ -320,7 +446,7 @@ def test_the_command_prints_json_and_tables_for_people(
         *record["features"],
     ]
     html = page.read_text(encoding="utf-8")
-    parsed = Page(html)
+    parsed = parsed_page(html)
     assert parsed.outside == []
     assert parsed.headings[0] == "What the data set holds"
     assert len(parsed.images) == 5 + 3 + 1  # tables of a vocabulary or hashed, lists, numbers
@@ -335,7 +461,7 @@ def labels_of(image: str) -> list[str]:
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 5, 9, plots.FEW_ROWS])
 def test_the_axis_of_a_small_table_counts_its_rows(rows: int) -> None:
-    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows, rows * (rows + 1) / 2))
+    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows))
     ticks = labels[: labels.index(f"most frequent rows (of {rows})")]
     assert ticks == (["1", "2", "3", "4", "5"][:rows] if rows <= 5 else ticks)
     assert all(1 <= int(tick) <= rows for tick in ticks)
@@ -344,7 +470,7 @@ def test_the_axis_of_a_small_table_counts_its_rows(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [plots.FEW_ROWS + 1, 99, 100_000])
 def test_the_axis_of_a_larger_table_has_shares_of_its_rows(rows: int) -> None:
-    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows, rows * (rows + 1) / 2))
+    labels = labels_of(plots.skew_plot(np.cumsum(np.arange(rows, 0, -1)), rows))
     ticks = labels[: labels.index("share of the table's rows")]
     assert ticks[-2:] == ["10%", "100%"]
 
@@ -361,6 +487,56 @@ def test_a_thin_tail_of_lengths_is_told_where_there_is_one() -> None:
     assert not any("more than" in label for label in labels_of(plots.lengths_plot(np.array([1, 2, 3]))))
     labels = labels_of(plots.lengths_plot(np.array([0, 99_950, 0, 30, 0, 20])))
     assert labels[:4] == ["0", "1", "values", "(at most 0.1% have more than 1, up to 5)"]
+
+
+def test_tails_of_numbers_are_told_where_there_are_any() -> None:
+    assert not any("%" in label for label in labels_of(plots.histogram_plot(np.array([5.0] * 9))))
+    inside = np.linspace(0, 1, 9_998)
+    labels = labels_of(plots.histogram_plot(np.array([*inside, 0.5, 70_000.0])))
+    assert [label for label in labels if "%" in label] == ["(≤ 0.1% below 0.001, down to 0)", "(≤ 0.1% above 0.999, up to 7e+04)"]
+    even = np.array([0.0] * 50 + [1.0] * 50)
+    assert not any("%" in label for label in labels_of(plots.histogram_plot(even)))
+    upper = labels_of(plots.histogram_plot(np.array([0.0] * 99_990 + [8.0] * 10)))
+    assert [label for label in upper if "%" in label] == ["(≤ 0.1% above 0, up to 8)"]
+
+
+def test_the_tables_of_the_page_hold_nothing_too_long_to_break(tmp_path: Path) -> None:
+    """So that they fit a page of 1,200 pixels, with lists apart."""
+    (tmp_path / "logs").mkdir()
+    table = (
+        raw_table(400, 1, labels=True).append_column("w" * 60, pa.array(["<" * 50] * 400)).append_column("n" * 60, pa.array([1.5] * 400))
+    )
+    pq.write_table(table, tmp_path / "logs" / "a.parquet")
+    long = [
+        {"name": "w" * 60, "kind": "categorical"},
+        {"name": "n" * 60, "kind": "numeric"},
+        {"name": "tags_of_each_item_" * 4, "kind": "list", "column": "tags"},
+        {"name": "crossed", "kind": "categorical", "cross": ["user", "shop"]},
+    ]
+    tree = {"source": {"kind": "table"}, "features": long, "split": SPLIT}
+    preprocess(parse_config({"data": tree}).data, tmp_path / "logs", tmp_path / "data")
+    told = inspect(tmp_path / "data", html=tmp_path / "page.html")["features"]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert parsed_page(page).open == []
+    assert "Values an impression" in page
+    cells = re.findall('<t[hd][^>]* class="text">(.*?)</t[hd]>', page)
+    pieces = [unescape(piece) for cell in cells for piece in re.split(r"<br>|<wbr>|</?span.*?>|\s", cell)]
+    assert len(pieces) > 30
+    assert max(len(piece) for piece in pieces) == 14
+    names = {unescape(re.sub("<.*?>", "", cell.split("<br>")[0])) for cell in cells}
+    assert set(told) <= names, "whole, when the breaks are taken out"
+
+
+def test_lists_are_told_on_the_page_with_their_lengths(data: Path, record: dict[str, Any], tmp_path: Path) -> None:
+    inspect(data, html=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    rows = page[page.index("<h2>Values an impression</h2>") :].split("</table>")[0].split("<tbody>")[1].split("</tr>")[:-1]
+    assert len(rows) == 3
+    for row, name in zip(rows, ("tags", "history", "hashed"), strict=True):
+        mean, *counts = (re.sub("<.*?>", "", cell) for cell in re.findall("<td>(.*?)</td>", row))
+        told = record["features"][name]["lengths"]["train"]
+        assert float(mean) == pytest.approx(told["mean"], abs=1e-3)
+        assert counts == [str(told[column]) for column in ("p50", "p90", "p99", "max")]
 
 
 def main_refuses(data: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -19,9 +19,9 @@ from escm2rec.reader.dataset import Dataset, RowGroup
 from escm2rec.schema import Feature, Schema
 
 SAMPLE_ROWS = 1_000_000
-"""At most about so many impressions are looked at for the numbers of a feature, every k-th of the split."""
+"""At most so many impressions of a split are looked at for the numbers of a feature."""
 MAX_COUNTED_ROWS = 1 << 27
-"""Values of a hashed table up to this size are counted row by row: 8 bytes a row."""
+"""Up to so many rows of a table are counted one by one: 8 bytes a row."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Held:
     """What one split holds of each feature, by name.
 
     lengths  of lists: how many impressions have 0, 1, 2, ... values
-    counts   of hashed features and buckets: how often each row of the table is met; absent for tables above MAX_COUNTED_ROWS
+    counts   how often each of the first `counted_rows` of a table is met, where there are any
     numbers  of features without a table: encoded numbers of every k-th impression, without those that were missing in the log
     """
 
@@ -50,7 +50,7 @@ class _Piece:
 def held_by(dataset: Dataset) -> dict[Split, Held]:
     """Of every split with rows, in one pass over the columns that need one; DataError where a part cannot be read.
 
-    Memory: 8 bytes a row of each hashed table, 4 a sampled number, and a row group a thread.
+    Memory: 8 bytes a counted row of each table, 4 a sampled number, and a row group a thread.
     """
     groups = {split: dataset.row_groups(split) for split in SPLITS}
     found: dict[Split, Held] = {}
@@ -59,7 +59,7 @@ def held_by(dataset: Dataset) -> dict[Split, Held]:
             if not of_split:
                 continue
             found[split] = Held()
-            step = -(-sum(group.num_rows for group in of_split) // SAMPLE_ROWS)
+            step = sample_step(sum(group.num_rows for group in of_split))
             sampled: list[_Piece] = []
             for piece in ordered_map(_tasks(dataset.schema, of_split, step), default_workers()):
                 _add(found[split], piece, dataset.schema)
@@ -69,13 +69,21 @@ def held_by(dataset: Dataset) -> dict[Split, Held]:
     return found
 
 
-def is_counted(feature: Feature) -> bool:
-    """Whether the rows of its table are counted in the pass: of vocabularies they are known."""
-    return feature.encoding in ("hash", "buckets") and feature.num_embeddings <= MAX_COUNTED_ROWS
+def sample_step(rows: int) -> int:
+    """Every how many-th impression of a split of so many is looked at for numbers."""
+    return -(-rows // SAMPLE_ROWS)
+
+
+def counted_rows(feature: Feature) -> int:
+    """How many of the first rows of its table are counted in the pass: all where values are hashed or in buckets, unless they are too many;
+    of a vocabulary those that values share, if more than one: of the others, and of a single one, it is known."""
+    if feature.encoding == "vocabulary":
+        return feature.oov_rows if 1 < feature.oov_rows <= MAX_COUNTED_ROWS else 0
+    return feature.num_embeddings if feature.num_embeddings <= MAX_COUNTED_ROWS else 0  # none of a number without a table
 
 
 def _tasks(schema: Schema, groups: list[RowGroup], step: int) -> Iterator[Callable[[], _Piece]]:
-    wanted = [feature for feature in schema.features if feature.is_list or not feature.is_table or is_counted(feature)]
+    wanted = [feature for feature in schema.features if feature.is_list or not feature.is_table or counted_rows(feature)]
 
     def task(group: RowGroup) -> Callable[[], _Piece]:
         return lambda: _piece(group, wanted, step)
@@ -104,8 +112,9 @@ def _piece(group: RowGroup, features: list[Feature], step: int) -> _Piece:
         if feature.is_list:
             flat, offsets = read_lists(column.chunk(0), feature.name, pa.int32(), str(group.path), group.first_row)
             piece.lengths[feature.name] = np.bincount(np.diff(offsets))
-        if is_counted(feature):
-            piece.met[feature.name] = _distinct((flat if feature.is_list else column.drop_null()).to_numpy(), feature, where)
+        if counted := counted_rows(feature):
+            rows = (flat if feature.is_list else column.drop_null()).to_numpy()
+            piece.met[feature.name] = _distinct(rows[rows < counted] if feature.encoding == "vocabulary" else rows, feature, where)
     return piece
 
 
@@ -131,7 +140,7 @@ def _add(held: Held, piece: _Piece, schema: Schema) -> None:
             held.lengths[name] = total
         if name in piece.met:
             met, counts = piece.met[name]
-            held.counts.setdefault(name, np.zeros(feature.num_embeddings, np.int64))[met] += counts
+            held.counts.setdefault(name, np.zeros(counted_rows(feature), np.int64))[met] += counts
 
 
 def _numbers_there(dataset: Dataset, split: Split, pieces: list[_Piece]) -> dict[str, Float32s]:

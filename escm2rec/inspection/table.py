@@ -17,6 +17,7 @@ def print_tables(record: Record) -> None:
     console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
     console.print(_splits(record["splits"]))
     console.print(rates_said(record), markup=False, highlight=False)
+    console.print(left_out_said(record), markup=False, highlight=False)
     console.print(_features(record))
 
 
@@ -77,6 +78,26 @@ def rates_said(record: Record) -> str:
     if splits["rows"]:
         said.append(f"Those of {_listed(splits['rows'])} are of rows.")
     return " ".join([*said, "All else counts rows."])
+
+
+def left_out_said(record: Record) -> str:
+    """Which rows of the log are not in the data set, and whether its files were verified."""
+    said = f"Rejected rows: {rejected_said(record)}."
+    if record["negative_keep_rate"] < 1:
+        said += f" Negatives left out of training: {record['negatives_left_out']:,} ({percent(record['negative_keep_rate'])} were kept)."
+    if "verified" in record:
+        said += f" Verified: {verified_said(record)}."
+    return said
+
+
+def verified_said(record: Record) -> str:
+    """How much was compared with its checksums."""
+    return f"{record['verified']['files']:,} files of {record['verified']['bytes'] / 1e6:,.1f} MB are as they were written"
+
+
+def rejected_said(record: Record) -> str:
+    """How many rows were rejected for which reason."""
+    return ", ".join(f"{reason}: {rows:,}" for reason, rows in record["rejected"].items()) or "none"
 
 
 def _listed(names: list[str]) -> str:
