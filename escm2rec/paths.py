@@ -87,6 +87,11 @@ class RemoteFile:
         with telling(self._path, absent=False):
             return self._file.read(size)
 
+    def readinto(self, buffer: Any) -> int:
+        """As many bytes as fit; how many there were."""
+        with telling(self._path, absent=False):
+            return int(self._file.readinto(buffer))  # type: ignore[attr-defined]
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from escm2rec.config import SPLITS
 from escm2rec.errors import DataError
-from escm2rec.paths import DataPath, telling
+from escm2rec.paths import DataPath
 from escm2rec.preprocess.parallel import default_workers, ordered_map
 from escm2rec.progress import Progress
 from escm2rec.reader.dataset import Dataset
@@ -68,25 +68,24 @@ def _check(file: _Written) -> Callable[[], tuple[int, str]]:
 
 def _fault(file: _Written) -> tuple[int, str]:
     """Size of a file, and what is wrong with it, if anything. DataError when its store does not answer."""
-    with telling(file.path):
-        try:
-            with closing(_open(file.path)) as source:
-                size = source.seek(0, os.SEEK_END)
-                if file.size is not None and size != file.size:
-                    return size, f"has {size:,} bytes, the manifest says {file.size:,}"
-                source.seek(0)
-                found = hashlib.file_digest(source, "sha256").hexdigest()  # type: ignore[arg-type]
-        except FileNotFoundError:
-            return 0, "is missing"
-        except OSError as error:
-            if not isinstance(file.path, Path):
-                raise
-            return 0, f"cannot be read: {error.strerror or error}"
+    try:
+        with closing(_open(file.path)) as source:
+            size = source.seek(0, os.SEEK_END)
+            if file.size is not None and size != file.size:
+                return size, f"has {size:,} bytes, the manifest says {file.size:,}"
+            source.seek(0)
+            found = hashlib.file_digest(source, "sha256").hexdigest()
+    except FileNotFoundError:
+        return 0, "is missing"
+    except OSError as error:
+        if not isinstance(file.path, Path):
+            raise
+        return 0, f"cannot be read: {error.strerror or error}"
     if found != file.sha256:
         said = "schema" if file.size is None else "manifest"
         return size, f"has the SHA-256 {found[:12]}..., the {said} says {file.sha256[:12]}..."
     return size, ""
 
 
-def _open(path: DataPath) -> IO[bytes]:
+def _open(path: DataPath) -> Any:
     return path.open("rb") if isinstance(path, Path) else path.open()
