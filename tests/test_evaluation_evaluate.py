@@ -12,6 +12,7 @@ import pytest
 
 from tests.encoded import write_dataset
 from tests.ranks import run_ranks
+from tests.small_disks import small_disk
 
 TEST_ROWS = 1501  # no number of ranks divides it
 
@@ -123,6 +124,19 @@ def test_a_chosen_run_says_so_in_the_head_of_its_report(folder: Path, results: d
     assert "0-escm2-ips, is one of 2 that were trained, chosen by the CVR risk on all impressions that the validation split lets DR" in says
     assert "(it has the <least> risk). Its figures on the validation split may therefore be a little too good; those on" in says
     assert f'<p class="soft">{escape(says)}</p>' in (folder / "chosen-known" / "report.html").read_text().split("</header>")[0]
+
+
+def test_a_report_on_a_full_disk_is_told(folder: Path, results: dict[int, Any]) -> None:
+    del results  # the run must be there
+    with small_disk(folder / "disk", "32m") as disk:
+        run = Path(shutil.copytree(folder / "run", disk / "run", ignore=shutil.ignore_patterns("report.*")))
+        with pytest.raises(OSError, match="No space left"):
+            (disk / "more").write_bytes(bytes(33 << 20))
+        call = ("tests.training_calls:evaluate_run", {"run": str(run), "data": str(folder / "data")})
+        (told,) = run_ranks(1, [call], folder / "full")
+    assert told["error"] == "RunError"
+    assert told["message"].startswith(f"cannot write {run}: No space left on device; 0.0 MB of 33.6 MB are free there")
+    assert told["hint"] == "make room there, then run the same command again"
 
 
 def test_wrong_arguments_are_refused(folder: Path, results: dict[int, Any]) -> None:

@@ -20,13 +20,14 @@ from matplotlib.figure import Figure
 from escm2rec.cells import from_cells, to_cells, with_lists
 from escm2rec.cli import main
 from escm2rec.config import parse_config
-from escm2rec.errors import ConfigError, DataError
+from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.inspection import held, plots
 from escm2rec.inspection.inspect import inspect, length_quantiles, raw_numbers, told_number
 from escm2rec.preprocess import preprocess
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Feature
 from tests.raw_tables import FEATURES, raw_table
+from tests.small_disks import small_disk
 from tests.test_evaluation_html import Page
 
 ROWS = 4_000
@@ -559,6 +560,15 @@ def test_a_page_that_may_not_be_written_is_refused_before_anything_is_read(data:
     inspect(data, html=page)
     inspect(data, html=page, overwrite=True)
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_a_page_on_a_full_disk_is_told(data: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "4k") as disk:
+        told = (
+            rf"^cannot write {disk}: No space left on device; .*\nhint: make room there, then run the same command again, or choose another"
+        )
+        with pytest.raises(RunError, match=told):
+            inspect(data, html=disk / "page.html")
 
 
 def test_what_is_no_data_set_or_damaged_is_told(data: Path, tmp_path: Path) -> None:

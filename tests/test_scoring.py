@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from escm2rec.config import load_config
-from escm2rec.preprocess import preprocess
+from escm2rec.errors import RunError
+from escm2rec.preprocess import RawFile, preprocess
+from escm2rec.scoring.score import _Scorer
 from tests.preprocess_logs import read_split
 from tests.ranks import run_ranks
 from tests.raw_tables import raw_table, write_config
@@ -154,3 +159,21 @@ def test_wrong_arguments_and_inputs_are_refused(folder: Path, predictions: dict[
     for message, result in zip(wrong, found, strict=True):
         assert message in result["message"]
     assert not list(folder.glob("wrong-*")), "nothing half-written looks whole"
+
+
+def test_a_full_disk_is_told_of_any_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`new_folder`, which tells of rank 0, is not there on the others."""
+
+    def full(self: Any, number: int, file: Any) -> Iterator[int]:
+        yield 1
+        raise OSError(errno.ENOSPC, "[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device")
+
+    monkeypatch.setattr(_Scorer, "_score_file", full)
+    run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(global_batch_size=8)))
+    runtime: Any = SimpleNamespace(rank=1, world_size=2, is_main=False)
+    scorer = _Scorer(run, None, runtime, (), tmp_path)  # type: ignore[arg-type]
+    told = (
+        rf"^cannot write {tmp_path}: No space left on device; .* are free there\nhint: make room there, then run the same command again, or"
+    )
+    with pytest.raises(RunError, match=told):
+        scorer.score([RawFile(tmp_path / name) for name in "ab"])

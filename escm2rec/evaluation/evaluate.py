@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch.distributed as dist
 
 from escm2rec.config import KEPT_PREFIX, MatrixSource, Split
+from escm2rec.disk import telling_of_disk
 from escm2rec.doctor import require_matching_packages
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.evaluation.html import write_html
@@ -57,8 +58,9 @@ def evaluate(
             if diagnostics is not None:
                 tree["propensity"] |= _propensity(model, diagnostics)
             tree = {"run": _facts(opened, dataset, split, time.perf_counter() - started), **choice, **tree}
-            write_json(run / "report.json", tree)
-            write_html(tree, run / "report.html", f"{opened.config.objective.kind} on {split}")
+            with telling_of_disk(run, "run the same command again"):
+                write_json(run / "report.json", tree)
+                write_html(tree, run / "report.html", f"{opened.config.objective.kind} on {split}")
             return {"report": str(run / "report.html"), "rows": predictions.height, **tree["run"], "metrics": flat_metrics(tree)}
 
         return on_main(runtime, report)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from escm2rec.config import Split
+from escm2rec.disk import telling_of_disk
 from escm2rec.evaluation.html import aligned, facts, figure, note, table, write_page
 from escm2rec.inspection.held import SAMPLE_ROWS, Held, sample_step
 from escm2rec.inspection.inspect import NUMERIC_QUANTILES
@@ -47,13 +48,18 @@ MORE_IS_LEFT_OUT = (
 
 
 def write_inspection(record: Record, features: tuple[Feature, ...], held: dict[Split, Held], counts: dict[str, Int64s], path: Path) -> None:
-    """Write the page of what `inspect` found; `counts` are of the rows of the tables, the most frequent first."""
+    """Write the page of what `inspect` found; `counts` are of the rows of the tables, the most frequent first.
+
+    RunError when the disk is full.
+    """
     plots = list(_plots(record["features"], {feature.name: feature for feature in features}, held["train"], counts))
     shown = plots[:MAX_FEATURES_SHOWN]
     left = f"{len(plots) - len(shown)} more features are in the tables and in the JSON alone." if len(plots) > len(shown) else ""
     sections = [_header(record), _splits(record), _tables(record), _lists(record), _numbers(record)]
     drawn = f'<h2>Distributions in training</h2><div class="plots">{"".join(shown)}</div>{note(left)}' if shown else ""
-    write_page(path, "What the data set holds", [NARROW, *sections, drawn, _words(record["negative_keep_rate"])])
+    path = path.absolute()
+    with telling_of_disk(path.parent, "run the same command again, or choose another file"):
+        write_page(path, "What the data set holds", [NARROW, *sections, drawn, _words(record["negative_keep_rate"])])
 
 
 def _header(record: Record) -> str:

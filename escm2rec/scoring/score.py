@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from escm2rec.config import KEPT_PREFIX
+from escm2rec.disk import telling_of_disk
 from escm2rec.doctor import require_matching_packages
 from escm2rec.errors import ConfigError, RunError
 from escm2rec.evaluation.metrics import ctcvr_logits, sigmoid
-from escm2rec.folder import new_folder, refuse_existing, refuse_overlap, write_manifest
+from escm2rec.folder import ANEW, new_folder, refuse_existing, refuse_overlap, write_manifest
 from escm2rec.models.predictions import Predictions
 from escm2rec.preprocess import EncodedBlock, RawFile, encode_raw, raw_files
 from escm2rec.progress import Progress
@@ -72,10 +73,11 @@ class _Scorer:
         self.parts: list[dict[str, Any]] = []
 
     def score(self, files: Sequence[RawFile]) -> None:
-        """Score this rank's files: every `world_size`-th. All ranks make the same number of calls to the model."""
+        """Score this rank's files: every `world_size`-th. All ranks make the same number of calls to the model. RunError when the disk is
+        full, of any rank: rank 0 alone is in `new_folder`."""
         mine = list(enumerate(files))[self.runtime.rank :: self.runtime.world_size]
         name = "score" if self.runtime.world_size == 1 else f"score (rank 0 of {self.runtime.world_size})"
-        with Progress(name, None, self.runtime.is_main) as progress:
+        with Progress(name, None, self.runtime.is_main) as progress, telling_of_disk(self.folder, ANEW):
             for done, (number, file) in enumerate(mine):
                 for rows in self._score_file(number, file):
                     progress.add(rows, f"file {done + 1} of {len(mine)}")
