@@ -30,7 +30,7 @@ from escm2rec.preprocess.portions import Range, count_lines, other_ranges, porti
 from escm2rec.preprocess.read import check_type, index_common, read, read_common
 from escm2rec.preprocess.rejections import Rejected
 from escm2rec.preprocess.shares import Shares
-from escm2rec.preprocess.splits import asked_splits, split_column
+from escm2rec.preprocess.splits import Seen, asked_splits, split_column
 from escm2rec.preprocess.steps import WORK, Job, once
 from escm2rec.preprocess.write import COUNTS, Part, encode_common, parts_of, write
 from escm2rec.progress import Progress
@@ -117,6 +117,7 @@ class _Maker:
     def __init__(self, config: DataConfig, files: list[RawFile], folder: Path, memory_gib: float, engine: Engine) -> None:
         self._config, self._files, self._folder, self._engine = config, files, folder, engine
         self._rejected = Rejected(refuse=False)  # a task refuses by itself
+        self._seen = Seen()
         (folder / WORK).mkdir(exist_ok=True)
         for name in ("vocabulary", *SPLITS):
             (folder / name).mkdir(exist_ok=True)
@@ -233,6 +234,8 @@ class _Maker:
                         )
                 results.append(told)
                 progress.add(sum(each.rows for each in portion), portion[0].file.name)
+        self._seen = Seen.of_all(told["seen"] for told in results)
+        self._seen.refuse_what_cannot_be_compared()
         return results
 
     def _sort(self) -> list[Part]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -40,31 +42,74 @@ def asked_splits(split: AnySplit) -> list[Split]:
     return [name for name, keys in asks.items() if any(getattr(split, key, None) for key in keys)]
 
 
-def split_numbers(split: AnySplit, block: RawBlock) -> Numbers:
-    """Position in SPLITS of each row's split, -1 for none.
+@dataclass
+class Seen:
+    """What the rows of one portion, or of a whole input, hold in the column that they are split by; as JSON by `asdict`.
 
-    Hash: splitmix64(base ^ fnv1a64(salt)) as a number in [0, 1), cut by the shares in order; base is the hash of the column's value, or of
-    file name and row. A null in the column belongs to no split. `validation_share` takes its rows of training files the same way, without
-    a salt. Time: train before validation_from, validation before test_from, test from there on; what has no time belongs to no split.
+    compared    how many have a time or number that the boundaries of a split by time can be compared with
+    fault       message and hint on the first block with values none of which could be, which is an error where none of the input is
     """
-    if isinstance(split, FileSplit):
-        number = _by_file(split, block.file)
-        numbers = np.full(len(block), number, dtype=np.int8)
-        if number == TRAIN and split.validation_share:
-            points = split_points(row_hash(block.file.name, block.rows), salt="")
-            numbers[points < split.validation_share] = VALIDATION
-        return numbers
-    if isinstance(split, ColumnSplit):
-        texts = _cast(block, split.column, pa.string())
-        numbers = np.full(len(block), NO_SPLIT, dtype=np.int8)
-        for number, name in reversed(list(enumerate(SPLITS))):
-            held = pc.fill_null(pc.is_in(texts, pa.array(getattr(split, name), pa.string())), False)
-            numbers[held.to_numpy(zero_copy_only=False)] = number
-        return numbers
-    return _by_time(split, block) if isinstance(split, TimeSplit) else _by_hash(split, block)
+
+    compared: int = 0
+    fault: tuple[str, str] | None = None
+
+    @classmethod
+    def of_all(cls, portions: Iterable[dict[str, Any]]) -> Self:
+        """What these portions saw together, in their order."""
+        whole = cls()
+        for portion in portions:
+            whole.compared += portion["compared"]
+            whole.fault = whole.fault or portion["fault"]
+        return whole
+
+    def refuse_what_cannot_be_compared(self) -> None:
+        """DataError where there are values, and none of a split by time could be compared; single ones belong to no split."""
+        if self.fault is not None and not self.compared:
+            raise DataError(*self.fault)
 
 
-def _by_file(split: FileSplit, file: RawFile) -> int:
+class Splitter:
+    """Splits the rows of one portion, block by block; `seen` says what they hold."""
+
+    def __init__(self, split: AnySplit) -> None:
+        self.seen = Seen()
+        self._split = split
+
+    def numbers(self, block: RawBlock) -> Numbers:
+        """Position in SPLITS of each row's split, -1 for none.
+
+        Hash: splitmix64(base ^ fnv1a64(salt)) as a number in [0, 1), cut by the shares in order; base is the hash of the column's value, or
+        of file name and row. A null in the column belongs to no split. `validation_share` takes its rows of training files the same way,
+        without a salt. Time: train before validation_from, validation before test_from, test from there on; what has no time belongs to no
+        split.
+        """
+        split = self._split
+        if isinstance(split, FileSplit):
+            return _by_file(split, block)
+        if isinstance(split, ColumnSplit):
+            return _by_column(split, block)
+        return _by_time(split, block, self.seen) if isinstance(split, TimeSplit) else _by_hash(split, block)
+
+
+def _by_file(split: FileSplit, block: RawBlock) -> Numbers:
+    number = _number_of(split, block.file)
+    numbers = np.full(len(block), number, dtype=np.int8)
+    if number == TRAIN and split.validation_share:
+        points = split_points(row_hash(block.file.name, block.rows), salt="")
+        numbers[points < split.validation_share] = VALIDATION
+    return numbers
+
+
+def _by_column(split: ColumnSplit, block: RawBlock) -> Numbers:
+    texts = _cast(block, split.column, pa.string())
+    numbers = np.full(len(block), NO_SPLIT, dtype=np.int8)
+    for number, name in reversed(list(enumerate(SPLITS))):
+        held = pc.fill_null(pc.is_in(texts, pa.array(getattr(split, name), pa.string())), False)
+        numbers[held.to_numpy(zero_copy_only=False)] = number
+    return numbers
+
+
+def _number_of(split: FileSplit, file: RawFile) -> int:
     for number, name in enumerate(SPLITS):
         if fnmatch.fnmatchcase(file.name, getattr(split, name)):
             return number
@@ -99,20 +144,25 @@ def _by_hash(split: HashSplit, block: RawBlock) -> Numbers:
     return np.where(held, numbers, np.int8(NO_SPLIT))
 
 
-def _by_time(split: TimeSplit, block: RawBlock) -> Numbers:
+def _by_time(split: TimeSplit, block: RawBlock, seen: Seen) -> Numbers:
     array = block.extras[split.column]
     edges = [moment(edge) for edge in (split.validation_from, split.test_from) if edge is not None]
+    fault = None
     if isinstance(split.test_from, str):
         times, held = _times(split, block)
         if is_number(array.type) or is_text(array.type):
-            held &= _is_plausible(split, block, times, held)
+            plausible: Bools = held & (times >= YEAR_1971)
+            fault = None if plausible.any() else _no_time(split, block, times, held)
+            held = plausible
     elif is_number(array.type) or is_text(array.type):
         times, held = _plain_numbers(array)
         if is_text(array.type) and not held.any():
-            _refuse_no_number(split, block)
+            fault = _no_number(split, block)
     else:
         times, held = _times(split, block)
         edges = [edge * MICROSECONDS[split.unit] for edge in edges]
+    seen.compared += int(held.sum())
+    seen.fault = seen.fault or fault
     numbers = np.searchsorted(edges, times, side="right").astype(np.int8)
     if len(edges) == 1:
         numbers *= TEST
@@ -139,30 +189,31 @@ def _plain_numbers(array: pa.Array) -> tuple[Any, Bools]:
     return numbers, held & np.isfinite(numbers)
 
 
-def _is_plausible(split: TimeSplit, block: RawBlock, times: Int64s, held: Bools) -> Bools:
-    """Which times are of a log: a number before 1971 stands for none, or counts something else than `unit`, as all rows of a block do."""
-    plausible: Bools = held & (times >= YEAR_1971)
+def _no_time(split: TimeSplit, block: RawBlock, times: Int64s, held: Bools) -> tuple[str, str] | None:
+    """On a block without a time of a log: a number before 1971 stands for none, or counts something else than `unit`. None where all is
+    null."""
     first = _first(split, block)
-    if first is not None and not plausible.any():
-        row, place, seen = first
-        if isinstance(seen, str) and not held[row]:
-            raise DataError(f"{place}: no row has a time: expected timestamps, numbers or ISO text, found {seen!r}", TEXT_TIMES)
-        read = f", read as {iso_text(int(times[row]))}" if held[row] else ""
-        raise DataError(
-            f"{place}: no row has a time from 1971 to 2200 by data.split.unit {split.unit!r}: found {seen!r}{read}",
-            "set data.split.unit to what the numbers count, or give test_from as such a number",
-        )
-    return plausible
+    if first is None:
+        return None
+    row, place, seen = first
+    if isinstance(seen, str) and not held[row]:
+        return f"{place}: no row has a time: expected timestamps, numbers or ISO text, found {seen!r}", TEXT_TIMES
+    read = f", read as {iso_text(int(times[row]))}" if held[row] else ""
+    return (
+        f"{place}: no row has a time from 1971 to 2200 by data.split.unit {split.unit!r}: found {seen!r}{read}",
+        "set data.split.unit to what the numbers count, or give test_from as such a number",
+    )
 
 
-def _refuse_no_number(split: TimeSplit, block: RawBlock) -> None:
-    """DataError where no text of a block is a number, and all are to be compared with one; nulls belong to no split."""
+def _no_number(split: TimeSplit, block: RawBlock) -> tuple[str, str] | None:
+    """On a block of texts none of which is a number, where all are to be compared with one. None where all is null."""
     first = _first(split, block)
-    if first is not None:
-        raise DataError(
-            f"{first.place}: no row has a number to compare with data.split.test_from {split.test_from}: found {first.seen!r}",
-            f"give test_from (and validation_from) as an ISO date, such as '2026-01-31', and {TEXT_TIMES}",
-        )
+    if first is None:
+        return None
+    return (
+        f"{first.place}: no row has a number to compare with data.split.test_from {split.test_from}: found {first.seen!r}",
+        f"give test_from (and validation_from) as an ISO date, such as '2026-01-31', and {TEXT_TIMES}",
+    )
 
 
 class _First(NamedTuple):
