@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -445,6 +446,54 @@ def test_a_column_that_cannot_split_is_named(tmp_path: Path, case: str) -> None:
     split = {"by": by, "column": "s", "train": ["1"] if by == "column" else 1.0}
     with pytest.raises(DataError, match=r"a\.parquet: column 's' of type .* cannot split"):
         preprocess(table_config(ONE, split=split), source, tmp_path / "out")
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
+STRAYS: dict[str, tuple[dict[str, Any], str]] = {
+    "column": (
+        {"by": "column", "column": "day", "train": ["mon", "sun"], "test": ["wen"]},
+        r"data\.split gives no split to 4 of 5 rows \(80\.0%\), which are left out: 'wed' \(.*a\.parquet: row 1\), "
+        r"null \(.*a\.parquet: row 3\), 'tue' \(.*b\.parquet: row 2\); no row has 'sun' of data\.split\.train, 'wen' of data\.split\.test",
+    ),
+    "time": (
+        {"by": "time", "column": "ts", "test_from": "2026-01-03"},
+        r"data\.split gives no split to 2 of 5 rows \(40\.0%\), which are left out: '\?' \(.*a\.parquet: row 2\), null \(.*: row 3\)",
+    ),
+    "hash": (
+        {"by": "hash", "column": "day", "train": 1.0},
+        r"data\.split gives no split to 1 of 5 rows \(20\.0%\), which are left out: null \(.*a\.parquet: row 3\)",
+    ),
+    "file": (
+        {"by": "file", "train": "a*"},
+        r"data\.split gives no split to 2 of 5 rows \(40\.0%\), which are left out: \S*b\.parquet",
+    ),
+}
+
+
+@pytest.mark.parametrize("by", STRAYS)
+def test_rows_without_a_split_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, by: str) -> None:
+    split, message = STRAYS[by]
+    (tmp_path / "log").mkdir()
+    days: dict[str, list[str | None]] = {"a": ["wed", "mon", None], "b": ["wed", "tue"]}
+    times = {"a": ["2026-01-01", "?", None], "b": ["2026-01-01", "2026-01-02"]}
+    for name in days:
+        write_parquet(tmp_path / "log" / f"{name}.parquet", {"c": [1] * len(days[name]), "day": days[name], "ts": times[name]})
+    preprocess(table_config(ONE, split=split), tmp_path / "log", tmp_path / "out")
+    (told,) = [each for each in warned(caplog) if "no split" in each]
+    assert re.fullmatch(message, told)
+
+
+def test_a_file_of_two_splits_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    for name in ("train", "train_test"):
+        numbered(tmp_path / "log" / f"{name}.parquet", 3)
+    message = r"train_test\.parquet belongs to one split, and matches 2 patterns of data\.split: train 'train\*' and test '\*test\*'"
+    config = table_config(ONE, split={"by": "file", "train": "train*", "test": "*test*"})
+    with pytest.raises(ConfigError, match=message):
+        preprocess(config, tmp_path / "log", tmp_path / "out")
 
 
 def test_weights_are_added_up_by_label(tmp_path: Path) -> None:

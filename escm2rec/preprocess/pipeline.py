@@ -19,6 +19,7 @@ from escm2rec import __version__
 from escm2rec.config import SPLITS, AliccpSource, DataConfig, EventsSource, TableSource
 from escm2rec.errors import DataError
 from escm2rec.folder import MANIFEST, layout_of, refuse_overlap, resumable_folder, write_manifest
+from escm2rec.preprocess import doubts
 from escm2rec.preprocess.aliccp import check_truth
 from escm2rec.preprocess.block import Request
 from escm2rec.preprocess.engine import Engine, HereEngine, local_engine, ray_engine
@@ -28,9 +29,9 @@ from escm2rec.preprocess.fit import add_times, fit
 from escm2rec.preprocess.merge import index_rows, merge, merges
 from escm2rec.preprocess.portions import Range, count_lines, other_ranges, portions_of, text_cuts, text_ranges
 from escm2rec.preprocess.read import check_type, index_common, read, read_common
-from escm2rec.preprocess.rejections import Rejected
+from escm2rec.preprocess.rejections import NO_SPLIT, Rejected
 from escm2rec.preprocess.shares import Shares
-from escm2rec.preprocess.splits import Seen, asked_splits, split_column
+from escm2rec.preprocess.splits import Seen, asked_splits, refuse_doubled_files, split_column
 from escm2rec.preprocess.steps import WORK, Job, once
 from escm2rec.preprocess.write import COUNTS, Part, encode_common, parts_of, write
 from escm2rec.progress import Progress
@@ -74,6 +75,7 @@ def preprocess(
     began = time.monotonic()
     refuse_overlap(out, [input])
     files = raw_files(config.source, input)
+    refuse_doubled_files(config.split, files)
     made_from = _identity(config, files)
     with resumable_folder(out, "data set", overwrite, made_from) as folder:
         if not (folder / MANIFEST).is_file():
@@ -145,6 +147,8 @@ class _Maker:
                 logger.warning("data.split asks for a %s split, and no usable row belongs to it", split)
         if not splits["train"]["rows"]:
             raise DataError("no row belongs to the training split", "check data.split and data.conversion_without_click")
+        for doubt in self._doubts(told):
+            logger.warning("%s", doubt)
         return self._manifest(schema.hash(), splits, shares, told)
 
     def _join_events(self, memory_bytes: int) -> dict[str, Any] | None:
@@ -285,6 +289,12 @@ class _Maker:
         return DataError(
             f"{nothing}: {others:,} belong to other splits; left out: {counts}", "check data.split, and the rows that are left out"
         )
+
+    def _doubts(self, told: list[dict[str, Any]]) -> Iterator[str]:
+        """What a person should look at, though the data set is made."""
+        without_split = self._rejected.reasons.get(NO_SPLIT.name, {"rows": 0})["rows"]
+        rows = without_split + sum(each["rows"] + each["negatives_left_out"] for each in told)
+        yield from doubts.of_rows_without_split(self._config.split, self._seen, without_split, rows)
 
     def _manifest(self, schema_hash: str, splits: dict[str, dict[str, Any]], shares: Shares, told: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = dict.fromkeys(path for file in self._files for path in file.all_paths)

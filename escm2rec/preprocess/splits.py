@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -13,16 +13,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from escm2rec.config import SPLITS, ColumnSplit, FileSplit, HashSplit, Split, TimeSplit, moment
-from escm2rec.errors import DataError
+from escm2rec.errors import ConfigError, DataError
 from escm2rec.preprocess.block import RawBlock
 from escm2rec.preprocess.digits import parse_decimals
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.ragged import Bools, Int64s
+from escm2rec.preprocess.rejections import values_at
 from escm2rec.preprocess.stable_hash import hash64, row_hash, split_points
 from escm2rec.preprocess.times import MICROSECONDS, TEXT_TIMES, is_number, is_text, iso_text, microseconds
 
 NO_SPLIT = -1
 TRAIN, VALIDATION, TEST = 0, 1, 2
+FEW = 5  # values that are shown
 YEAR_1971 = moment("1971-01-01")
 AnySplit = FileSplit | ColumnSplit | HashSplit | TimeSplit
 Numbers = npt.NDArray[np.int8]
@@ -48,10 +50,14 @@ class Seen:
 
     compared    how many have a time or number that the boundaries of a split by time can be compared with
     fault       message and hint on the first block with values none of which could be, which is an error where none of the input is
+    named       the values of a split by column that there are
+    strays      the first few values of rows that belong to no split, and where each comes first; of a split by file the files
     """
 
     compared: int = 0
     fault: tuple[str, str] | None = None
+    named: list[str] = field(default_factory=list)
+    strays: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_all(cls, portions: Iterable[dict[str, Any]]) -> Self:
@@ -60,7 +66,14 @@ class Seen:
         for portion in portions:
             whole.compared += portion["compared"]
             whole.fault = whole.fault or portion["fault"]
+            whole.named = list(dict.fromkeys([*whole.named, *portion["named"]]))
+            whole.add_strays(portion["strays"])
         return whole
+
+    def add_strays(self, strays: dict[str, str]) -> None:
+        """Keep those that come first."""
+        new = {value: place for value, place in strays.items() if value not in self.strays}
+        self.strays |= dict(list(new.items())[: FEW - len(self.strays)])
 
     def refuse_what_cannot_be_compared(self) -> None:
         """DataError where there are values, and none of a split by time could be compared; single ones belong to no split."""
@@ -83,12 +96,17 @@ class Splitter:
         without a salt. Time: train before validation_from, validation before test_from, test from there on; what has no time belongs to no
         split.
         """
-        split = self._split
+        split, seen = self._split, self.seen
         if isinstance(split, FileSplit):
-            return _by_file(split, block)
-        if isinstance(split, ColumnSplit):
-            return _by_column(split, block)
-        return _by_time(split, block, self.seen) if isinstance(split, TimeSplit) else _by_hash(split, block)
+            numbers = _by_file(split, block)
+        elif isinstance(split, ColumnSplit):
+            numbers = _by_column(split, block, seen)
+        else:
+            numbers = _by_time(split, block, seen) if isinstance(split, TimeSplit) else _by_hash(split, block)
+        left_out = np.flatnonzero(numbers == NO_SPLIT)
+        if len(left_out) and len(seen.strays) < FEW:
+            seen.add_strays(_strays(split_column(split), block, left_out))
+        return numbers
 
 
 def _by_file(split: FileSplit, block: RawBlock) -> Numbers:
@@ -100,13 +118,39 @@ def _by_file(split: FileSplit, block: RawBlock) -> Numbers:
     return numbers
 
 
-def _by_column(split: ColumnSplit, block: RawBlock) -> Numbers:
-    texts = _cast(block, split.column, pa.string())
-    numbers = np.full(len(block), NO_SPLIT, dtype=np.int8)
-    for number, name in reversed(list(enumerate(SPLITS))):
-        held = pc.fill_null(pc.is_in(texts, pa.array(getattr(split, name), pa.string())), False)
-        numbers[held.to_numpy(zero_copy_only=False)] = number
+def _by_column(split: ColumnSplit, block: RawBlock, seen: Seen) -> Numbers:
+    names = [name for value in SPLITS for name in getattr(split, value)]
+    places = pc.index_in(_cast(block, split.column, pa.string()), pa.array(names, pa.string()))
+    found = pc.fill_null(places, -1).to_numpy(zero_copy_only=False)
+    seen.named = list(dict.fromkeys([*seen.named, *(names[place] for place in np.unique(found) if place >= 0)]))
+    of_each = [SPLITS.index(value) for value in SPLITS for _ in getattr(split, value)]
+    numbers: Numbers = np.array([*of_each, NO_SPLIT], dtype=np.int8)[found]  # -1 is the last
     return numbers
+
+
+def _strays(column: str | None, block: RawBlock, rows: Int64s) -> dict[str, str]:
+    """The first different values of these rows, and where each is."""
+    if column is None:
+        return {str(block.file.path): ""}
+    array = block.extras[column]
+    codes = array.take(pa.array(rows)).dictionary_encode(null_encoding="encode").indices.to_numpy()
+    first = rows[np.sort(np.unique(codes, return_index=True)[1])[:FEW]]
+    values = values_at(array)(first)
+    return {value[:80]: f"{block.file.path}: row {line}" for value, line in zip(values, block.lines[first], strict=True)}
+
+
+def refuse_doubled_files(split: AnySplit, files: Iterable[RawFile]) -> None:
+    """ConfigError at the first file that more than one pattern of a split by file takes."""
+    if not isinstance(split, FileSplit):
+        return
+    for file in files:
+        patterns = [(name, getattr(split, name)) for name in SPLITS if fnmatch.fnmatchcase(file.name, getattr(split, name))]
+        if len(patterns) > 1:
+            told = " and ".join(f"{name} {pattern!r}" for name, pattern in patterns)
+            raise ConfigError(
+                f"{file.path} belongs to one split, and matches {len(patterns)} patterns of data.split: {told}",
+                "give patterns of which each file matches one, such as train*.parquet and test*.parquet",
+            )
 
 
 def _number_of(split: FileSplit, file: RawFile) -> int:
