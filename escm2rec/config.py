@@ -194,6 +194,13 @@ class EventsSource(ImpressionTable):
     )
 
     @model_validator(mode="after")
+    def _log_end_is_a_time(self) -> Self:
+        in_a_second = {"s": 1, "ms": 1_000, "us": 1_000_000}[self.time_unit]
+        if self.log_end is not None and not isinstance(self.log_end, str) and self.log_end / in_a_second > moment("2200-01-01") / 1e6:
+            raise ValueError(f"log_end {self.log_end} is after 2200 by time_unit {self.time_unit!r}: set that to what the numbers count")
+        return self
+
+    @model_validator(mode="after")
     def _conversions_find_their_impression(self) -> Self:
         if self.column("key", "conversions") is None and not self.attribution_key:
             raise ValueError("conversions without a key (key.conversions: null) need an attribution_key, such as [user_id, item_id]")

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Literal
 
-from escm2rec.config import SPLITS, ColumnSplit
+from escm2rec.config import SPLITS, ColumnSplit, EventsSource, moment
+from escm2rec.preprocess.events import FATES
 from escm2rec.preprocess.splits import AnySplit, Seen
+
+EventTable = Literal["clicks", "conversions"]
+EVENT_TABLES: tuple[EventTable, ...] = ("clicks", "conversions")
+SAME_CLOCK = "do both tables count time from one moment, in one zone? see "
 
 
 def share(part: int, whole: int, what: str) -> str:
@@ -23,3 +29,51 @@ def of_rows_without_split(split: AnySplit, seen: Seen, left_out: int, rows: int)
         unseen = [f"{value!r} of data.split.{name}" for name in SPLITS for value in getattr(split, name) if value not in seen.named]
         told += f"; no row has {', '.join(unseen)}" if unseen else ""
     yield told
+
+
+def of_events(source: EventsSource, counts: dict[str, Any]) -> Iterator[str]:
+    """On a joined event log, by the `events` section of its manifest."""
+    for table in EVENT_TABLES:
+        rows = counts[table]["rows"]
+        for kind in ("rejected", *FATES[table]):
+            if 2 * counts[table][kind] > rows:
+                yield f"of the log {share(counts[table][kind], rows, table)} are {kind}: {_settings(source, table, kind)}"
+    yield from _of_log_end(source, counts["log_end"], counts["last"])
+
+
+def _settings(source: EventsSource, table: EventTable, kind: str) -> str:
+    """What decides that an event is of a kind that is not used, and what to ask."""
+    key, time = source.column("key", table), f"data.source.time {source.column('time', table)!r}"
+    by_key = [] if key is None else [f"data.source.key {key!r}"]
+    by_values = [f"data.source.attribution_key {source.attribution_key}"] if table == "conversions" and source.attribution_key else []
+    if kind == "rejected":
+        return f"{', or '.join([*by_key, *by_values, time])} is null or not readable"
+    if kind == "unknown_impression":
+        both = [f"{named}, and {source.column('key', 'impressions')!r} of the impressions" for named in by_key]
+        return f"do both tables hold the same values, of the same days? see {', and '.join([*both, *by_values])}"
+    if kind == "before_impression":
+        return f"{SAME_CLOCK}{time}, and {source.column('time', 'impressions')!r} of the impressions"
+    if kind == "before_click":
+        return f"{SAME_CLOCK}{time}, and {source.column('time', 'clicks')!r} of the clicks"
+    window = "conversion_window_s" if kind == "late" and table == "conversions" else "click_window_s"
+    lost = "no click of their impressions counts; " if kind == "without_click" else ""
+    return f"{lost}data.source.{window} is {getattr(source, window):g}"
+
+
+def _of_log_end(source: EventsSource, end: str | None, last: dict[str, str | None]) -> Iterator[str]:
+    """On a time that no log ends at, and on one that leaves no window of an impression open."""
+    if end is None:
+        return
+    named = f"data.source.log_end {source.log_end!r}" if source.log_end is not None else "the latest time in its tables"
+    if moment(end) < moment("1971-01-01") or moment(end) > moment("2200-01-01"):
+        unit = f"data.source.time_unit is {source.time_unit!r}"
+        yield f"the log ends at {end}, by {named}, which is no time from 1971 to 2200: what do its numbers count? {unit}"
+    shown, windows = last["impressions"], source.click_window_s + source.conversion_window_s
+    if source.log_end is not None or shown is None or moment(end) - moment(shown) <= windows * 1e6:
+        return
+    table = next(table for table, time in last.items() if time == end)
+    yield (
+        f"the log ends at {end}, the latest time of its {table}, and the last impression is of {shown}, further before than both "
+        f"windows last ({windows:g} s): no window is open, so data.source.open_windows has no effect. If a stray row is that late, "
+        "set data.source.log_end"
+    )

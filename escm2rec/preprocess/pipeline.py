@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -147,8 +147,7 @@ class _Maker:
                 logger.warning("data.split asks for a %s split, and no usable row belongs to it", split)
         if not splits["train"]["rows"]:
             raise DataError("no row belongs to the training split", "check data.split and data.conversion_without_click")
-        for doubt in self._doubts(told):
-            logger.warning("%s", doubt)
+        _warn(self._doubts(told))
         return self._manifest(schema.hash(), splits, shares, told)
 
     def _join_events(self, memory_bytes: int) -> dict[str, Any] | None:
@@ -253,6 +252,7 @@ class _Maker:
         """Fit every feature; the schema, written."""
         config, source = self._config, self._config.source
         if not sum(each["training_rows"] for each in told):
+            _warn(self._doubts(told))
             raise self._no_training_rows(told)
         if isinstance(source, AliccpSource):
             add_times(self._job)
@@ -291,10 +291,12 @@ class _Maker:
         )
 
     def _doubts(self, told: list[dict[str, Any]]) -> Iterator[str]:
-        """What a person should look at, though the data set is made."""
+        """What a person should look at, of what was read."""
         without_split = self._rejected.reasons.get(NO_SPLIT.name, {"rows": 0})["rows"]
         rows = without_split + sum(each["rows"] + each["negatives_left_out"] for each in told)
         yield from doubts.of_rows_without_split(self._config.split, self._seen, without_split, rows)
+        if isinstance(self._config.source, EventsSource) and self._events is not None:
+            yield from doubts.of_events(self._config.source, self._events)
 
     def _manifest(self, schema_hash: str, splits: dict[str, dict[str, Any]], shares: Shares, told: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = dict.fromkeys(path for file in self._files for path in file.all_paths)
@@ -310,6 +312,11 @@ class _Maker:
             "features": shares.by_feature(),
             **({} if self._events is None else {"events": self._events}),
         }
+
+
+def _warn(doubts: Iterable[str]) -> None:
+    for doubt in doubts:
+        logger.warning("%s", doubt)
 
 
 def _add_file(split: dict[str, Any], file: dict[str, Any], weights: dict[str, float] | None) -> None:
