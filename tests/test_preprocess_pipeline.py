@@ -559,4 +559,47 @@ def test_a_split_that_is_asked_for_and_empty_is_told(tmp_path: Path, caplog: pyt
         write_parquet(tmp_path / "a.parquet", {"c": [1, 2], **source})
         preprocess(table_config(ONE, split=split), tmp_path / "a.parquet", tmp_path / "out", overwrite=True)
         told = [f"data.split asks for a {name} split, and no usable row belongs to it" for name in empty]
-        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == told
+        assert [message for message in warned(caplog) if "no usable row" in message] == told
+
+
+def test_a_split_without_a_click_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    split = {"by": "column", "column": "c", "train": ["1"], "validation": ["2"], "test": ["3"]}
+    write_parquet(tmp_path / "a.parquet", {"c": [1, 2, 3, 2], "click": [1, 0, 1, 0]})
+    preprocess(table_config(ONE, split=split), tmp_path / "a.parquet", tmp_path / "out")
+    assert warned(caplog) == ["the validation split has 2 rows and no click: is the click label what it should be?"]
+
+
+def test_features_and_kept_columns_that_tell_nothing_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    empty = {"name": "empty", "kind": "categorical"}
+    features: list[dict[str, Any]] = [
+        *ONE,
+        empty,
+        {**empty, "name": "hashed", "hash_size": 5},
+        {"name": "lists", "kind": "list"},
+        {"name": "late", "kind": "numeric", "column": "n"},
+        {"name": "bucketed", "kind": "numeric", "column": "n", "buckets": 4},
+        {"name": "rare", "kind": "categorical", "column": "c", "min_count": 3},
+        {"name": "cross", "kind": "categorical", "cross": ["c", "empty"]},
+    ]
+    nothing = pa.nulls(5, pa.int64())
+    columns = {
+        "c": [1, 1, 2, 2, 3],
+        "day": ["mon"] * 4 + ["tue"],
+        "click": [1] * 5,
+        "empty": nothing,
+        "hashed": nothing,
+        "lists": pa.array([[], None, [], [], [7]]),
+        "n": [None, None, None, None, 1.5],
+        "k": nothing,
+        "of one": [None, None, 1, None, None],
+    }
+    split = {"by": "column", "column": "day", "train": ["mon"], "test": ["tue"]}
+    config = table_config(features, split=split, keep=["k", "of one"])
+    preprocess(config, write_parquet(tmp_path / "a.parquet", columns), tmp_path / "out")
+    named = {"empty": "empty", "hashed": "hashed", "lists": "lists", "late": "n", "bucketed": "n", "cross": "c x empty"}
+    told = [f"feature {name!r} (column {column!r}) has no value in any of the 4 training rows" for name, column in named.items()]
+    rare = (
+        "feature 'rare' (column 'c') has a vocabulary of 0 values: none is in 3 (min_count) of the 4 training rows, "
+        "so all are out of vocabulary"
+    )
+    assert warned(caplog) == [*told[:5], rare, told[5], "column 'k' of data.keep has no value in any row"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, Literal
 
-from escm2rec.config import SPLITS, ColumnSplit, EventsSource, moment
+from escm2rec.config import SPLITS, ColumnSplit, EventsSource, FeatureConfig, moment
 from escm2rec.preprocess.events import FATES
 from escm2rec.preprocess.splits import AnySplit, Seen
+from escm2rec.schema import Feature
 
 EventTable = Literal["clicks", "conversions"]
 EVENT_TABLES: tuple[EventTable, ...] = ("clicks", "conversions")
@@ -77,3 +78,29 @@ def _of_log_end(source: EventsSource, end: str | None, last: dict[str, str | Non
         f"windows last ({windows:g} s): no window is open, so data.source.open_windows has no effect. If a stray row is that late, "
         "set data.source.log_end"
     )
+
+
+def of_splits(splits: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """On splits in which nobody clicks, by the `splits` section of a manifest."""
+    for name, counts in splits.items():
+        if counts["rows"] and not counts["clicks"]:
+            yield f"the {name} split has {counts['rows']:,} rows and no click: is the click label what it should be?"
+
+
+def of_features(asked: Sequence[FeatureConfig], features: Sequence[Feature], held: dict[str, Any], rows: int) -> Iterator[str]:
+    """On features that tell nothing, as asked for and as fitted, by the `features` section of a manifest and how many rows train."""
+    for config, feature in zip(asked, features, strict=True):
+        if held[feature.name]["missing"]["train"] == 1:
+            yield f"feature {feature.name!r} (column {feature.column!r}) has no value in any of the {rows:,} training rows"
+        elif feature.encoding == "vocabulary" and feature.num_embeddings == feature.oov_rows:
+            yield (
+                f"feature {feature.name!r} (column {feature.column!r}) has a vocabulary of 0 values: none is in {config.min_count:,} "
+                f"(min_count) of the {rows:,} training rows, so all are out of vocabulary"
+            )
+
+
+def of_kept(keep: Sequence[str], found: Container[str]) -> Iterator[str]:
+    """On kept columns, of those in which a value was found."""
+    for column in keep:
+        if column not in found:
+            yield f"column {column!r} of data.keep has no value in any row"

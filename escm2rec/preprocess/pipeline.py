@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from escm2rec import __version__
-from escm2rec.config import SPLITS, AliccpSource, DataConfig, EventsSource, TableSource
+from escm2rec.config import KEPT_PREFIX, SPLITS, AliccpSource, DataConfig, EventsSource, TableSource
 from escm2rec.errors import DataError
 from escm2rec.folder import MANIFEST, layout_of, refuse_overlap, resumable_folder, write_manifest
 from escm2rec.preprocess import doubts
@@ -148,6 +148,10 @@ class _Maker:
         if not splits["train"]["rows"]:
             raise DataError("no row belongs to the training split", "check data.split and data.conversion_without_click")
         _warn(self._doubts(told))
+        kept = {column.removeprefix(KEPT_PREFIX) for each in told for column in each["kept_types"]}
+        _warn(doubts.of_splits(splits))
+        _warn(doubts.of_features(self._config.features, schema.features, shares.by_feature(), splits["train"]["rows"]))
+        _warn(doubts.of_kept(self._config.keep, kept))
         return self._manifest(schema.hash(), splits, shares, told)
 
     def _join_events(self, memory_bytes: int) -> dict[str, Any] | None:
@@ -314,8 +318,8 @@ class _Maker:
         }
 
 
-def _warn(doubts: Iterable[str]) -> None:
-    for doubt in doubts:
+def _warn(told: Iterable[str]) -> None:
+    for doubt in told:
         logger.warning("%s", doubt)
 
 
