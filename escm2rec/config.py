@@ -452,6 +452,20 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _features_do_not_leak(self) -> Self:
+        labels = {getattr(self.source, name): name for name in RESERVED_COLUMNS if getattr(self.source, name, None) is not None}
+        if not isinstance(self.source, ImpressionTable):
+            return self
+        for feature in self.features:
+            for column in (*(feature.cross or [feature.column]), feature.weights_column):
+                if column in labels:
+                    raise ValueError(
+                        f"feature {feature.name!r} reads column {column!r}, which is data.source.{labels[column]}: a model would learn from what "
+                        "is to be predicted. Leave the feature out, or name the right column"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _matrix_is_split_by_file(self) -> Self:
         if isinstance(self.source, MatrixSource):
             train, test = Path(self.source.train).name, Path(self.source.test).name

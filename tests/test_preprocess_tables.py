@@ -228,13 +228,13 @@ def config_of(kind: str, column: str = "c", **more: Any) -> DataConfig:
         ([1, 2], config_of("list"), "column 'c': expected a list a row, found type int64"),
         ([1.5, 2.5], config_of("categorical"), "column 'c': expected whole numbers or strings, found type double"),
         ([[1], [2]], config_of("weighted_list"), "expected a list of \\(value, weight\\) structs, a map, or a weights_column"),
-        ([[1], [2]], config_of("weighted_list", weights_column="click"), "column 'click': expected a list of weights a row"),
+        ([[1], [2]], config_of("weighted_list", weights_column="k"), "column 'k': expected a list of weights a row"),
         ([1, 2], config_of("categorical", "cc"), "has no column 'cc'\nhint: did you mean 'c'"),
-        ([1, 2], config_of("categorical", "entirely_other"), "has no column 'entirely_other'\nhint: it has: c, click, conversion"),
+        ([1, 2], config_of("categorical", "entirely_other"), "has no column 'entirely_other'\nhint: it has: c, k, click, conversion"),
     ],
 )
 def test_a_column_that_is_not_what_was_declared_is_refused(tmp_path: Path, column: Any, config: DataConfig, message: str) -> None:
-    file = write_parquet(tmp_path / "a.parquet", {"c": column})
+    file = write_parquet(tmp_path / "a.parquet", {"c": column, "k": [1, 2]})
     with pytest.raises(DataError, match=message):
         preprocess(config, file, tmp_path / "out")
 
