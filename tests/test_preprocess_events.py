@@ -503,8 +503,12 @@ def test_malformed_lines_of_events_are_counted(tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "a column that is missing": ({"time": "tss"}, r"has no column 'tss'\nhint: did you mean 'ts'\?"),
-    "an attribution column that is missing": ({"attribution_key": ["usr"]}, r"has no column 'usr'\nhint: did you mean 'user'\?"),
+    "a column that is missing": ({"time": "tss"}, r"has no column 'tss' \(data\.source\.time\)\nhint: did you mean 'ts'\?"),
+    "a key that is missing": ({"key": "idd"}, r"has no column 'idd' \(data\.source\.key\)\nhint: did you mean 'id'\?"),
+    "an attribution column that is missing": (
+        {"attribution_key": ["usr"]},
+        r"has no column 'usr' \(data\.source\.attribution_key\)\nhint: did you mean 'user'\?",
+    ),
     "a pattern without files": (
         {"clicks": "klicks*"},
         r"^no file in \S+/log matches the pattern 'klicks\*' of data\.source\.clicks: "

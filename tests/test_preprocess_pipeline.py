@@ -374,9 +374,27 @@ def test_rows_that_do_not_train_are_counted_where_none_does(tmp_path: Path) -> N
     write_parquet(tmp_path / "a.parquet", columns)
     split = {"by": "column", "column": "day", "train": ["mon"], "test": ["tue"]}
     counts = "2 belong to other splits; left out: 1 for label, 2 for no split"
-    told = rf"^no row belongs to the training split: {counts}\nhint: check data\.split, and the rows that are left out$"
+    seen = "column 'day' has 'tue', 'wed', 'thu'"
+    told = rf"^no row belongs to the training split: {counts}; {seen}\nhint: check data\.split, and the rows that are left out$"
     with pytest.raises(DataError, match=told):
         preprocess(table_config(ONE, split=split, bad_rows="count"), tmp_path / "a.parquet", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("times", "split", "seen"),
+    [
+        (["2026-01-31", "2026-02-02 12:00"], {"test_from": "2026-01-02"}, "2026-01-31T00:00:00Z to 2026-02-02T12:00:00Z"),
+        ([20260131, 20260202], {"test_from": 20260102}, "20260131 to 20260202"),
+        (["20260131", "20260202"], {"test_from": 20260102}, "20260131 to 20260202"),
+        ([0.25, 0.5, None], {"test_from": 0.1}, "0.25 to 0.5"),
+    ],
+)
+def test_the_times_that_there_are_are_told_where_none_trains(tmp_path: Path, times: list[Any], split: dict[str, Any], seen: str) -> None:
+    for number, time in enumerate(times):
+        kind = pa.array(times).type
+        write_parquet(tmp_path / f"{number}.parquet", {"c": [1], "ts": pa.array([time], kind)})
+    with pytest.raises(DataError, match=rf"2 belong to other splits; left out: .*; column 'ts' goes from {seen}\nhint"):
+        preprocess(table_config(ONE, split={"by": "time", "column": "ts", **split}), tmp_path, tmp_path.parent / f"{tmp_path.name}-out")
 
 
 def test_a_data_set_is_no_raw_log(tmp_path: Path) -> None:

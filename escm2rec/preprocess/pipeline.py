@@ -290,8 +290,10 @@ class _Maker:
             hint = f"was the export cut off? or are rows in files of other names? data.source.{key} is {pattern!r}"
             return DataError(f"{nothing}: there is none in {files}", hint)
         counts = ", ".join(f"{rows:,} for {reason}" for reason, rows in left_out.items()) or "none"
+        seen = self._seen.told(self._config.split)
         return DataError(
-            f"{nothing}: {others:,} belong to other splits; left out: {counts}", "check data.split, and the rows that are left out"
+            f"{nothing}: {others:,} belong to other splits; left out: {counts}{'; ' if seen else ''}{seen}",
+            "check data.split, and the rows that are left out",
         )
 
     def _doubts(self, told: list[dict[str, Any]]) -> Iterator[str]:

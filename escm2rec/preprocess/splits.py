@@ -50,12 +50,15 @@ class Seen:
 
     compared    how many have a time or number that the boundaries of a split by time can be compared with
     fault       message and hint on the first block with values none of which could be, which is an error where none of the input is
+    least, most of the times or numbers that could be compared, as they are and as people read them
     named       the values of a split by column that there are
     strays      the first few values of rows that belong to no split, and where each comes first; of a split by file the files
     """
 
     compared: int = 0
     fault: tuple[str, str] | None = None
+    least: tuple[float, str] | None = None
+    most: tuple[float, str] | None = None
     named: list[str] = field(default_factory=list)
     strays: dict[str, str] = field(default_factory=dict)
 
@@ -66,9 +69,22 @@ class Seen:
         for portion in portions:
             whole.compared += portion["compared"]
             whole.fault = whole.fault or portion["fault"]
+            whole.add_range(portion["least"], portion["most"])
             whole.named = list(dict.fromkeys([*whole.named, *portion["named"]]))
             whole.add_strays(portion["strays"])
         return whole
+
+    def add_range(self, least: tuple[float, str] | None, most: tuple[float, str] | None) -> None:
+        """Take these in."""
+        self.least = min((each for each in (self.least, least) if each is not None), key=lambda each: each[0], default=None)
+        self.most = max((each for each in (self.most, most) if each is not None), key=lambda each: each[0], default=None)
+
+    def told(self, split: AnySplit) -> str:
+        """What the column of a split by column or time holds, as people read it; nothing of another split, or of nulls."""
+        if isinstance(split, TimeSplit) and self.least is not None and self.most is not None:
+            return f"column {split.column!r} goes from {self.least[1]} to {self.most[1]}"
+        values = [*map(repr, self.named[:FEW]), *self.strays]
+        return f"column {split.column!r} has {', '.join(values)}" if isinstance(split, ColumnSplit) and values else ""
 
     def add_strays(self, strays: dict[str, str]) -> None:
         """Keep those that come first."""
@@ -191,7 +207,7 @@ def _by_hash(split: HashSplit, block: RawBlock) -> Numbers:
 def _by_time(split: TimeSplit, block: RawBlock, seen: Seen) -> Numbers:
     array = block.extras[split.column]
     edges = [moment(edge) for edge in (split.validation_from, split.test_from) if edge is not None]
-    fault = None
+    fault, as_numbers = None, False
     if isinstance(split.test_from, str):
         times, held = _times(split, block)
         if is_number(array.type) or is_text(array.type):
@@ -199,7 +215,7 @@ def _by_time(split: TimeSplit, block: RawBlock, seen: Seen) -> Numbers:
             fault = None if plausible.any() else _no_time(split, block, times, held)
             held = plausible
     elif is_number(array.type) or is_text(array.type):
-        times, held = _plain_numbers(array)
+        (times, held), as_numbers = _plain_numbers(array), True
         if is_text(array.type) and not held.any():
             fault = _no_number(split, block)
     else:
@@ -207,6 +223,10 @@ def _by_time(split: TimeSplit, block: RawBlock, seen: Seen) -> Numbers:
         edges = [edge * MICROSECONDS[split.unit] for edge in edges]
     seen.compared += int(held.sum())
     seen.fault = seen.fault or fault
+    if held.any():
+        text = _number_text if as_numbers else iso_text
+        ends = [times[held].min().item(), times[held].max().item()]
+        seen.add_range(*[(end, text(end)) for end in ends])
     numbers = np.searchsorted(edges, times, side="right").astype(np.int8)
     if len(edges) == 1:
         numbers *= TEST
@@ -220,6 +240,10 @@ def _times(split: TimeSplit, block: RawBlock) -> tuple[Int64s, Bools]:
         raise DataError(
             f"{block.file.path}: column {split.column!r} cannot split by time: {error}", "set data.split.column to a column of times"
         ) from error
+
+
+def _number_text(number: float) -> str:
+    return f"{number:.15g}" if isinstance(number, float) else str(number)
 
 
 def _plain_numbers(array: pa.Array) -> tuple[Any, Bools]:
