@@ -194,6 +194,13 @@ class EventsSource(ImpressionTable):
     )
 
     @model_validator(mode="after")
+    def _log_end_is_a_time(self) -> Self:
+        in_a_second = {"s": 1, "ms": 1_000, "us": 1_000_000}[self.time_unit]
+        if self.log_end is not None and not isinstance(self.log_end, str) and self.log_end / in_a_second > moment("2200-01-01") / 1e6:
+            raise ValueError(f"log_end {self.log_end} is after 2200 by time_unit {self.time_unit!r}: set that to what the numbers count")
+        return self
+
+    @model_validator(mode="after")
     def _conversions_find_their_impression(self) -> Self:
         if self.column("key", "conversions") is None and not self.attribution_key:
             raise ValueError("conversions without a key (key.conversions: null) need an attribution_key, such as [user_id, item_id]")
@@ -441,6 +448,20 @@ class DataConfig(Section):
                 if feature.weights_column is not None:
                     raise ValueError(
                         f"feature {feature.name!r}: weights_column is for table sources; {self.source.kind} columns bring their own values"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _features_do_not_leak(self) -> Self:
+        labels = {getattr(self.source, name): name for name in RESERVED_COLUMNS if getattr(self.source, name, None) is not None}
+        if not isinstance(self.source, ImpressionTable):
+            return self
+        for feature in self.features:
+            for column in (*(feature.cross or [feature.column]), feature.weights_column):
+                if column in labels:
+                    raise ValueError(
+                        f"feature {feature.name!r} reads column {column!r}, which is data.source.{labels[column]}: a model would learn from what "
+                        "is to be predicted. Leave the feature out, or name the right column"
                     )
         return self
 

@@ -137,6 +137,32 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"source": {"kind": "aliccp", "skeleton": "*_*.csv"}}},
         "data.source: skeleton pattern '*_*.csv' must hold exactly one *",
     ),
+    "a feature that is the label": (
+        {"data": {"features": [{"name": "a", "kind": "categorical", "column": "conversion"}]}},
+        "data: feature 'a' reads column 'conversion', which is data.source.conversion: a model would learn from what is to be predicted",
+    ),
+    "a label in a cross": (
+        {"data": {"source": {"kind": "table", "click": "c"}, "features": [{"name": "a", "kind": "categorical", "cross": ["b", "c"]}]}},
+        "data: feature 'a' reads column 'c', which is data.source.click",
+    ),
+    "the known truth as a number": (
+        {
+            "data": {
+                "source": {"kind": "table", "true_propensity": "p", "true_cvr": "r"},
+                "features": [{"name": "a", "kind": "numeric", "column": "r"}],
+            }
+        },
+        "data: feature 'a' reads column 'r', which is data.source.true_cvr",
+    ),
+    "the weight of rows as weights": (
+        {
+            "data": {
+                "source": {"kind": "events", **WINDOWS, "weight": "w"},
+                "features": [{"name": "a", "kind": "weighted_list", "weights_column": "w"}],
+            }
+        },
+        "data: feature 'a' reads column 'w', which is data.source.weight",
+    ),
     "half a truth": (
         {"data": {"source": {"kind": "table", "true_cvr": "r"}}},
         "data.source: true_propensity and true_cvr go together: name both, or none",

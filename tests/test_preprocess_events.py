@@ -252,6 +252,7 @@ def small_log(folder: Path, suffix: str = ".parquet") -> Path:
 
 COUNTS = {
     "log_end": "1970-01-01T00:01:20Z",
+    "last": {"impressions": "1970-01-01T00:01:20Z", "clicks": "1970-01-01T00:00:31Z", "conversions": "1970-01-01T00:01:00Z"},
     "impressions": {"rows": 6, "rejected": 0, "repeated": 1, "differing": 0, "open_windows": 1, "used": 4},
     "clicks": {"rows": 6, "rejected": 0, "unknown_impression": 1, "before_impression": 0, "late": 1, "repeated": 1, "used": 3},
     "conversions": {
@@ -290,6 +291,106 @@ def test_the_page_of_events_shows_these_counts() -> None:
     page = (ROOT / "docs" / "events.md").read_text(encoding="utf-8")
     (shown_counts,) = re.findall(r"^```json\n(.*?)^```", page, re.S | re.M)
     assert json.loads(shown_counts) == COUNTS
+
+
+BEGIN = 1_767_225_600  # 2026-01-01
+ASKED_BOTH = r"do both tables hold the same values, of the same days\? see data\.source\.key 'id', and 'id' of the impressions"
+DOUBTS: dict[str, tuple[Rows, Rows, dict[str, Any], list[str]]] = {
+    "a log as it should be": ([event(1, 3)], [event(1, 4)], {}, []),
+    "keys of no impression": (
+        [event(1, 3), event(12, 3), event(13, 3)],
+        [event(1, 4), event(None, 4, "x", 1), event(14, 4)],
+        {},
+        [
+            rf"of the log 2 of 3 clicks \(66\.7%\) are unknown_impression: {ASKED_BOTH}",
+            rf"of the log 2 of 3 conversions .* are unknown_impression: {ASKED_BOTH}, and data\.source\.attribution_key \['user', 'item'\]",
+        ],
+    ),
+    "windows too short": (
+        [event(1, 3), event(2, 9), event(3, 9)],
+        [event(1, 20)],
+        {"click_window_s": 5},
+        [
+            r"of the log 2 of 3 clicks \(66\.7%\) are late: data\.source\.click_window_s is 5",
+            r"of the log 1 of 1 conversions \(100\.0%\) are late: data\.source\.conversion_window_s is 10",
+        ],
+    ),
+    "clicks in another zone": (
+        [event(1, -3600), event(2, -3600)],
+        [event(1, 20), event(2, 20)],
+        {},
+        [
+            r"of the log 2 of 2 clicks .* are before_impression: do both .*\? see data\.source\.time 'ts', and 'ts' of the impressions",
+            r"of the log 2 of 2 conversions .* are without_click: no click of their impressions counts; data\.source\.click_window_s is 10",
+        ],
+    ),
+    "conversions in another zone": (
+        [event(1, 3)],
+        [event(1, 2)],
+        {},
+        [r"of the log 1 of 1 conversions .* are before_click: .* data\.source\.time 'ts', and 'ts' of the clicks"],
+    ),
+    "events without keys": (
+        [event(None, 3)],
+        [event(None, 3)],
+        {},
+        [
+            r"of the log 1 of 1 clicks \(100\.0%\) are rejected: data\.source\.key 'id', or data\.source\.time 'ts' is null",
+            r"of the log 1 of 1 conversions .* are rejected: data\.source\.key 'id', or .*attribution_key .*, or data\.source\.time",
+        ],
+    ),
+    "a stray late row": (
+        [event(1, 3)],
+        [event(1, 4), event(1, 5), event(1, 86_400)],
+        {},
+        [
+            r"the log ends at 2026-01-02T00:00:00Z, the latest time of its conversions, and the last impression is of 2026-01-01T00:00:50Z"
+            r", further before than both windows last \(20 s\): no window is open.*set data\.source\.log_end"
+        ],
+    ),
+    "a stray late row, and log_end": ([event(1, 3)], [event(1, 4), event(1, 5), event(1, 86_400)], {"log_end": BEGIN + 50}, []),
+    "a wrong unit": (
+        [event(1, 3)],
+        [event(1, 4)],
+        {"time_unit": "ms", "open_windows": "keep"},
+        [r"the log ends at 1970-01-21T.*Z, by the latest time in its tables, which is no time from 1971 to .*time_unit is 'ms'"],
+    ),
+    "an end that is none": (
+        [event(1, 3)],
+        [event(1, 4)],
+        {"log_end": "2999-01-01"},
+        [r"the log ends at 2999-01-01T00:00:00Z, by data\.source\.log_end '2999-01-01', which is no time from 1971 to 2200"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DOUBTS)
+def test_logs_that_hardly_join_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str) -> None:
+    clicks, conversions, changes, expected = DOUBTS[case]
+    impressions = [shown(1, 0), shown(2, 0), shown(3, 0, "v"), shown(4, 50, "w")]
+    impressions, clicks, conversions = ([{**row, "ts": BEGIN + row["ts"]} for row in rows] for rows in (impressions, clicks, conversions))
+    log = write_log(tmp_path / "log", [impressions], clicks, conversions)
+    made = config(source={"conversion_window_s": 10, **changes}, bad_rows="count")
+    preprocess(made, log, tmp_path / "out")
+    told = [record.message for record in caplog.records if " log " in record.message]
+    assert len(told) == len(expected)
+    for message, pattern in zip(told, expected, strict=True):
+        assert re.match(pattern, message), message
+
+
+def test_a_doubt_is_told_before_the_error_that_comes_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Seconds that are read as milliseconds: all windows are open."""
+    log = write_log(tmp_path / "log", [[shown(1, BEGIN), shown(2, BEGIN + 99)]], [], [])
+    with pytest.raises(DataError, match="2 for open window"):
+        preprocess(config(source={"time_unit": "ms"}), log, tmp_path / "out")
+    (told,) = [record.message for record in caplog.records]
+    assert told.startswith("the log ends at 1970-01-21T")
+
+
+def test_a_log_end_beyond_all_times_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"log_end 1767225600000 is after 2200 by time_unit 's'"):
+        source(log_end=BEGIN * 1_000)
+    assert source(log_end=BEGIN * 1_000, time_unit="ms").log_end == BEGIN * 1_000
 
 
 def test_keep_leaves_rows_with_open_windows_in(tmp_path: Path) -> None:
@@ -402,8 +503,12 @@ def test_malformed_lines_of_events_are_counted(tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "a column that is missing": ({"time": "tss"}, r"has no column 'tss'\nhint: did you mean 'ts'\?"),
-    "an attribution column that is missing": ({"attribution_key": ["usr"]}, r"has no column 'usr'\nhint: did you mean 'user'\?"),
+    "a column that is missing": ({"time": "tss"}, r"has no column 'tss' \(data\.source\.time\)\nhint: did you mean 'ts'\?"),
+    "a key that is missing": ({"key": "idd"}, r"has no column 'idd' \(data\.source\.key\)\nhint: did you mean 'id'\?"),
+    "an attribution column that is missing": (
+        {"attribution_key": ["usr"]},
+        r"has no column 'usr' \(data\.source\.attribution_key\)\nhint: did you mean 'user'\?",
+    ),
     "a pattern without files": (
         {"clicks": "klicks*"},
         r"^no file in \S+/log matches the pattern 'klicks\*' of data\.source\.clicks: "

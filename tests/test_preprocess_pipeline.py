@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -411,9 +412,27 @@ def test_rows_that_do_not_train_are_counted_where_none_does(tmp_path: Path) -> N
     write_parquet(tmp_path / "a.parquet", columns)
     split = {"by": "column", "column": "day", "train": ["mon"], "test": ["tue"]}
     counts = "2 belong to other splits; left out: 1 for label, 2 for no split"
-    told = rf"^no row belongs to the training split: {counts}\nhint: check data\.split, and the rows that are left out$"
+    seen = "column 'day' has 'tue', 'wed', 'thu'"
+    told = rf"^no row belongs to the training split: {counts}; {seen}\nhint: check data\.split, and the rows that are left out$"
     with pytest.raises(DataError, match=told):
         preprocess(table_config(ONE, split=split, bad_rows="count"), tmp_path / "a.parquet", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("times", "split", "seen"),
+    [
+        (["2026-01-31", "2026-02-02 12:00"], {"test_from": "2026-01-02"}, "2026-01-31T00:00:00Z to 2026-02-02T12:00:00Z"),
+        ([20260131, 20260202], {"test_from": 20260102}, "20260131 to 20260202"),
+        (["20260131", "20260202"], {"test_from": 20260102}, "20260131 to 20260202"),
+        ([0.25, 0.5, None], {"test_from": 0.1}, "0.25 to 0.5"),
+    ],
+)
+def test_the_times_that_there_are_are_told_where_none_trains(tmp_path: Path, times: list[Any], split: dict[str, Any], seen: str) -> None:
+    for number, time in enumerate(times):
+        kind = pa.array(times).type
+        write_parquet(tmp_path / f"{number}.parquet", {"c": [1], "ts": pa.array([time], kind)})
+    with pytest.raises(DataError, match=rf"2 belong to other splits; left out: .*; column 'ts' goes from {seen}\nhint"):
+        preprocess(table_config(ONE, split={"by": "time", "column": "ts", **split}), tmp_path, tmp_path.parent / f"{tmp_path.name}-out")
 
 
 def test_a_data_set_is_no_raw_log(tmp_path: Path) -> None:
@@ -580,6 +599,54 @@ def test_a_column_that_cannot_split_is_named(tmp_path: Path, case: str) -> None:
         preprocess(table_config(ONE, split=split), source, tmp_path / "out")
 
 
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
+STRAYS: dict[str, tuple[dict[str, Any], str]] = {
+    "column": (
+        {"by": "column", "column": "day", "train": ["mon", "sun"], "test": ["wen"]},
+        r"data\.split gives no split to 4 of 5 rows \(80\.0%\), which are left out: 'wed' \(.*a\.parquet: row 1\), "
+        r"null \(.*a\.parquet: row 3\), 'tue' \(.*b\.parquet: row 2\); no row has 'sun' of data\.split\.train, 'wen' of data\.split\.test",
+    ),
+    "time": (
+        {"by": "time", "column": "ts", "test_from": "2026-01-03"},
+        r"data\.split gives no split to 2 of 5 rows \(40\.0%\), which are left out: '\?' \(.*a\.parquet: row 2\), null \(.*: row 3\)",
+    ),
+    "hash": (
+        {"by": "hash", "column": "day", "train": 1.0},
+        r"data\.split gives no split to 1 of 5 rows \(20\.0%\), which are left out: null \(.*a\.parquet: row 3\)",
+    ),
+    "file": (
+        {"by": "file", "train": "a*"},
+        r"data\.split gives no split to 2 of 5 rows \(40\.0%\), which are left out: \S*b\.parquet",
+    ),
+}
+
+
+@pytest.mark.parametrize("by", STRAYS)
+def test_rows_without_a_split_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, by: str) -> None:
+    split, message = STRAYS[by]
+    (tmp_path / "log").mkdir()
+    days: dict[str, list[str | None]] = {"a": ["wed", "mon", None], "b": ["wed", "tue"]}
+    times = {"a": ["2026-01-01", "?", None], "b": ["2026-01-01", "2026-01-02"]}
+    for name in days:
+        write_parquet(tmp_path / "log" / f"{name}.parquet", {"c": [1] * len(days[name]), "day": days[name], "ts": times[name]})
+    preprocess(table_config(ONE, split=split), tmp_path / "log", tmp_path / "out")
+    (told,) = [each for each in warned(caplog) if "no split" in each]
+    assert re.fullmatch(message, told)
+
+
+def test_a_file_of_two_splits_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    for name in ("train", "train_test"):
+        numbered(tmp_path / "log" / f"{name}.parquet", 3)
+    message = r"train_test\.parquet belongs to one split, and matches 2 patterns of data\.split: train 'train\*' and test '\*test\*'"
+    config = table_config(ONE, split={"by": "file", "train": "train*", "test": "*test*"})
+    with pytest.raises(ConfigError, match=message):
+        preprocess(config, tmp_path / "log", tmp_path / "out")
+
+
 def test_weights_are_added_up_by_label(tmp_path: Path) -> None:
     columns = {"c": [1, 2, 3], "w": [4.0, 1.0, 2.0], "click": [0, 1, 1], "conversion": [0, 0, 1]}
     out, _ = made(table_config(ONE, source={"weight": "w"}), write_parquet(tmp_path / "a.parquet", columns), tmp_path / "out")
@@ -643,4 +710,47 @@ def test_a_split_that_is_asked_for_and_empty_is_told(tmp_path: Path, caplog: pyt
         write_parquet(tmp_path / "a.parquet", {"c": [1, 2], **source})
         preprocess(table_config(ONE, split=split), tmp_path / "a.parquet", tmp_path / "out", overwrite=True)
         told = [f"data.split asks for a {name} split, and no usable row belongs to it" for name in empty]
-        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == told
+        assert [message for message in warned(caplog) if "no usable row" in message] == told
+
+
+def test_a_split_without_a_click_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    split = {"by": "column", "column": "c", "train": ["1"], "validation": ["2"], "test": ["3"]}
+    write_parquet(tmp_path / "a.parquet", {"c": [1, 2, 3, 2], "click": [1, 0, 1, 0]})
+    preprocess(table_config(ONE, split=split), tmp_path / "a.parquet", tmp_path / "out")
+    assert warned(caplog) == ["the validation split has 2 rows and no click: is the click label what it should be?"]
+
+
+def test_features_and_kept_columns_that_tell_nothing_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    empty = {"name": "empty", "kind": "categorical"}
+    features: list[dict[str, Any]] = [
+        *ONE,
+        empty,
+        {**empty, "name": "hashed", "hash_size": 5},
+        {"name": "lists", "kind": "list"},
+        {"name": "late", "kind": "numeric", "column": "n"},
+        {"name": "bucketed", "kind": "numeric", "column": "n", "buckets": 4},
+        {"name": "rare", "kind": "categorical", "column": "c", "min_count": 3},
+        {"name": "cross", "kind": "categorical", "cross": ["c", "empty"]},
+    ]
+    nothing = pa.nulls(5, pa.int64())
+    columns = {
+        "c": [1, 1, 2, 2, 3],
+        "day": ["mon"] * 4 + ["tue"],
+        "click": [1] * 5,
+        "empty": nothing,
+        "hashed": nothing,
+        "lists": pa.array([[], None, [], [], [7]]),
+        "n": [None, None, None, None, 1.5],
+        "k": nothing,
+        "of one": [None, None, 1, None, None],
+    }
+    split = {"by": "column", "column": "day", "train": ["mon"], "test": ["tue"]}
+    config = table_config(features, split=split, keep=["k", "of one"])
+    preprocess(config, write_parquet(tmp_path / "a.parquet", columns), tmp_path / "out")
+    named = {"empty": "empty", "hashed": "hashed", "lists": "lists", "late": "n", "bucketed": "n", "cross": "c x empty"}
+    told = [f"feature {name!r} (column {column!r}) has no value in any of the 4 training rows" for name, column in named.items()]
+    rare = (
+        "feature 'rare' (column 'c') has a vocabulary of 0 values: none is in 3 (min_count) of the 4 training rows, "
+        "so all are out of vocabulary"
+    )
+    assert warned(caplog) == [*told[:5], rare, told[5], "column 'k' of data.keep has no value in any row"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -20,7 +21,7 @@ from escm2rec.errors import DataError
 from escm2rec.preprocess import preprocess
 from escm2rec.preprocess.block import RawBlock
 from escm2rec.preprocess.files import RawFile
-from escm2rec.preprocess.splits import split_numbers
+from escm2rec.preprocess.splits import Seen, Splitter
 from escm2rec.preprocess.times import TEXT_TIMES, iso_text, microseconds
 from tests.preprocess_logs import table_config, write_parquet
 
@@ -67,8 +68,10 @@ COLUMNS: dict[str, tuple[pa.Array, dict[str, Any]]] = {
 
 def numbers(array: pa.Array, **changes: Any) -> list[int]:
     split = TimeSplit.model_validate({"by": "time", "column": "ts", "validation_from": "2026-01-02", "test_from": "2026-01-03", **changes})
-    rows = np.arange(len(array))
-    return list(split_numbers(split, RawBlock(RawFile(Path("log.parquet")), rows, rows + 1, {}, {"ts": array})))
+    splitter, rows = Splitter(split), np.arange(len(array))
+    found = list(splitter.numbers(RawBlock(RawFile(Path("log.parquet")), rows, rows + 1, {}, {"ts": array})))
+    Seen.of_all([asdict(splitter.seen)]).refuse_what_cannot_be_compared()
+    return found
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
@@ -130,6 +133,33 @@ def test_columns_that_are_surely_wrong_are_refused(case: str) -> None:
     array, changes, message = WRONG[case]
     with pytest.raises(DataError, match=message):
         numbers(array, **changes)
+
+
+@pytest.mark.parametrize("bad_rows", ["refuse", "count"])
+@pytest.mark.parametrize(
+    ("wrong", "test_from", "message"),
+    [
+        ("unknown", 20260103, r"a\.csv: row 3, column ts: no row has a number to compare with .*: found 'unknown'"),
+        ("unknown", "2026-01-03", r"a\.csv: row 3, column ts: no row has a time: expected .*, found 'unknown'"),
+        ("12", "2026-01-03", r"a\.csv: row 3, column ts: no row has a time from 1971 .*: found '12', read as 1970-01-01T00:00:12Z"),
+    ],
+)
+def test_what_one_file_lacks_is_refused_where_all_do(tmp_path: Path, wrong: str, test_from: Any, message: str, bad_rows: str) -> None:
+    """A file, or the last block of one, may well be a single row that has no time."""
+    log = tmp_path / "log"
+    log.mkdir()
+    good = [str(test_from - 1), str(test_from)] if isinstance(test_from, int) else ["2026-01-02", "2026-01-03"]
+    rows = {"a": ["", wrong], "b": good, "c": [wrong]}
+    split = {"by": "time", "column": "ts", "test_from": test_from}
+    config = table_config([{"name": "user", "kind": "categorical"}], source={"files": "*.csv"}, split=split, bad_rows=bad_rows)
+    for name, times in rows.items():
+        (log / f"{name}.csv").write_text("user,ts,click,conversion\n" + "".join(f"u,{time},0,0\n" for time in times))
+    result = preprocess(config, log, tmp_path / "out")
+    assert [result["splits"][name]["rows"] for name in ("train", "test")] == [1, 1]
+    assert result["rejected"] == {"no split": 3}
+    (log / "b.csv").unlink()
+    with pytest.raises(DataError, match=message):
+        preprocess(config, log, tmp_path / "other")
 
 
 def test_the_texts_that_the_hint_names_are_times() -> None:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,10 @@ def test_lines_after_a_skipped_csv_line_keep_their_numbers(tmp_path: Path) -> No
     assert [each["row"] for each in rejected["label"]["first"]] == [6]
 
 
+C = {"name": "c", "kind": "categorical"}
+F = {"name": "f", "kind": "categorical", "column": "x"}
+
+
 def config_of(kind: str, column: str = "c", **more: Any) -> DataConfig:
     return table_config([{"name": "f", "kind": kind, "column": column, **more}])
 
@@ -226,17 +231,72 @@ def config_of(kind: str, column: str = "c", **more: Any) -> DataConfig:
         (["a", "b"], config_of("numeric"), "column 'c': expected a number, found type string"),
         ([[1], [2]], config_of("categorical"), "column 'c': expected one value a row, found type list"),
         ([1, 2], config_of("list"), "column 'c': expected a list a row, found type int64"),
-        ([1.5, 2.5], config_of("categorical"), "column 'c': expected whole numbers or strings, found type double"),
+        (
+            [1.5, 2.5],
+            config_of("categorical"),
+            "column 'c': expected whole numbers or strings, found type double\nhint: cast ids to whole numbers: pandas turns",
+        ),
+        (
+            [date(2026, 1, 1)] * 2,
+            config_of("categorical"),
+            "column 'c': expected whole numbers or strings, found type date32.*\nhint: write what of the time matters, such as its hour",
+        ),
+        ([b"a", b"b"], config_of("categorical"), "found type binary\nhint: set the feature's kind or column"),
         ([[1], [2]], config_of("weighted_list"), "expected a list of \\(value, weight\\) structs, a map, or a weights_column"),
-        ([[1], [2]], config_of("weighted_list", weights_column="click"), "column 'click': expected a list of weights a row"),
-        ([1, 2], config_of("categorical", "cc"), "has no column 'cc'\nhint: did you mean 'c'"),
-        ([1, 2], config_of("categorical", "entirely_other"), "has no column 'entirely_other'\nhint: it has: c, click, conversion"),
+        ([[1], [2]], config_of("weighted_list", weights_column="k"), "column 'k': expected a list of weights a row"),
+        ([1, 2], config_of("categorical", "cc"), "has no column 'cc' \\(feature 'f'\\)\nhint: did you mean 'c'"),
+        (
+            [1, 2],
+            config_of("categorical", "entirely_other"),
+            "has no column 'entirely_other' \\(feature 'f'\\)\nhint: it has: c, k, click, conversion",
+        ),
     ],
 )
 def test_a_column_that_is_not_what_was_declared_is_refused(tmp_path: Path, column: Any, config: DataConfig, message: str) -> None:
-    file = write_parquet(tmp_path / "a.parquet", {"c": column})
+    file = write_parquet(tmp_path / "a.parquet", {"c": column, "k": [1, 2]})
     with pytest.raises(DataError, match=message):
         preprocess(config, file, tmp_path / "out")
+
+
+WHO_ASKS: dict[str, tuple[dict[str, Any], str]] = {
+    "feature": ({}, "feature 'f'"),
+    "two features": ({"features": [F, {**F, "name": "g"}]}, "feature 'f', feature 'g'"),
+    "weights": ({"features": [{**F, "kind": "weighted_list", "column": "c", "weights_column": "x"}]}, "weights_column of feature 'f'"),
+    "cross": ({"features": [{"name": "f", "kind": "categorical", "cross": ["c", "x"]}]}, "feature 'f'"),
+    "label": ({"features": [C], "source": {"click": "x"}}, "data.source.click"),
+    "weight": ({"features": [C], "source": {"weight": "x"}}, "data.source.weight"),
+    "keep": ({"features": [C], "keep": ["x"]}, "keep or split"),
+    "split": ({"features": [C], "split": {"by": "hash", "column": "x", "train": 1.0}}, "keep or split"),
+}
+
+
+@pytest.mark.parametrize("case", WHO_ASKS)
+def test_a_column_that_is_missing_says_who_asked(tmp_path: Path, case: str) -> None:
+    changes, asked = WHO_ASKS[case]
+    file = write_parquet(tmp_path / "a.parquet", {"c": [1], **{f"other {number}": [1] for number in range(30)}})
+    config = table_config(changes.pop("features", [F]), **changes)
+    with pytest.raises(DataError) as error:
+        preprocess(config, file, tmp_path / "out")
+    others = ", ".join(f"other {number}" for number in range(19))
+    assert error.value.message == f"{file} has no column 'x' ({asked})"
+    assert error.value.hint == f"it has: c, {others} and 13 more"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("conversion", "data.source.conversion is a label: write whole numbers, 0 or 1, or booleans"),
+        ("weight", "data.source.weight is the weight of a row: write numbers above 0"),
+        ("true_cvr", "data.source.true_cvr is a probability: write numbers from 0 to 1"),
+    ],
+)
+def test_a_label_of_another_type_says_what_it_should_be(tmp_path: Path, name: str, hint: str) -> None:
+    source = {"weight": "weight"} if name == "weight" else {"true_propensity": "c", "true_cvr": "true_cvr"} if name == "true_cvr" else {}
+    file = write_parquet(tmp_path / "a.parquet", {"c": [1], "u": [1], name: ["1"]})
+    with pytest.raises(DataError) as error:
+        preprocess(table_config([{**C, "column": "u"}], source=source), file, tmp_path / "out")
+    assert error.value.message == f"{file}: column {name!r}: expected a number, found type string"
+    assert error.value.hint == hint
 
 
 def test_files_of_different_types_are_refused(tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_columns_that_cannot_be_crossed_are_refused(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", {"user": [1.5], "shop": [7]})
     with pytest.raises(DataError, match=r"feature 'x' crosses column 'user': expected whole numbers or strings, found type double"):
         preprocess(table_config([{"name": "x", "kind": "categorical", "cross": ["user", "shop"]}]), source, tmp_path / "out")
-    with pytest.raises(DataError, match=r"has no column 'shops'\nhint: did you mean 'shop'"):
+    with pytest.raises(DataError, match=r"has no column 'shops' \(feature 'x'\)\nhint: did you mean 'shop'"):
         preprocess(table_config([{"name": "x", "kind": "categorical", "cross": ["user", "shops"]}]), source, tmp_path / "out")
 
 

@@ -145,6 +145,7 @@ class _Join:
         impressions = self._judge_impressions(log_end)
         return {
             "log_end": None if log_end is None else iso_text(log_end),
+            "last": self._last_times(),
             "impressions": {"rows": self._rows["impressions"], **impressions},
             "clicks": self._counts("clicks"),
             "conversions": self._counts("conversions"),
@@ -275,9 +276,16 @@ class _Join:
         said = self._source.log_end
         if said is not None:
             return round(moment(said) if isinstance(said, str) else said * MICROSECONDS[self._source.time_unit])
-        usable = "SELECT t FROM impressions WHERE k IS NOT NULL UNION ALL SELECT t FROM clicks UNION ALL SELECT t FROM conversions"
-        end: int | None = self._number(f"SELECT max(t) FROM ({usable})")
-        return end
+        return max((time for time in self._last().values() if time is not None), default=None)
+
+    def _last(self) -> dict[str, int | None]:
+        """The latest time of the usable rows of each table."""
+        return {
+            table: self._number(f"SELECT max(t) FROM {table}{' WHERE k IS NOT NULL' * (table == 'impressions')}") for table in self._rows
+        }
+
+    def _last_times(self) -> dict[str, str | None]:
+        return {table: None if time is None else iso_text(time) for table, time in self._last().items()}
 
     def _number(self, sql: str) -> Any:
         return self._db.execute(sql).fetchall()[0][0]

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from escm2rec import __version__
-from escm2rec.config import SPLITS, AliccpSource, DataConfig, EventsSource, TableSource
+from escm2rec.config import KEPT_PREFIX, SPLITS, AliccpSource, DataConfig, EventsSource, TableSource
 from escm2rec.errors import DataError
 from escm2rec.folder import MANIFEST, layout_of, refuse_overlap, resumable_folder, write_manifest
+from escm2rec.preprocess import doubts
 from escm2rec.preprocess.aliccp import check_truth
 from escm2rec.preprocess.block import Request
 from escm2rec.preprocess.engine import Engine, HereEngine, local_engine, ray_engine
@@ -28,9 +29,9 @@ from escm2rec.preprocess.fit import add_times, fit
 from escm2rec.preprocess.merge import index_rows, merge, merges
 from escm2rec.preprocess.portions import Range, count_lines, other_ranges, portions_of, text_cuts, text_ranges
 from escm2rec.preprocess.read import check_type, index_common, read, read_common
-from escm2rec.preprocess.rejections import Rejected
+from escm2rec.preprocess.rejections import NO_SPLIT, Rejected
 from escm2rec.preprocess.shares import Shares
-from escm2rec.preprocess.splits import asked_splits, split_column
+from escm2rec.preprocess.splits import Seen, asked_splits, refuse_doubled_files, split_column
 from escm2rec.preprocess.steps import WORK, Job, once
 from escm2rec.preprocess.write import COUNTS, Part, encode_common, parts_of, write
 from escm2rec.progress import Progress
@@ -74,6 +75,7 @@ def preprocess(
     began = time.monotonic()
     refuse_overlap(out, [input])
     files = raw_files(config.source, input)
+    refuse_doubled_files(config.split, files)
     made_from = _identity(config, files)
     with resumable_folder(out, "data set", overwrite, made_from) as folder:
         if not (folder / MANIFEST).is_file():
@@ -117,6 +119,7 @@ class _Maker:
     def __init__(self, config: DataConfig, files: list[RawFile], folder: Path, memory_gib: float, engine: Engine) -> None:
         self._config, self._files, self._folder, self._engine = config, files, folder, engine
         self._rejected = Rejected(refuse=False)  # a task refuses by itself
+        self._seen = Seen()
         (folder / WORK).mkdir(exist_ok=True)
         for name in ("vocabulary", *SPLITS):
             (folder / name).mkdir(exist_ok=True)
@@ -144,6 +147,11 @@ class _Maker:
                 logger.warning("data.split asks for a %s split, and no usable row belongs to it", split)
         if not splits["train"]["rows"]:
             raise DataError("no row belongs to the training split", "check data.split and data.conversion_without_click")
+        _warn(self._doubts(told))
+        kept = {column.removeprefix(KEPT_PREFIX) for each in told for column in each["kept_types"]}
+        _warn(doubts.of_splits(splits))
+        _warn(doubts.of_features(self._config.features, schema.features, shares.by_feature(), splits["train"]["rows"]))
+        _warn(doubts.of_kept(self._config.keep, kept))
         return self._manifest(schema.hash(), splits, shares, told)
 
     def _join_events(self, memory_bytes: int) -> dict[str, Any] | None:
@@ -233,6 +241,8 @@ class _Maker:
                         )
                 results.append(told)
                 progress.add(sum(each.rows for each in portion), portion[0].file.name)
+        self._seen = Seen.of_all(told["seen"] for told in results)
+        self._seen.refuse_what_cannot_be_compared()
         return results
 
     def _sort(self) -> list[Part]:
@@ -246,6 +256,7 @@ class _Maker:
         """Fit every feature; the schema, written."""
         config, source = self._config, self._config.source
         if not sum(each["training_rows"] for each in told):
+            _warn(self._doubts(told))
             raise self._no_training_rows(told)
         if isinstance(source, AliccpSource):
             add_times(self._job)
@@ -279,9 +290,19 @@ class _Maker:
             hint = f"was the export cut off? or are rows in files of other names? data.source.{key} is {pattern!r}"
             return DataError(f"{nothing}: there is none in {files}", hint)
         counts = ", ".join(f"{rows:,} for {reason}" for reason, rows in left_out.items()) or "none"
+        seen = self._seen.told(self._config.split)
         return DataError(
-            f"{nothing}: {others:,} belong to other splits; left out: {counts}", "check data.split, and the rows that are left out"
+            f"{nothing}: {others:,} belong to other splits; left out: {counts}{'; ' if seen else ''}{seen}",
+            "check data.split, and the rows that are left out",
         )
+
+    def _doubts(self, told: list[dict[str, Any]]) -> Iterator[str]:
+        """What a person should look at, of what was read."""
+        without_split = self._rejected.reasons.get(NO_SPLIT.name, {"rows": 0})["rows"]
+        rows = without_split + sum(each["rows"] + each["negatives_left_out"] for each in told)
+        yield from doubts.of_rows_without_split(self._config.split, self._seen, without_split, rows)
+        if isinstance(self._config.source, EventsSource) and self._events is not None:
+            yield from doubts.of_events(self._config.source, self._events)
 
     def _manifest(self, schema_hash: str, splits: dict[str, dict[str, Any]], shares: Shares, told: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = dict.fromkeys(path for file in self._files for path in file.all_paths)
@@ -297,6 +318,11 @@ class _Maker:
             "features": shares.by_feature(),
             **({} if self._events is None else {"events": self._events}),
         }
+
+
+def _warn(told: Iterable[str]) -> None:
+    for doubt in told:
+        logger.warning("%s", doubt)
 
 
 def _add_file(split: dict[str, Any], file: dict[str, Any], weights: dict[str, float] | None) -> None:

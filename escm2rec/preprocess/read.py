@@ -25,7 +25,7 @@ from escm2rec.preprocess.records import SPILL_BYTES, CommonRecords, RecordWriter
 from escm2rec.preprocess.rejections import NO_SPLIT, Rejected, Rejection
 from escm2rec.preprocess.sources import Opener
 from escm2rec.preprocess.spill import hashed, narrow, one_batch, take, to_arrow, values_of, write_batch
-from escm2rec.preprocess.splits import TRAIN, split_column, split_numbers
+from escm2rec.preprocess.splits import TRAIN, Splitter, split_column
 from escm2rec.preprocess.stable_hash import fnv1a64, row_hash, splitmix64
 from escm2rec.preprocess.steps import Job
 from escm2rec.preprocess.transforms import add_crosses
@@ -107,6 +107,7 @@ class _Reader:
         self._job, self._number, self._folder = job, number, folder
         self._config, self._features = job.config, (*job.request.features, *job.request.crosses)
         self._rejected = Rejected(job.config.bad_rows == "refuse")
+        self._splitter = Splitter(job.config.split)
         self._rows = self._training_rows = self._without_click = self._left_out = self._spills = 0
         self._types: dict[str, dict[str, str]] = {}
         self._kept_types: dict[str, str] = {}
@@ -132,6 +133,7 @@ class _Reader:
             "rows": self._rows,
             "training_rows": self._training_rows,
             "rejected": self._rejected.reasons,
+            "seen": asdict(self._splitter.seen),
             "without_click": self._without_click,
             "negatives_left_out": self._left_out,
             "types": self._types,
@@ -150,7 +152,7 @@ class _Reader:
             self._without_click += without_click.count
             if config.conversion_without_click == "drop":
                 self._rejected.count(without_click)
-        numbers = split_numbers(config.split, block)
+        numbers = self._splitter.numbers(block)
         if (numbers < 0).any():
             self._rejected.count(_no_split(split_column(config.split), block, np.flatnonzero(numbers < 0)))
         block = replace(block, labels={**block.labels, "split": numbers}).take(np.flatnonzero(numbers >= 0))

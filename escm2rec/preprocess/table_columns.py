@@ -21,6 +21,8 @@ from escm2rec.preprocess.rejections import INT64, NULL_IN_LIST, NUMBER, PAIR, TE
 from escm2rec.preprocess.transforms import clipped, cut
 from escm2rec.schema import Feature
 
+KIND_OR_COLUMN = "set the feature's kind or column to what the file holds"
+
 
 def _without_views(kind: pa.DataType) -> pa.DataType:
     """The type with plain texts and bytes for views, of which Arrow cannot take rows."""
@@ -64,12 +66,9 @@ class TableColumn:
 
         return column
 
-    def wrong_type(self, expected: str) -> DataError:
+    def wrong_type(self, expected: str, hint: str = KIND_OR_COLUMN) -> DataError:
         """The whole column is not what the config says."""
-        return DataError(
-            f"{self.path}: column {self.name!r}: expected {expected}, found type {self.array.type}",
-            "set the feature's kind or column to what the file holds",
-        )
+        return DataError(f"{self.path}: column {self.name!r}: expected {expected}, found type {self.array.type}", hint)
 
     @property
     def is_list(self) -> bool:
@@ -106,8 +105,8 @@ def raw_column(feature: Feature, columns: Callable[[str], TableColumn], source: 
     return cut(feature, _parquet_list(feature, column, weights))
 
 
-def numbers_of(column: TableColumn) -> Float64s:
-    """A column of numbers; NaN for null, and in a CSV for what is no number."""
+def numbers_of(column: TableColumn, hint: str = KIND_OR_COLUMN) -> Float64s:
+    """A column of numbers; NaN for null, and in a CSV for what is no number. `hint` is what to do about a column of another type."""
     kind = column.array.type
     if column.is_csv:
         return parse_decimals(column.array)
@@ -118,7 +117,7 @@ def numbers_of(column: TableColumn) -> Float64s:
     elif pt.is_null(kind):
         return np.full(len(column.array), np.nan)
     else:
-        raise column.wrong_type("a number")
+        raise column.wrong_type("a number", hint)
     floats = column_array.cast(pa.float64(), safe=False)
     numbers: Float64s = pc.fill_null(floats, float("nan")).to_numpy(zero_copy_only=False)
     return numbers
@@ -140,7 +139,16 @@ def _values(column: TableColumn, flat: pa.Array, rows: Int64s) -> Any:
         return numbers.astype(np.int64)
     if pt.is_null(kind) and not len(flat):
         return np.empty(0, dtype=np.int64)
-    raise column.wrong_type("whole numbers or strings")
+    raise column.wrong_type("whole numbers or strings", _of_no_ids(kind))
+
+
+def _of_no_ids(kind: pa.DataType) -> str:
+    """What to do about ids of such a type."""
+    if pt.is_floating(kind) or pt.is_decimal(kind):
+        return "cast ids to whole numbers: pandas turns a column with nulls into floats (its 'Int64' keeps both); or set kind: numeric"
+    if pt.is_temporal(kind):
+        return "write what of the time matters, such as its hour or weekday, as whole numbers or text"
+    return KIND_OR_COLUMN
 
 
 def _utf8(column: TableColumn, flat: pa.Array, rows: Int64s) -> pa.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,17 @@ from escm2rec.preprocess.rejections import COLUMNS, LABEL, TORN, TRUTH, WEIGHT, 
 from escm2rec.preprocess.table_columns import TableColumn, numbers_of, raw_column
 
 CSV_BLOCK_BYTES = 16 << 20
+SHOWN_COLUMNS = 20
+EVENT_TABLES: tuple[Literal["impressions", "clicks", "conversions"], ...] = ("impressions", "clicks", "conversions")
+PROBABILITY = "a probability: write numbers from 0 to 1"
+LABEL_VALUES = {
+    "click": "a label: write whole numbers, 0 or 1, or booleans",
+    "conversion": "a label: write whole numbers, 0 or 1, or booleans",
+    "weight": "the weight of a row: write numbers above 0",
+    "true_propensity": PROBABILITY,
+    "true_cvr": PROBABILITY,
+}
+"""What to do about a column of labels of another type."""
 
 
 def not_parquet(path: Path, error: Exception) -> DataError:
@@ -74,12 +85,32 @@ class TableFile:
             if available.count(column) > 1:
                 raise DataError(f"{self.file.path} has {available.count(column)} columns named {column!r}", "rename all but one")
             if column not in available:
-                near = difflib.get_close_matches(column, available, n=1)
-                raise DataError(
-                    f"{self.file.path} has no column {column!r}",
-                    f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(name[:40] for name in available[:20])}",
-                )
+                raise DataError(f"{self.file.path} has no column {column!r} ({self._asked_by(column)})", self._has(column, available))
         return [name for name in available if name in wanted]
+
+    def _asked_by(self, column: str) -> str:
+        """What of the config reads a column; `extras` are kept or split by, and in the tables of an event log what joins them."""
+        request, source, asked = self._request, self._source, []
+        for feature in (*request.features, *request.crosses):
+            asked += [f"feature {feature.name!r}"] if feature.column == column or column in (feature.cross or ()) else []
+            asked += [f"weights_column of feature {feature.name!r}"] if feature.weights_column == column else []
+        asked += [f"data.source.{name}" for name, named in self._labels.items() if named == column]
+        if isinstance(source, EventsSource):
+            asked += ["data.source.key"] if column in [source.column("key", table) for table in EVENT_TABLES] else []
+            asked += ["data.source.time"] if column in [source.column("time", table) for table in EVENT_TABLES] else []
+            asked += ["data.source.attribution_key"] if column in source.attribution_key else []
+        return ", ".join(asked) or "keep or split"
+
+    def _has(self, column: str, available: list[str]) -> str:
+        """What there is instead of a column."""
+        if not available:
+            return "it has no column at all"
+        separator = next((each for each in (";", "\t") if each in available[0]), None) if self._is_csv and len(available) == 1 else None
+        if separator is not None:
+            return f"its header is one column, {available[0][:60]!r}: separate columns by commas, not by {separator!r}"
+        near = difflib.get_close_matches(column, available, n=1)
+        more = f" and {len(available) - SHOWN_COLUMNS:,} more" if len(available) > SHOWN_COLUMNS else ""
+        return f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(name[:40] for name in available[:SHOWN_COLUMNS])}{more}"
 
     def _parquet_batches(self, start: int, stop: int | None, first_row: int) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
         try:
@@ -203,7 +234,7 @@ class TableFile:
         return block.take(bad.good)
 
     def _label(self, name: str, column: TableColumn, bad: BadRows) -> Any:
-        values = numbers_of(column)
+        values = numbers_of(column, f"data.source.{name} is {LABEL_VALUES[name]}")
         seen = values_at(column.array)
         if name in ("click", "conversion"):
             bad.mark((values != 0) & (values != 1), LABEL, column.name, seen)
