@@ -161,6 +161,7 @@ def test_distributed_request(runner: Runner, verb: str, scheduler: str) -> None:
         torchrun, script, options = command.partition(f" -- apps/{verb}.py ")
         assert script
         assert "--nnodes 2 --nproc_per_node 3 " in torchrun
+        assert torchrun.endswith(" --max-restarts 0")
         assert re.search(r"--rdzv_endpoint \S+:29511 ", torchrun)
         assert shlex.split(options) == expected
 
@@ -176,6 +177,7 @@ def test_resources_and_environment_are_asked_for(runner: Runner) -> None:
     assert {"A": "1", "B": "2"}.items() <= {variable.name: variable.value for variable in container.env}.items()
     assert ("/data", True) in {(mount.mount_path, mount.read_only) for mount in container.volume_mounts}
     assert task["maxRetry"] == 3
+    assert "--max-restarts 3 -- apps/train.py" in " ".join([*container.command, *(container.args or [])])
     assert info.request.resource["metadata"]["name"].startswith("nightly-")
 
 

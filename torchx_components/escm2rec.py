@@ -186,7 +186,7 @@ def train(
         gpu: GPUs of a node
         memory_mb: memory of a node in MB
         env: environment variables, as A=1,B=2
-        max_retries: how often the scheduler may start it again
+        max_retries: how often the scheduler may start it again, and torchrun the ranks of which one failed
         rdzv_port: port on the first node where the ranks meet; several nodes only
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
@@ -230,7 +230,7 @@ def evaluate(
         gpu: GPUs of a node
         memory_mb: memory of a node in MB
         env: environment variables, as A=1,B=2
-        max_retries: how often the scheduler may start it again
+        max_retries: how often the scheduler may start it again, and torchrun the ranks of which one failed
         rdzv_port: port on the first node where the ranks meet; several nodes only
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
@@ -272,7 +272,7 @@ def score(
         gpu: GPUs of a node
         memory_mb: memory of a node in MB
         env: environment variables, as A=1,B=2
-        max_retries: how often the scheduler may start it again
+        max_retries: how often the scheduler may start it again, and torchrun the ranks of which one failed
         rdzv_port: port on the first node where the ranks meet; several nodes only
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
@@ -335,7 +335,7 @@ def _distributed(
         mounts=mounts,
     )
     for role in job.roles:
-        role.args = [text.replace(f" {script}", f" -- {script}", 1) for text in role.args]
+        role.args = [text.replace(f" {script}", f" --max-restarts {max_retries} -- {script}", 1) for text in role.args]
     return job
 
 
