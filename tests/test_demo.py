@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[1]
 IMPRESSIONS = 20_000
-TIMEOUT_S = 400  # fifteen starts of Python and torch, on machines that have other work
+TIMEOUT_S = 400  # more than twenty starts of Python, on machines that have other work
 
 
 def test_the_demo_ends_with_the_models_beside_the_truth(tmp_path: Path) -> None:

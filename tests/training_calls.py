@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,42 +39,41 @@ def keep(source: str, to: str) -> None:
     dist.barrier()
 
 
-def train_on_full_disk(data: str, out: str, overrides: list[str], at_step: int) -> dict[str, Any]:
-    """`train_run`, in which the disk of `out` fills while rank 0 does a step; what fills it is the file `filler`."""
-    add = TrainingMetrics.add
+@contextmanager
+def in_step(at_step: int, of_rank: int, act: Callable[[], None]) -> Iterator[None]:
+    """`act` once, on one rank, when it has done so many steps and not yet looked at the last one."""
+    add, done = TrainingMetrics.add, 0
 
-    def add_and_fill(self: TrainingMetrics, output: StepOutput) -> None:
+    def add_and_act(self: TrainingMetrics, output: StepOutput) -> None:
+        nonlocal done
         add(self, output)
-        told["steps"] += 1
-        if told["steps"] == at_step and dist.get_rank() == 0:
-            with suppress(OSError), (Path(out).parent / "filler").open("wb", buffering=0) as filler:
-                while True:
-                    filler.write(bytes(4096))
+        done += 1
+        if done == at_step and dist.get_rank() == of_rank:
+            act()
 
-    told = {"steps": 0}
-    TrainingMetrics.add = add_and_fill  # type: ignore[method-assign]
+    TrainingMetrics.add = add_and_act  # type: ignore[method-assign]
     try:
-        return train_run(data, out, overrides)
+        yield
     finally:
         TrainingMetrics.add = add  # type: ignore[method-assign]
+
+
+def train_on_full_disk(data: str, out: str, overrides: list[str], at_step: int) -> dict[str, Any]:
+    """`train_run`, in which the disk of `out` fills while rank 0 does a step; what fills it is the file `filler`."""
+
+    def fill() -> None:
+        with suppress(OSError), (Path(out).parent / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+
+    with in_step(at_step, 0, fill):
+        return train_run(data, out, overrides)
 
 
 def train_until_told(data: str, out: str, overrides: list[str], at_step: int, of_rank: int) -> dict[str, Any]:
     """`train_run`, in which a rank gets SIGTERM while it does a step."""
-    add = TrainingMetrics.add
-
-    def add_and_be_told(self: TrainingMetrics, output: StepOutput) -> None:
-        add(self, output)
-        told["steps"] += 1
-        if told["steps"] == at_step and dist.get_rank() == of_rank:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    told = {"steps": 0}
-    TrainingMetrics.add = add_and_be_told  # type: ignore[method-assign]
-    try:
+    with in_step(at_step, of_rank, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         return train_run(data, out, overrides)
-    finally:
-        TrainingMetrics.add = add  # type: ignore[method-assign]
 
 
 def train_file(config_file: str, data: str, out: str, overrides: list[str] | None = None) -> dict[str, Any]:

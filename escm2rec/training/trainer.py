@@ -190,13 +190,18 @@ class Trainer:
                 epoch = (self.calendar.trained(self.step) - 1) // self.reader.num_steps
                 yield metrics.record(self.step, epoch) | self._calibration()
             if checkpoints is not None:
-                checkpoints.check()
-                if saves:
-                    progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
-                    checkpoints.save(self.step, progress, self.module, self.optimizer)
-                if stops and not last:
-                    checkpoints.wait()
-                    raise self._stopped()
+                self._keep(checkpoints, saves, stops and not last)
+        agreement.close()
+
+    def _keep(self, checkpoints: Checkpoints, saves: bool, stops: bool) -> None:
+        """Save, if it is time; StopError when that was the last step of one that is asked to end."""
+        checkpoints.check()
+        if saves:
+            progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
+            checkpoints.save(self.step, progress, self.module, self.optimizer)
+        if stops:
+            checkpoints.wait()
+            raise self._stopped()
 
     def _stopped(self) -> StopError:
         error = StopError(
