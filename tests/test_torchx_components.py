@@ -174,7 +174,9 @@ def test_resources_and_environment_are_asked_for(runner: Runner) -> None:
     (container,) = task["template"].spec.containers
     assert container.image == "escm2rec:1"
     assert container.resources.limits == {"cpu": "16000m", "memory": "64000M", "nvidia.com/gpu": "8"}
-    assert {"A": "1", "B": "2"}.items() <= {variable.name: variable.value for variable in container.env}.items()
+    assert {"A": "1", "B": "2", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}.items() <= {
+        variable.name: variable.value for variable in container.env
+    }.items()
     assert ("/data", True) in {(mount.mount_path, mount.read_only) for mount in container.volume_mounts}
     assert task["maxRetry"] == 3
     assert "--max-restarts 3 -- apps/train.py" in " ".join([*container.command, *(container.args or [])])

@@ -21,6 +21,7 @@ from tests.ranks import run_ranks
 from tests.small_disks import small_disk
 
 NUM_STEPS = 20
+FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the components set it
 OBJECTIVES: dict[str, list[str]] = {
     "esmm": ["objective.kind=esmm", "training.learning_rate_decay=none"],
     "esmm-calibrated": [
@@ -250,7 +251,7 @@ def _train_and_fail(data: Path, folder: Path, how: str, rank: int, step: int, re
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", "--monitor-interval=1"]
     arguments = ["--config", str(folder / "config.json"), "--data", str(data), "--out", str(folder / "run"), "--resume"]
     command = [sys.executable, *start, "-m", "tests.failing_train", how, str(rank), str(step), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, **FRESH_STORE, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120 * (1 + restarts), check=False)
 
 

@@ -319,6 +319,8 @@ def _distributed(
     mounts: Optional[List[str]],
 ) -> specs.AppDef:
     script = f"apps/{verb}.py"
+    # torchrun would give ranks that it starts again the store of the first ones, whose addresses they then find there and wait for.
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **(env or {})}
     job = dist.ddp(
         *arguments,
         script=script,
