@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 CALL_TIMEOUT_S = 180
 
 
@@ -23,7 +25,10 @@ def run_ranks(world_size: int, calls: list[tuple[str, dict[str, Any]]], folder: 
     todo, done = folder / "calls.json", folder / "results.json"
     todo.write_text(json.dumps(calls))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "-m", "tests.ranks"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    python_path = os.pathsep.join([str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+    if world_size > torch.cuda.device_count():  # more ranks than GPUs train on cores
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     pipe = subprocess.PIPE
     with subprocess.Popen([*command, str(todo), str(done)], env=environment, stdout=pipe, stderr=pipe, text=True) as torchrun:
         try:

@@ -277,3 +277,25 @@ def test_imputed_labels_start_at_the_base_rate(imputes_labels: bool) -> None:
     head.set_base_rates(ctr=0.04, cvr=0.005, imputes_labels=imputes_labels)
     after = head.imputation.tower.output.bias.item()
     assert after == (pytest.approx(math.log(0.005 / 0.995)) if imputes_labels else before)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_bfloat16_rounds_what_layers_multiply_and_no_logit(backbone: str) -> None:
+    exact, rounded = make_head(backbone), make_head(backbone)
+    rounded.in_bfloat16 = True
+    rate = 0.004
+    for head in (exact, rounded):
+        head.set_base_rates(0.04, rate, imputes_labels=True)
+    inputs = make_inputs()
+    seen, want = rounded(inputs.to(torch.bfloat16)), exact(inputs)
+    for logits, expected in zip(seen[:3], want[:3], strict=True):
+        assert logits.dtype == torch.float32
+        assert torch.allclose(logits, expected, atol=0.05)
+    assert not torch.equal(seen.cvr_logit, want.cvr_logit)
+    torch.stack(seen[:3]).sum().backward()  # type: ignore[no-untyped-call]
+    grads = [parameter.grad for parameter in rounded.parameters() if parameter.grad is not None]
+    assert {grad.dtype for grad in grads} == {torch.float32}
+    # Where nothing but the bias is left, its rate is exact: bfloat16 has no number between 0.00396 and 0.00409 there.
+    with torch.no_grad():
+        rounded.cvr.tower.output.weight.zero_()
+    assert torch.sigmoid(rounded(inputs).cvr_logit).tolist() == pytest.approx([rate] * len(inputs), rel=1e-5)

@@ -36,7 +36,7 @@ def test_a_floor_that_binds_for_most_is_told_once(
     with caplog.at_level(logging.WARNING):
         for step in (1, 2, 3):
             metrics.add(loss(rows.predictions, batch)[1])
-            assert metrics.record(step, 0)["propensity_floor_share"] == (1 if floor > 0.5 else 0)
+            assert metrics.record(step, 0).result()["propensity_floor_share"] == (1 if floor > 0.5 else 0)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == warnings
     for message in said:
@@ -58,7 +58,7 @@ def test_a_loss_below_zero_is_told_once(
     with caplog.at_level(logging.WARNING):
         for step in (1, 2):
             metrics.add(loss(predictions, batch)[1])
-            record = metrics.record(step, 0)
+            record = metrics.record(step, 0).result()
             assert (record["least_loss_cvr"] < 0) == bool(warnings)
             assert record["pseudo_labels_excess"] > 0
     said = [record.getMessage() for record in caplog.records if "CVR loss" in record.getMessage()]

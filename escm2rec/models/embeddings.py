@@ -43,7 +43,8 @@ class ConcatenatedInputs(nn.Module):
     """Pooled embeddings by feature name, then numeric features: [B, num_outputs].
 
     By name, because the order inside a sharded KeyedTensor changes with the plan. Tables sum, and means are made here: TorchRec's own mean
-    of weighted values is another one when a table is sharded by rows than when it is not (1.8.0).
+    of weighted values is another one when a table is sharded by rows than when it is not (1.8.0). The precision is that of the tables'
+    outputs.
     """
 
     def __init__(self, tables: Sequence[Feature]) -> None:
@@ -58,7 +59,8 @@ class ConcatenatedInputs(nn.Module):
             if ids is not None:
                 lengths = ids.lengths().view(len(ids.keys()), -1, 1).clamp(min=1)
                 by_name |= {name: by_name[name] / lengths[index] for index, name in enumerate(ids.keys()) if name in self.mean_names}
-        return torch.cat([by_name[name] for name in self.names] + [batch.numeric], dim=1)
+        parts = [by_name[name] for name in self.names]
+        return torch.cat([*parts, batch.numeric.to(parts[0].dtype)], dim=1)
 
 
 def _collection(tables: Sequence[Feature], dim: int, weighted: bool, device: torch.device) -> EmbeddingBagCollection:

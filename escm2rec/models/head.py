@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from escm2rec.models.backbone import Backbone, Gate
@@ -38,7 +39,7 @@ class Escm2Head(nn.Module):
 
     A loss of a detached logit alone leaves the gradients of everything else, the inputs' included, None; a loss without it
     leaves those of its task None: under DDP, pass `find_unused_parameters=True` where such losses are used. `keeps_inputs` hands
-    the inputs on with the predictions.
+    the inputs on with the predictions. With `in_bfloat16` layers multiply in bfloat16 (`torch.autocast`); their weights stay float32.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class Escm2Head(nn.Module):
         further: Collection[str] = (),
         imputation_trains_shared: bool = False,
         keeps_inputs: bool = False,
+        in_bfloat16: bool = False,
     ) -> None:
         super().__init__()
         self.num_inputs = num_inputs
         self.imputation_trains_shared = imputation_trains_shared
         self.keeps_inputs = keeps_inputs
+        self.in_bfloat16 = in_bfloat16
         self.backbone = backbone
 
         def task(name: Literal["ctr", "cvr"] | None = None) -> Task:
@@ -66,6 +69,12 @@ class Escm2Head(nn.Module):
 
     def forward(self, inputs: Tensor) -> Predictions:
         """Inputs [B, num_inputs], B >= 0: pooled embeddings and numeric features, concatenated -> logits [B] each."""
+        if not self.in_bfloat16:
+            return self._predictions(inputs)
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            return self._predictions(inputs)
+
+    def _predictions(self, inputs: Tensor) -> Predictions:
         shared: Tensor = self.backbone(inputs)
         held = inputs.detach(), shared.detach()
         return Predictions(

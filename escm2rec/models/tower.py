@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 
@@ -18,8 +19,18 @@ def relu_layers(num_inputs: int, hidden: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+@torch.fx.wrap  # a trace would not hold the context
+def exact_linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer in the precision of its weights, under autocast too."""
+    with torch.autocast(inputs.device.type, enabled=False):
+        return nn.functional.linear(inputs.to(weight.dtype), weight, bias)
+
+
 class Tower(nn.Module):
-    """ReLU layers and a linear one to a single logit: [B, num_inputs] -> [B]."""
+    """ReLU layers and a linear one to a single logit: [B, num_inputs] -> [B].
+
+    The last one is in the precision of its weights under autocast too: bfloat16 tells logits of -5 apart by 0.03, rates by 3%.
+    """
 
     def __init__(self, num_inputs: int, hidden: Sequence[int]) -> None:
         super().__init__()
@@ -28,8 +39,8 @@ class Tower(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, num_inputs] -> logits [B]."""
-        logits: Tensor = self.output(self.layers(inputs))
-        return logits.squeeze(-1)
+        hidden: Tensor = self.layers(inputs)
+        return exact_linear(hidden, self.output.weight, self.output.bias).squeeze(-1)
 
     @torch.no_grad()
     def set_base_rate(self, rate: float) -> None:

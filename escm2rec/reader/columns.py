@@ -81,34 +81,50 @@ def decode(table: pa.Table, schema: Schema, labels: bool, where: str, order: Ord
     return Columns(rows, jagged, numeric, label_arrays, extra if order is None or not extra.num_columns else extra.take(pa.array(order)))
 
 
-def assemble(slices: Sequence[Slice], schema: Schema, padded_rows: int = 0) -> Batch:
+def assemble(slices: Sequence[Slice], schema: Schema, padded_rows: int = 0, pin_memory: bool = False) -> Batch:
     """One batch of the rows of `slices`, in order; labels are zeros when the blocks have none.
 
     The batch is padded to `padded_rows` with impressions that have no ids and weight 0, because row-wise tables need batches of one size
-    on all ranks (gloo's all_gather refuses others).
+    on all ranks (gloo's all_gather refuses others). With `pin_memory` it is made in page-locked memory, from which a GPU copies.
     """
     unweighted = [feature for feature in schema.tables if feature.kind != "weighted_list"]
     weighted = [feature for feature in schema.tables if feature.kind == "weighted_list"]
     rows = sum(part.stop - part.start for part in slices)
-    padding = max(0, padded_rows - rows)
-    numeric = [part.columns.numeric[part.start : part.stop] for part in slices]
+    size = max(rows, padded_rows)
+    numeric = torch.empty((size, len(schema.numeric)), pin_memory=pin_memory)
+    _fill(numeric.numpy(), [part.columns.numeric[part.start : part.stop] for part in slices])
+
+    def label(name: str) -> torch.Tensor:
+        out = torch.empty(size, pin_memory=pin_memory)
+        has = slices and name in slices[0].columns.labels
+        _fill(out.numpy(), [part.columns.labels[name][part.start : part.stop] for part in slices] if has else [])
+        return out
+
     return Batch(
-        _keyed(unweighted, slices, rows + padding) if unweighted else None,
-        _keyed(weighted, slices, rows + padding) if weighted else None,
-        torch.from_numpy(np.concatenate([*numeric, np.zeros((padding, len(schema.numeric)), np.float32)])),
-        _labels("click", slices, rows, padding),
-        _labels("conversion", slices, rows, padding),
-        _labels("weight", slices, rows, padding),
+        _keyed(unweighted, slices, size, pin_memory) if unweighted else None,
+        _keyed(weighted, slices, size, pin_memory) if weighted else None,
+        numeric,
+        label("click"),
+        label("conversion"),
+        label("weight"),
         rows,
-        _labels("propensity_logit", slices, rows, padding) if slices and "propensity_logit" in slices[0].columns.labels else None,
+        label("propensity_logit") if slices and "propensity_logit" in slices[0].columns.labels else None,
     )
 
 
-def _keyed(features: Sequence[Feature], slices: Sequence[Slice], stride: int) -> KeyedJaggedTensor:
-    lengths = np.zeros((len(features), stride), np.int32)
+def _fill(out: Array, parts: list[Array]) -> None:
+    """The parts one after another, then zeros."""
+    end = sum(len(part) for part in parts)
+    if parts:
+        np.concatenate(parts, out=out[:end])
+    out[end:] = 0
+
+
+def _keyed(features: Sequence[Feature], slices: Sequence[Slice], stride: int, pin_memory: bool) -> KeyedJaggedTensor:
+    lengths = torch.zeros((len(features), stride), dtype=torch.int32, pin_memory=pin_memory)
     values: list[Array] = []
     weights: list[Array] = []
-    for feature, of_feature in zip(features, lengths, strict=True):
+    for feature, of_feature in zip(features, lengths.numpy(), strict=True):
         end = 0
         for part in slices:
             column, low, high = part.columns.jagged[feature.name], part.start, part.stop
@@ -124,25 +140,17 @@ def _keyed(features: Sequence[Feature], slices: Sequence[Slice], stride: int) ->
                 weights.append(column.weights[low:high])
     return KeyedJaggedTensor(
         keys=[feature.name for feature in features],
-        values=_concatenate(values, np.int64),
-        lengths=torch.from_numpy(lengths.reshape(-1)),
-        weights=_concatenate(weights, np.float32) if features[0].kind == "weighted_list" else None,
+        values=_concatenate(values, torch.int64, pin_memory),
+        lengths=lengths.view(-1),
+        weights=_concatenate(weights, torch.float32, pin_memory) if features[0].kind == "weighted_list" else None,
         stride=stride,
     )
 
 
-def _concatenate(parts: list[Array], dtype: type[np.generic]) -> torch.Tensor:
-    out = np.empty(sum(part.shape[0] for part in parts), dtype=dtype)
-    if parts:
-        np.concatenate(parts, out=out)
-    return torch.from_numpy(out)
-
-
-def _labels(name: str, slices: Sequence[Slice], rows: int, padding: int) -> torch.Tensor:
-    if not slices or name not in slices[0].columns.labels:
-        return torch.zeros(rows + padding)
-    parts = [part.columns.labels[name][part.start : part.stop] for part in slices]
-    return torch.from_numpy(np.concatenate([*parts, np.zeros(padding, np.float32)]))
+def _concatenate(parts: list[Array], dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+    out = torch.empty(sum(len(part) for part in parts), dtype=dtype, pin_memory=pin_memory)
+    _fill(out.numpy(), parts)
+    return out
 
 
 def _column(table: pa.Table, name: str, where: str) -> pa.Array:

@@ -93,8 +93,7 @@ class Reader:
 
     def read_ahead(self, epoch: int, start_row: int = 0) -> Iterator[tuple[Batch, pa.Table]]:
         """`batches`, made by a background thread."""
-        batches = self.batches(epoch, start_row)
-        return read_ahead(((batch.pin_memory(), extra) for batch, extra in batches) if self._pin_memory else batches, self._prefetch)
+        return read_ahead(self.batches(epoch, start_row), self._prefetch)
 
     def batches(self, epoch: int, start_row: int = 0) -> Iterator[tuple[Batch, pa.Table]]:
         """Batches with their extra columns, row by row alike, read in the caller's thread."""
@@ -111,7 +110,7 @@ class Reader:
                 if index not in window:
                     window[index] = next(decoded)
             slices = [Slice(window[index], start, stop) for index, start, stop in pieces]
-            yield assemble(slices, self.schema, padded_rows), _extra(slices)
+            yield assemble(slices, self.schema, padded_rows, self._pin_memory), _extra(slices)
 
     def places(self, step: int) -> NDArray[np.int64]:
         """Where in the split the rows of this rank's batch of a step stand; of a reader that does not shuffle."""

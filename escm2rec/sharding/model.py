@@ -36,21 +36,25 @@ def shard_model(
     local_batch_size: int,
     forced: Mapping[str, str],
     holds_parts: bool,
+    in_bfloat16: bool,
 ) -> ShardedModel:
     """Shard `module`, whose tables are on the meta device and whose dense part is alike on all ranks.
 
-    Tables take row-wise Adagrad inside the backward pass. `holds_parts` says that some steps leave dense parameters without gradients.
+    Tables take row-wise Adagrad inside the backward pass. `holds_parts` says that some steps leave dense parameters without gradients;
+    `in_bfloat16` that tables on a GPU hand on what they pool in bfloat16, and are handed gradients in it (they add in float32); FBGEMM's
+    tables on a CPU cannot.
     """
     embeddings = [parameter for name, parameter in module.named_parameters() if ".embedding_bags." in name]
     apply_optimizer_in_backward(RowWiseAdagrad, embeddings, {"lr": sparse_learning_rate})
+    in_bfloat16 = in_bfloat16 and runtime.device.type == "cuda"
     ranks = (runtime.world_size, runtime.local_world_size, runtime.device.type, runtime.memory_bytes())
-    plan = on_main(runtime, lambda: plan_tables(module, tables, forced, *ranks, max(1, local_batch_size)))
+    plan = on_main(runtime, lambda: plan_tables(module, tables, forced, *ranks, max(1, local_batch_size), in_bfloat16))
     sharded = DistributedModelParallel(
         module,
         env=ShardingEnv.from_process_group(runtime.group),
         device=runtime.device,
         plan=plan,
-        sharders=sharders(),
+        sharders=sharders(in_bfloat16),
         # The stock wrapper's static graph refuses steps of different parts. Looking for unused ones costs a walk of the graph a step.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=holds_parts),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -32,9 +33,9 @@ class RowWiseSharder(EmbeddingBagCollectionSharder):
         return ALL_TYPES
 
 
-def sharders() -> list[ModuleSharder[nn.Module]]:
-    """The sharders of an escm2rec model."""
-    return [RowWiseSharder()]
+def sharders(in_bfloat16: bool = False) -> list[ModuleSharder[nn.Module]]:
+    """The sharders of an escm2rec model, whose tables hand on float32 or bfloat16."""
+    return [RowWiseSharder({"output_dtype": SparseType.BF16} if in_bfloat16 else None)]
 
 
 def plan_tables(
@@ -46,6 +47,7 @@ def plan_tables(
     device: str,
     memory_bytes: int,
     local_batch_size: int,
+    in_bfloat16: bool = False,
 ) -> ShardingPlan:
     """The sharding plan of a model whose tables are on the meta device.
 
@@ -66,7 +68,7 @@ def plan_tables(
         constraints=constraints,
     )
     try:
-        return planner.plan(model, sharders())
+        return planner.plan(model, sharders(in_bfloat16))
     except PlannerError as error:
         weights = sum(parameter.numel() * 4 for name, parameter in model.named_parameters() if ".embedding_bags." in f".{name}")
         raise RunError(

@@ -56,21 +56,42 @@ def distributed_runtime() -> Iterator[Runtime]:
     if dist.is_initialized():
         yield _runtime()
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        _take_gpu()
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     try:
         runtime = _runtime()
-        if runtime.device.type == "cuda":
-            torch.cuda.set_device(runtime.device)
-        elif "OMP_NUM_THREADS" not in os.environ:
+        if runtime.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             # Ranks that each take every core fight for them.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // runtime.local_world_size))
         yield runtime
     finally:
         dist.destroy_process_group()
+
+
+def _take_gpu() -> None:
+    """Make this rank's GPU the current one, and what it computes the same in every run.
+
+    RunError when there are more ranks than GPUs on this machine.
+    """
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > gpus:
+        error = RunError(
+            f"{ranks} ranks start on a machine of {gpus} GPU(s), and each needs one of its own",
+            f"start {gpus} there (--nproc-per-node), or hide the GPUs to use its cores: CUDA_VISIBLE_DEVICES=''",
+        )
+        error.told_by_rank_0 = os.environ.get("RANK", "0") != "0"
+        raise error
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # FBGEMM then adds the gradients of a row in one order, where atomic additions would make one of their own each time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a pass over memory that nothing here reads before it is written
 
 
 def _quiet_libraries() -> None:

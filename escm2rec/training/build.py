@@ -121,7 +121,9 @@ def _term_weight(weight: Lambda) -> TermWeight:
     return Learned() if weight == "learned" else Constant(weight)
 
 
-def build_model(schema: Schema, config: ModelConfig, objective: ObjectiveConfig, rates: BaseRates, seed: int) -> Escm2Model:
+def build_model(
+    schema: Schema, config: ModelConfig, objective: ObjectiveConfig, rates: BaseRates, seed: int, in_bfloat16: bool = False
+) -> Escm2Model:
     """The model with its tables on the meta device; its dense part is the same on every rank, by the seed."""
     embeddings = PooledEmbeddings(schema.tables, config.embedding_dim, torch.device("meta"))
     num_inputs = embeddings.num_outputs + len(schema.numeric)
@@ -135,6 +137,7 @@ def build_model(schema: Schema, config: ModelConfig, objective: ObjectiveConfig,
             needs.towers,
             imputation_trains_shared=objective.imputation.trains_embedding,
             keeps_inputs=needs.lambda_balance > 0,
+            in_bfloat16=in_bfloat16,
         )
     head.set_base_rates(rates.ctr, rates.cvr, imputes_labels=needs.settings.imputation.predicts == "label")
     return Escm2Model(schema.tables, embeddings, head)
@@ -153,6 +156,7 @@ def shard(module: nn.Module, schema: Schema, config: Config, holds_parts: bool, 
         local_batch_size=training.global_batch_size // runtime.world_size,
         forced=training.sharding,
         holds_parts=holds_parts,
+        in_bfloat16=training.in_bfloat16,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from escm2rec.errors import RunError
@@ -21,13 +22,32 @@ FOLDER = "diverged"
 AHEAD = 4  # batches that the pipeline may have taken beyond the step that is looked at, and that step's own
 
 
+class Landing:
+    """Losses on their way from the device: a wait for them is one for their own step, not for those that were queued after it."""
+
+    def __init__(self, losses: dict[str, Tensor]) -> None:
+        self._names = list(losses)
+        self._values = torch.stack([value.detach() for value in losses.values()]) if losses else torch.zeros(0)
+        self._event: torch.cuda.Event | None = None
+        if self._values.is_cuda:
+            self._values = self._values.to("cpu", non_blocking=True)  # to pinned memory
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def losses(self) -> dict[str, float]:
+        """The losses, when they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True))
+
+
 class Divergence:
     """Looks at the losses of each step when the next one is done, so that a GPU need not wait; all ranks call it alike."""
 
     def __init__(self, run: Path, runtime: Runtime) -> None:
         self._run, self._runtime = run, runtime
         self._batches: dict[int, Batch] = {}
-        self._waiting: tuple[int, StepOutput] | None = None
+        self._waiting: tuple[int, StepOutput, Landing] | None = None
 
     def watch(self, batches: Iterator[Batch], done: int) -> Iterator[Batch]:
         """The same batches, of the steps after `done`; the latest are held."""
@@ -38,15 +58,16 @@ class Divergence:
 
     def add(self, step: int, output: StepOutput) -> None:
         """Take a step, and look at the one before; RunError as in `look`."""
+        landing = Landing(output.losses)
         self.look()
-        self._waiting = step, output
+        self._waiting = step, output, landing
 
     def look(self) -> None:
         """RunError on all ranks when a loss of the step taken last is not finite."""
         if self._waiting is None:
             return
-        (step, output), self._waiting = self._waiting, None
-        losses = {name: float(value) for name, value in output.losses.items()}  # of the global batch: alike on all ranks
+        (step, output, landing), self._waiting = self._waiting, None
+        losses = landing.losses()  # of the global batch: alike on all ranks
         if not all(map(math.isfinite, losses.values())):
             raise self._error(step, output, losses)
 

@@ -7,6 +7,8 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,6 +41,7 @@ class TrainingMetrics:
         self._may_warn = weighs and runtime.is_main
         self._may_warn_of_negative = runtime.is_main
         self._rows_by_rank = WINDOW_ROWS // runtime.world_size
+        self._thread = ThreadPoolExecutor(1, "escm2rec-metrics")
         self._losses: dict[str, list[Tensor]]
         self._rows: deque[Tensor]  # [5, rows of a step]: CTR and CVR logit, click, conversion, weight
         self._propensity: PropensitySums | None
@@ -62,8 +65,11 @@ class TrainingMetrics:
         if output.pseudo_labels is not None:
             self._pseudo_labels = output.pseudo_labels if self._pseudo_labels is None else self._pseudo_labels + output.pseudo_labels
 
-    def record(self, step: int, epoch: int) -> dict[str, Any]:
-        """The record of the steps since the last one (on rank 0; an empty one elsewhere), and a new start."""
+    def record(self, step: int, epoch: int, more: Mapping[str, float] | None = None) -> Future[dict[str, Any]]:
+        """The record of the steps since the last one (on rank 0; hardly one elsewhere) and of `more`, and a new start.
+
+        It comes later: AUCs take as long as many steps of a GPU, and nothing waits for them.
+        """
         losses = {f"loss_{name}": float(torch.stack(values).double().mean()) for name, values in self._losses.items()}
         report, pseudo_labels, num_rows = self._reduced()
         self._warn_of_floor(report, step)
@@ -71,15 +77,21 @@ class TrainingMetrics:
         propensity = {f"propensity_{name}": float(value) for name, value in report._asdict().items() if value is not None}
         rows = self._gathered_rows()
         seconds = time.perf_counter() - self._since
-        record: dict[str, Any] = {"step": step, "epoch": epoch, "rows": num_rows, "rows_per_s": round(num_rows / seconds, 1)}
+        record: dict[str, Any] = {"step": step, "epoch": epoch, "rows": num_rows, "rows_per_s": round(num_rows / seconds, 1)} | dict(
+            more or {}
+        )
         if self._runtime.is_main:
-            record |= losses | _quality(rows) | propensity
+            record |= losses | propensity
             record |= {f"lambda_{name}": float(weight) for name, weight in self._term_weights.items()}
             if pseudo_labels is not None:
                 record["pseudo_labels_outside"], record["pseudo_labels_excess"] = pseudo_labels
                 record["least_loss_cvr"] = min((float(value) for value in self._losses.get("cvr", [])), default=0.0)
         self._restart()
-        return {name: value for name, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
+        return self._thread.submit(_completed, record, rows if self._runtime.is_main else None)
+
+    def close(self) -> None:
+        """When the last record is made."""
+        self._thread.shutdown()
 
     def _warn_of_floor(self, report: PropensityReport, step: int) -> None:
         if self._may_warn and report.floor_binds_for_most:
@@ -130,6 +142,12 @@ class TrainingMetrics:
         gathered: list[Any] | None = [None] * self._runtime.world_size if self._runtime.is_main else None
         dist.gather_object(mine, gathered, dst=0, group=self._runtime.group)
         return np.concatenate(gathered, axis=1) if gathered is not None else mine
+
+
+def _completed(record: dict[str, Any], rows: np.ndarray[tuple[int, int], np.dtype[np.float32]] | None) -> dict[str, Any]:
+    if rows is not None:
+        record |= _quality(rows)
+    return {name: value for name, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
 
 
 def _quality(rows: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> dict[str, float]:

@@ -23,7 +23,8 @@ class TrainedModel:
     """A run's model, sharded over the ranks; every call is collective, so all ranks make the same number of calls."""
 
     def __init__(self, run: Run, runtime: Runtime) -> None:
-        model = build_model(run.schema, run.config.model, run.config.objective, run.rates, run.config.training.seed)
+        training = run.config.training
+        model = build_model(run.schema, run.config.model, run.config.objective, run.rates, training.seed, training.in_bfloat16)
         self._runtime = runtime
         self._module: DistributedModelParallel = shard(ModelOnly(model), run.schema, run.config, False, runtime).module
         if (said := damage(run.checkpoint, runtime)) is not None:

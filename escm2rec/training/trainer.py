@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -69,7 +71,9 @@ class Trainer:
         self.objective = build_objective(config.objective, self.rates.ctr)
         calibration = config.objective.propensity.calibration
         self.loss = Loss(self.objective, runtime.group, None if calibration == "none" else calibration)
-        model = TrainingModel(build_model(dataset.schema, config.model, config.objective, self.rates, training.seed), self.loss)
+        model = TrainingModel(
+            build_model(dataset.schema, config.model, config.objective, self.rates, training.seed, training.in_bfloat16), self.loss
+        )
         holds_parts = self.objective.alternates or calibration != "none"
         sharded = shard(model, dataset.schema, config, holds_parts, runtime)
         self.module: DistributedModelParallel = sharded.module
@@ -138,7 +142,7 @@ class Trainer:
             for record in self.records(checkpoints, request):
                 log.write(record)
                 losses = [f"{name} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
-                progress.add(record["rows"], f"step {self.step} of {self.total_steps}, {' '.join(losses)}")
+                progress.add(record["rows"], f"step {record['step']} of {self.total_steps}, {' '.join(losses)}")
         seconds = time.perf_counter() - started
         checkpoint = latest_checkpoint(self.out)
         assert checkpoint is not None
@@ -160,7 +164,7 @@ class Trainer:
         return {"run": str(self.out), **summary}
 
     def records(self, checkpoints: Checkpoints | None = None, request: StopRequest | None = None) -> Iterator[dict[str, Any]]:
-        """Train step by step from where it stands; yield a record of metrics when one is due, before the checkpoint of that step.
+        """Train step by step from where it stands; yield records of metrics as they are made, those up to a checkpoint before it.
 
         StopError when `request` was asked of any rank, after a checkpoint, a step or two later.
         """
@@ -168,7 +172,7 @@ class Trainer:
         agreement, clock = Agreement(2), Clock(training.checkpoint_every_minutes if self.runtime.is_main else None)
         metrics = TrainingMetrics(self.runtime, self.objective.estimator.weighs)
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
-        divergence = Divergence(self.out, self.runtime)
+        divergence, records = Divergence(self.out, self.runtime), deque[Future[dict[str, Any]]]()
         batches = divergence.watch(self._batches(), self.step)
         while self.step < self.total_steps:
             stops, is_due = agreement.exchange(request is not None and request.asked, clock.is_due())
@@ -188,9 +192,12 @@ class Trainer:
                 divergence.look()
             if metrics.steps and (saves or self.step % training.log_every_steps == 0):
                 epoch = (self.calendar.trained(self.step) - 1) // self.reader.num_steps
-                yield metrics.record(self.step, epoch) | self._calibration()
+                records.append(metrics.record(self.step, epoch, self._calibration()))
+            while records and (saves or records[0].done()):
+                yield records.popleft().result()
             if checkpoints is not None:
                 self._keep(checkpoints, saves, stops and not last)
+        metrics.close()
         agreement.close()
 
     def _keep(self, checkpoints: Checkpoints, saves: bool, stops: bool) -> None:
