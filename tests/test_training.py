@@ -213,6 +213,22 @@ def test_a_run_that_is_told_to_end_goes_on_as_if_undisturbed(data: Path, runs: R
         assert again[name] == undisturbed[name], "bit for bit"
 
 
+def test_of_two_starts_of_a_training_the_later_one_alone_writes(data: Path, runs: Runs, tmp_path: Path) -> None:
+    """One that a scheduler lost sight of and started again lives on; it ends at what it would write next, and the run is the other's."""
+    out = tmp_path / "run"
+    settings = [*OBJECTIVES["escm2-ips"], "training.checkpoint_every_steps=4"]
+    call = ("tests.training_calls:train_beside_another", {"data": str(data), "out": str(out), "overrides": settings, "at_step": 10})
+    (earlier,) = run_ranks(1, [call], tmp_path / "ranks")
+    assert earlier["error"] == "RunError"
+    assert earlier["message"].startswith(f"{out} was taken over by a later start of this training, or replaced: this one ends")
+    assert json.loads((out / "manifest.json").read_text())["steps"] == NUM_STEPS
+    undisturbed, records = runs[("escm2-ips", "planner", 1)], _records(out)
+    assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
+    for seen, want in zip(records, undisturbed, strict=True):
+        assert {name: seen[name] for name in want if name.startswith("loss_")} == {n: v for n, v in want.items() if n.startswith("loss_")}
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-16", "step-20"]
+
+
 def test_a_damaged_checkpoint_is_passed_over(data: Path, tmp_path: Path) -> None:
     """Of two, whichever file of the newer one is cut, changed or gone: training goes on from the older one, and says so."""
     out = tmp_path / "run"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,6 +75,23 @@ def train_on_full_disk(data: str, out: str, overrides: list[str], at_step: int) 
 def train_until_told(data: str, out: str, overrides: list[str], at_step: int, of_rank: int) -> dict[str, Any]:
     """`train_run`, in which a rank gets SIGTERM while it does a step."""
     with in_step(at_step, of_rank, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        return train_run(data, out, overrides)
+
+
+def train_beside_another(data: str, out: str, overrides: list[str], at_step: int) -> dict[str, Any]:
+    """`train_run`, in which a later start of the same training goes on from its checkpoint, to the end, while it does a step."""
+    path = Path(out).with_suffix(".json")
+    path.write_text(config(*overrides).model_dump_json())
+    command = [sys.executable, "-m", "escm2rec", "train", "--config", str(path), "--data", data, "--out", out, "--resume"]
+    # Alone: what torchrun told this rank is not for it.
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "WORLD", "RANK", "LOCAL", "MASTER"))
+    }
+
+    def start_again() -> None:
+        subprocess.run(command, env=environment, check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+    with in_step(at_step, 0, start_again):
         return train_run(data, out, overrides)
 
 

@@ -85,7 +85,7 @@ def _take_gpu() -> None:
             f"{ranks} ranks start on a machine of {gpus} GPU(s), and each needs one of its own",
             f"start {gpus} there (--nproc-per-node), or hide the GPUs to use its cores: CUDA_VISIBLE_DEVICES=''",
         )
-        error.told_by_rank_0 = os.environ.get("RANK", "0") != "0"
+        error.told_by_rank_0 = os.environ.get("LOCAL_RANK", "0") != "0"  # by the first rank of each such machine
         raise error
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # FBGEMM then adds the gradients of a row in one order, where atomic additions would make one of their own each time.

@@ -29,6 +29,7 @@ from escm2rec.disk import free_space
 from escm2rec.errors import DataError, RunError
 from escm2rec.folder import MANIFEST, read_manifest, sha256_of, write_manifest
 from escm2rec.sharding.runtime import Runtime, on_main
+from escm2rec.training.owner import Owner
 
 logger = logging.getLogger(__name__)
 WRITE_TIMEOUT = timedelta(hours=1)  # how long a rank waits for the slowest disk
@@ -41,9 +42,12 @@ class Checkpoints:
     Used as a context: what is being written is whole when it ends, however it ends.
     """
 
-    def __init__(self, run: Path, keep: int, runtime: Runtime) -> None:
-        """The newest `keep` stay."""
-        self._run, self._keep = run, keep
+    def __init__(self, owner: Owner, keep: int, runtime: Runtime) -> None:
+        """The newest `keep` stay. What earlier owners of the run did not finish is removed."""
+        self._owner, self._run, self._keep = owner, Path(owner.run), keep
+        if runtime.is_main:
+            for left in (self._run / "checkpoints").glob(".step-*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
         # A group of its own: what ranks tell each other to write would get between what they tell each other to train.
         self._runtime = replace(runtime, group=dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT))
         self._thread = ThreadPoolExecutor(1, "escm2rec-checkpoint")
@@ -82,14 +86,16 @@ class Checkpoints:
 
     def _write(self, step: int, progress: dict[str, Any], state: dict[str, Any]) -> None:
         folder = self._run / "checkpoints" / f"step-{step}"
-        partial = folder.with_name(f".{folder.name}.partial")
+        partial = folder.with_name(f".{folder.name}.{self._owner.token}.partial")  # of no other start: its ranks may still write
 
         def prepare() -> None:
+            self._owner.check()
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
         def finish() -> None:
             told = {name: known for rank in files for name, known in rank.items()}
+            self._owner.check()
             write_manifest(partial, "checkpoint", {"step": step, "progress": progress, "files": told})
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
@@ -100,6 +106,7 @@ class Checkpoints:
         try:
             dcp.save(state, checkpoint_id=partial, process_group=self._runtime.group)
         except (OSError, CheckpointException) as error:
+            self._owner.check()  # a later start of the training removes what this one did not finish
             hint = "is the disk full? make room there, then start again with --resume: it goes on from the checkpoint before"
             raise RunError(f"cannot write checkpoint {partial}: {_cause(error)}; {free_space(self._run)}", hint) from error
         files = self._gathered(_files_of(partial, self._runtime.rank))

@@ -23,6 +23,7 @@ from escm2rec.evaluation import metrics
 from escm2rec.objectives.imputation import outside
 from escm2rec.objectives.propensity import PropensityReport, PropensitySums, propensity_report
 from escm2rec.sharding.runtime import Runtime
+from escm2rec.training.owner import Owner
 from escm2rec.training.step import StepOutput
 
 logger = logging.getLogger(__name__)
@@ -169,8 +170,8 @@ def _quality(rows: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> dict[st
 class MetricsLog:
     """Appends records to `metrics.jsonl` and TensorBoard events; does nothing off rank 0."""
 
-    def __init__(self, run: Path, runtime: Runtime, first_step: int) -> None:
-        self._active = runtime.is_main
+    def __init__(self, owner: Owner, runtime: Runtime, first_step: int) -> None:
+        self._active, self._owner, run = runtime.is_main, owner, Path(owner.run)
         if self._active:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -178,9 +179,10 @@ class MetricsLog:
             self._events = SummaryWriter(run / "tensorboard", purge_step=first_step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one record, at once on disk."""
+        """Write one record, at once on disk. RunError when the run has another owner by now."""
         if not self._active:
             return
+        self._owner.check()
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in record.items():

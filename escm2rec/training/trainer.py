@@ -19,7 +19,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from escm2rec.config import Config
 from escm2rec.disk import telling_of_disk
-from escm2rec.errors import ConfigError, DataError, StopError
+from escm2rec.errors import ConfigError, DataError, RunError, StopError
 from escm2rec.folder import MANIFEST, read_manifest, write_json
 from escm2rec.objectives.objective import Phase, Stage
 from escm2rec.paths import DataPath
@@ -34,6 +34,7 @@ from escm2rec.training.build import BaseRates, build_model, build_objective, bui
 from escm2rec.training.checkpoint import Checkpoints, last_good_checkpoint, latest_checkpoint, load_checkpoint
 from escm2rec.training.divergence import Divergence
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
+from escm2rec.training.owner import Owner
 from escm2rec.training.run import finish_run, go_on, last_record, start_run
 from escm2rec.training.step import Loss, TrainingModel
 
@@ -55,10 +56,11 @@ def train_one(
     `propensities` makes the logits of a given q, when the run folder is there.
     """
     dataset = replace(on_main(runtime, lambda: _start(config, data, out, resume, overwrite)), half=half)
+    owner = Owner.take(out, runtime)  # before a checkpoint is chosen, which another start could remove
     trainer = Trainer(config, dataset, out, runtime, None if propensities is None else propensities())
     if resume:
         trainer.resume()
-    return trainer.train()
+    return trainer.train(owner)
 
 
 class Trainer:
@@ -114,8 +116,8 @@ class Trainer:
             raise ConfigError(f"{folder} is past the {self.total_steps} steps of training.epochs", "ask for as many epochs or more")
         self.step, self.warm_up_steps = progress["step"], progress["warm_up_steps"]
 
-    def train(self) -> dict[str, Any]:
-        """Train to the end, log, save, and finish the run."""
+    def train(self, owner: Owner) -> dict[str, Any]:
+        """Train to the end, log, save, and finish the run; RunError as soon as it has another owner."""
         started, first_step = time.perf_counter(), self.step
         record: dict[str, Any] = {}
         if first_step == self.total_steps and (finished := on_main(self.runtime, self._finished)) is not None:
@@ -134,9 +136,9 @@ class Trainer:
             )
         with (
             telling_of_disk(self.out, "start again with --resume"),
-            MetricsLog(self.out, self.runtime, first_step) as log,
+            MetricsLog(owner, self.runtime, first_step) as log,
             Progress("train", rows_left, self.runtime.is_main) as progress,
-            Checkpoints(self.out, self.config.training.keep_checkpoints, self.runtime) as checkpoints,
+            Checkpoints(owner, self.config.training.keep_checkpoints, self.runtime) as checkpoints,
             heeding_sigterm() as request,
         ):
             for record in self.records(checkpoints, request):
@@ -160,7 +162,7 @@ class Trainer:
             "rows_per_s": round(rows / seconds, 1),
             "last_metrics": record or on_main(self.runtime, lambda: last_record(self.out)),
         }
-        on_main(self.runtime, lambda: finish_run(self.out, summary))
+        on_main(self.runtime, lambda: self._finish(owner, summary))
         return {"run": str(self.out), **summary}
 
     def records(self, checkpoints: Checkpoints | None = None, request: StopRequest | None = None) -> Iterator[dict[str, Any]]:
@@ -182,7 +184,11 @@ class Trainer:
             self.loss.stage = Stage(phase, self.step < self.warm_up_steps, self.step / self.total_steps)
             output = pipeline.progress(batches)
             self.step += 1
-            divergence.add(self.step, output)
+            try:
+                divergence.add(self.step, output)
+            except RunError:
+                yield from (record.result() for record in records)  # the last before it are the ones to look at
+                raise
             if not calibrates:
                 metrics.add(output)
             last = self.step == self.total_steps
@@ -226,6 +232,10 @@ class Trainer:
     def _prepare(self) -> None:
         go_on(self.out, self.step)
         write_json(self.out / "plan.json", self.plan)
+
+    def _finish(self, owner: Owner, summary: dict[str, Any]) -> None:
+        owner.check()
+        finish_run(self.out, summary)
 
     def _finished(self) -> dict[str, Any] | None:
         """What the finished run says of itself; None when it is not finished."""

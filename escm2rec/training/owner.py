@@ -1,0 +1,88 @@
+"""Whose run a folder is. Of two starts of one training the later one writes; the earlier one, of which a scheduler lost sight, no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from escm2rec.errors import RunError
+from escm2rec.sharding.runtime import Runtime, on_main
+
+FILE = ".owner"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One start of a training, as it is told in the run's folder while it is the latest.
+
+    `launch` is the same for ranks that torchrun starts again, another for a job that the scheduler starts again; `began` is when it did,
+    in seconds since 1970.
+    """
+
+    run: str
+    token: str
+    launch: str
+    began: float
+
+    @classmethod
+    def take(cls, run: Path, runtime: Runtime) -> Owner:
+        """Make this start the owner; called by all ranks alike. RunError when a later launch is it: this one's ranks were started again."""
+
+        def write() -> Owner:
+            mine = cls(str(run), uuid.uuid4().hex, *_launch())
+            held = _held(run)
+            if held is not None and held.launch != mine.launch and held.began > mine.began:
+                raise mine._taken()
+            partial = run / f"{FILE}.{mine.token}"
+            partial.write_text(json.dumps(asdict(mine)), encoding="utf-8")
+            partial.replace(run / FILE)
+            return mine
+
+        return on_main(runtime, write)
+
+    def check(self) -> None:
+        """RunError when another start took the run since, or it was replaced. To be called before anything is written there."""
+        held = _held(Path(self.run))
+        if held is None or held.token != self.token:
+            raise self._taken()
+
+    def _taken(self) -> RunError:
+        return RunError(
+            f"{self.run} was taken over by a later start of this training, or replaced: this one ends, and writes nothing more",
+            "is the job running twice? the later one goes on",
+        )
+
+
+def _held(run: Path) -> Owner | None:
+    try:
+        return Owner(**json.loads((run / FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def _launch() -> tuple[str, float]:
+    """Of this process: which launch it is part of, and when that began.
+
+    A launch is torchrun's, with Slurm's count of how often the job was started again. torchrun is the parent of the ranks that it starts;
+    without an id of its own, and without torchrun, a process stands for it.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    pid = os.getpid() if run_id is None else os.getppid()
+    began = _began(pid)
+    if run_id in (None, "none"):
+        return f"{os.uname().nodename}:{pid}:{began}", began
+    return f"{run_id}:{os.environ.get('SLURM_RESTART_COUNT', '0')}", began
+
+
+def _began(pid: int) -> float:
+    """When a process of this machine was started."""
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        up = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    except OSError:  # no Linux
+        return time.time()
+    return round(time.time() - up + ticks / os.sysconf("SC_CLK_TCK"), 1)
