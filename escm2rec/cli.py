@@ -195,6 +195,43 @@ def score(
 
 @app.command()
 @_verb
+def pipeline(
+    config: ConfigFile,
+    input: Annotated[Path, typer.Option("--input", help="Raw logs, as of preprocess.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for data, run and predictions, which the jobs see too.", show_default=False)],
+    scheduler: Annotated[str, typer.Option("--scheduler", help="A scheduler of TorchX: local_cwd, slurm, kubernetes, ...")] = "local_cwd",
+    candidates: Annotated[Path | None, typer.Option("--candidates", help="Raw logs to score; nothing is scored without.")] = None,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option("--split", help="Which split to measure.")] = "test",
+    scheduler_args: Annotated[str, typer.Option("--scheduler-args", help="The scheduler's own arguments.", metavar="K=V,K=V")] = "",
+    job: Annotated[
+        list[str],
+        typer.Option("--job", help="An argument of the components, such as j=2x8 or max_retries=3; may be repeated.", metavar="NAME=VALUE"),
+    ] = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
+    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print every request; submit nothing.")] = False,
+) -> Result:
+    """Raw logs to predictions, by jobs of a scheduler.
+
+    preprocess, train, evaluate and score, one after the other. The same command goes on where one stopped.
+    """
+    from escm2rec.pipeline import pipeline
+
+    return pipeline(
+        config,
+        input,
+        out,
+        scheduler,
+        candidates=candidates,
+        split=split,
+        overrides=overrides,
+        scheduler_args=scheduler_args,
+        job=job,
+        dryrun=dryrun,
+    )
+
+
+@app.command()
+@_verb
 def study(
     out: Annotated[Path, typer.Option("--out", help="Folder for the study.", show_default=False)],
     preset: Annotated[Literal["quick", "full"], typer.Option("--preset", help="2 worlds in minutes, or 20 in an hour or two.")] = "quick",

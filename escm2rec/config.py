@@ -682,7 +682,7 @@ class TrainingConfig(Section):
     dense_weight_decay: float = Field(0.0, ge=0, description="Weight decay of everything else.")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Of what the tables hand on and the towers multiply, twice as fast on a GPU in bfloat16; weights, optimizers, losses and metrics are float32.",
+        description="Of what tables hand on and towers multiply: bfloat16 is half the bytes, on a GPU; weights, optimizers, losses and metrics are float32.",
     )
     shuffle_lanes: int = Field(8, ge=1, description="How many places of the data set each batch mixes.")
     prefetch_batches: int = Field(4, ge=1, description="Batches read ahead by the background thread.")

@@ -190,6 +190,24 @@ def test_named_resource_takes_precedence(runner: Runner) -> None:
     assert replica.sbatch_opts["cpus-per-task"] == "8"
 
 
+@pytest.mark.parametrize(
+    ("name", "cores", "gpus"), [("cpu_small", "4", None), ("cpu_large", "32", None), ("gpu_h100_1", "12", "1"), ("gpu_h100_8", "96", "8")]
+)
+def test_hosts_of_this_package_have_names(runner: Runner, name: str, cores: str, gpus: str | None) -> None:
+    info = runner.dryrun_component(f"{FILE}:train", [*EXAMPLES["train"][0], "-j", "2x8", "--h", name], "slurm", SCHEDULERS["slurm"])
+    assert len(info.request.replicas) == 2
+    for replica in info.request.replicas.values():
+        assert replica.sbatch_opts["cpus-per-task"] == cores
+        assert replica.sbatch_opts.get("gpus-per-task") == gpus
+
+
+def test_a_training_may_begin_with_fewer_nodes_than_it_may_have(runner: Runner) -> None:
+    """TorchX 0.7 asks a scheduler for the most, and torchrun is told the least."""
+    info = runner.dryrun_component(f"{FILE}:train", [*EXAMPLES["train"][0], "-j", "1:3x2"], "slurm", SCHEDULERS["slurm"])
+    assert len(info.request.replicas) == 3
+    assert all("--nnodes 1:3 --nproc_per_node 2 " in command for *_, command in commands(info.request, "slurm"))
+
+
 # --- real launches ------------------------------------------------------------------------------
 
 

@@ -27,7 +27,18 @@ from escm2rec.preprocess.events import join_events
 from escm2rec.preprocess.files import RawFile, named, pattern_of, raw_files
 from escm2rec.preprocess.fit import add_times, fit
 from escm2rec.preprocess.merge import index_rows, merge, merges
-from escm2rec.preprocess.portions import Range, count_lines, other_ranges, portion_bytes, portions_of, text_cuts, text_ranges
+from escm2rec.preprocess.portions import (
+    LEAST_BYTES,
+    PORTION_BYTES,
+    TURN,
+    Range,
+    count_lines,
+    other_ranges,
+    portion_bytes,
+    portions_of,
+    text_cuts,
+    text_ranges,
+)
 from escm2rec.preprocess.read import check_type, index_common, read, read_common
 from escm2rec.preprocess.rejections import NO_SPLIT, Rejected
 from escm2rec.preprocess.shares import Shares
@@ -102,7 +113,7 @@ def preprocess(
 def _identity(config: DataConfig, files: list[RawFile]) -> str:
     """SHA-256 of all that a data set is made from: the versions, the config, and names, sizes and times of the files."""
     told = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for file in files for path in file.all_paths]
-    made_from = [__version__, layout_of("data set"), config.model_dump(mode="json"), told]
+    made_from = [__version__, layout_of("data set"), PORTION_BYTES, LEAST_BYTES, TURN, config.model_dump(mode="json"), told]
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
