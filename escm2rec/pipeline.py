@@ -101,26 +101,42 @@ def pipeline(
     refuse_overlap(out, [config, *paths.values()])
     stages = _stages(out, paths["input"], paths.get("candidates"), split)
     arguments = _job_arguments(scheduler, job, [stage.verb for stage in stages])
-    with _runner(scheduler) as runner, _in_checkout():
+    with _runner(scheduler) as runner, _own_programs():
         cfg = _scheduler_config(runner, scheduler, scheduler_args)
-        requests = [_request(runner, stage, arguments[stage.verb], scheduler, cfg) for stage in stages]
+
+        def requests(folder: Path) -> list[AppDryRunInfo[Any]]:
+            with contextlib.chdir(folder):
+                return [_request(runner, stage, arguments[stage.verb], scheduler, cfg) for stage in stages]
+
+        asked = requests(CHECKOUT)  # tells what is wrong before anything is written
         if dryrun:
-            for stage, request in zip(stages, requests, strict=True):
+            for stage, request in zip(stages, asked, strict=True):
                 print(f"=== {stage.verb}\n{request}", file=sys.stderr)
             return {"dryrun": [stage.verb for stage in stages]}
         _ask_seldom(runner, scheduler, wait_s)
         with telling_of_disk(out, "run the same command again"), _State.open(out, settings, paths, split) as state:
-            return _Run(runner, stages, requests, state, wait_s).run()
+            folder = _jobs_folder(out)
+            with contextlib.chdir(folder):
+                return _Run(runner, stages, requests(folder), state, wait_s).run()
+
+
+def _jobs_folder(out: Path) -> Path:
+    """Where jobs are submitted, and Slurm leaves their logs; components look there for apps/."""
+    folder = out / "jobs"
+    folder.mkdir(exist_ok=True)
+    if not (folder / "apps").exists():
+        (folder / "apps").unlink(missing_ok=True)  # a link to a checkout that is gone
+        (folder / "apps").symlink_to(CHECKOUT / "apps")
+    return folder
 
 
 @contextlib.contextmanager
-def _in_checkout() -> Iterator[None]:
-    """Where components find apps/, with the `python` and `torchrun` of this environment first on the path, which jobs here inherit."""
+def _own_programs() -> Iterator[None]:
+    """With the `python` and `torchrun` of this environment first on the path, which jobs of this machine and of Slurm inherit."""
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
     try:
-        with contextlib.chdir(CHECKOUT):
-            yield
+        yield
     finally:
         os.environ["PATH"] = path
 

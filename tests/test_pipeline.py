@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from escm2rec.errors import ConfigError, RunError
-from escm2rec.pipeline import STATE, Stage, _Run, _State, pipeline
+from escm2rec.pipeline import CONFIG, STATE, Stage, _Run, _State, pipeline
 from tests.raw_tables import raw_table, write_config
 
 ROWS, CANDIDATES = 3_000, 400
@@ -82,6 +82,7 @@ def test_the_same_command_goes_on_to_the_end(made: tuple[Path, list[subprocess.C
     assert sum(len(pq.read_table(part)) for part in (out / "predictions").glob("part-*.parquet")) == CANDIDATES
     assert "train/0 " in whole.stderr, "what a job logs is handed on"
     assert "score      │ done" in whole.stderr
+    assert {path.name for path in out.iterdir()} == {"data", "run", "predictions", "jobs", STATE, CONFIG}
 
 
 def test_only_what_is_missing_is_done(logs: Path, made: tuple[Path, list[subprocess.CompletedProcess[str]]]) -> None:
