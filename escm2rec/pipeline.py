@@ -39,6 +39,7 @@ IN_A_FOLDER = ("local_cwd", "slurm")  # schedulers whose image is a folder: this
 STATE = "pipeline.json"
 CONFIG = "config.json"  # the settings, as the jobs read them
 ERROR = re.compile(r"\berror(?: \(rank \d+\))?: ")  # as the command tells one
+GRACE_S = 60.0  # how long a job that ended may take to be in the queue again
 LOST_RANK = "another rank ended first"
 APPEARS_S = 20.0
 TOLD_LINES = 200  # of the end of a job's logs, in which its error is looked for
@@ -117,7 +118,8 @@ def pipeline(
         with telling_of_disk(out, "run the same command again"), _State.open(out, settings, paths, split) as state:
             folder = _jobs_folder(out)
             with contextlib.chdir(folder):
-                return _Run(runner, stages, requests(folder), state, wait_s).run()
+                grace_s = 0.0 if scheduler == "local_cwd" else GRACE_S
+                return _Run(runner, stages, requests(folder), state, wait_s, grace_s).run()
 
 
 def _jobs_folder(out: Path) -> Path:
@@ -296,9 +298,10 @@ class _Run:
     """The stages, one after the other."""
 
     def __init__(
-        self, runner: Runner, stages: Sequence[Stage], requests: Sequence[AppDryRunInfo[Any]], state: _State, wait_s: float
+        self, runner: Runner, stages: Sequence[Stage], requests: Sequence[AppDryRunInfo[Any]], state: _State, wait_s: float, grace_s: float
     ) -> None:
         self._runner, self._stages, self._requests, self._state, self._wait_s = runner, stages, requests, state, wait_s
+        self._grace_s = grace_s
         self._told: dict[str, dict[str, Any]] = {stage.verb: {"state": "waits"} for stage in stages}
 
     def run(self) -> dict[str, Any]:
@@ -326,7 +329,7 @@ class _Run:
         app = self._runner.describe(handle)
         followers = [self._follow(handle, role, replica, ends) for role, replica in _replicas(app)]
         try:
-            status = self._runner.wait(handle, self._wait_s)
+            status = self._ended(handle)
         except (KeyboardInterrupt, SignalException) as signal:  # the second is what TorchX's local scheduler makes of both signals
             logger.warning("ending the job of %s (%s)", stage.verb, handle)
             self._runner.cancel(handle)
@@ -346,6 +349,22 @@ class _Run:
                 f"{stage.verb}: {handle} succeeded, and {stage.done} is not there",
                 "do the jobs see --out under the same path as this machine? it must lie where both do",
             )
+
+    def _ended(self, handle: str) -> Any:
+        """How a job ended. One that its scheduler puts back into the queue looks as if it had, for some seconds (Slurm: NODE_FAIL)."""
+        while True:
+            status = self._runner.wait(handle, self._wait_s)
+            if status is None or status.state.name == "SUCCEEDED":
+                return status
+            deadline = time.monotonic() + self._grace_s
+            while time.monotonic() < deadline:
+                time.sleep(self._wait_s)
+                again = self._runner.status(handle)
+                if again is not None and not again.is_terminal():
+                    logger.info("%s ended as %s, and is to run again", handle, status.state.name)
+                    break
+            else:
+                return status
 
     def _running(self, stage: Stage) -> str | None:
         """The job of an earlier call, if it still runs."""

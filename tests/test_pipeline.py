@@ -204,11 +204,11 @@ class _Cluster:
         return SimpleNamespace(state=SimpleNamespace(name=self.state)) if self.state != "LOST" else None
 
 
-def _run(cluster: _Cluster, folder: Path) -> dict[str, Any]:
+def _run(cluster: _Cluster, folder: Path, grace_s: float = 0.0) -> dict[str, Any]:
     stage = Stage("train", {}, cluster.done)
     (folder / STATE).write_text(json.dumps({"begun": {}, "job": {"stage": "train", "handle": "cluster://job/of_before"}}))
     state = _State(folder / STATE, json.loads((folder / STATE).read_text()))
-    told: dict[str, Any] = _Run(cluster, [stage], [object()], state, 0.1).run()["stages"]["train"]
+    told: dict[str, Any] = _Run(cluster, [stage], [object()], state, 0.1, grace_s).run()["stages"]["train"]
     return told
 
 
@@ -229,6 +229,21 @@ def test_a_job_that_still_runs_is_waited_for_and_one_that_is_gone_is_submitted_a
         told = _run(cluster, folder)
         assert (told["job"], told["state"], cluster.submitted) == (job, "done", submitted)
         assert json.loads((folder / STATE).read_text())["job"] is None
+
+
+def test_a_job_that_is_put_back_into_the_queue_is_waited_for(tmp_path: Path) -> None:
+    """As Slurm does with one whose node is lost: it has failed for some seconds, then it waits and runs again."""
+    cluster = _Cluster(tmp_path / "done", "FAILED")
+    ends = iter(["FAILED", "FAILED", "SUCCEEDED"])
+    wait = cluster.wait
+
+    def wait_again(handle: str, wait_s: float) -> Any:
+        cluster.state = next(ends)
+        return wait(handle, wait_s)
+
+    cluster.wait = wait_again  # type: ignore[method-assign]
+    assert _run(cluster, tmp_path, grace_s=5)["state"] == "done"
+    assert next(ends, None) is None, "each end was seen"
 
 
 def test_how_a_job_ended_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
