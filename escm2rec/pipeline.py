@@ -29,7 +29,8 @@ from escm2rec.folder import MANIFEST, refuse_overlap, write_json
 
 if TYPE_CHECKING:
     from torchx.runner import Runner
-    from torchx.specs import AppDef, AppDryRunInfo
+    from torchx.schedulers.api import Stream
+    from torchx.specs import AppDryRunInfo
 
 logger = logging.getLogger(__name__)
 
@@ -321,13 +322,16 @@ class _Run:
         return {"out": str(self._state.file.parent), "stages": self._told}
 
     def _do(self, stage: Stage, request: AppDryRunInfo[Any], told: dict[str, Any]) -> None:
+        from torchx.schedulers.api import Stream
         from torchx.schedulers.local_scheduler import SignalException
 
         handle = self._running(stage) or self._submitted(stage, request)
         told["job"] = handle
         ends: deque[str] = deque(maxlen=TOLD_LINES)
-        app = self._runner.describe(handle)
-        followers = [self._follow(handle, role, replica, ends) for role, replica in _replicas(app)]
+        over = threading.Event()
+        # Slurm keeps the two streams apart, and the others have but one; torchrun writes to the one, a verb alone to the other.
+        streams = [Stream.STDERR, Stream.STDOUT] if handle.startswith("slurm:") else [None]
+        followers = [self._follow(handle, *each, stream, ends, over) for each in _replicas(request) for stream in streams]
         try:
             status = self._ended(handle)
         except (KeyboardInterrupt, SignalException) as signal:  # the second is what TorchX's local scheduler makes of both signals
@@ -337,6 +341,8 @@ class _Run:
         except Exception as error:  # whatever a scheduler's own code raises
             hint = "the same command waits for it again; of Slurm, TorchX asks sacct, which needs accounting"
             raise RunError(f"{stage.verb}: {handle} cannot be watched: {type(error).__name__}: {error}", hint) from error
+        finally:
+            over.set()
         for follower in followers:
             follower.join(timeout=10 * self._wait_s)
         self._state.keep(stage.verb, None)
@@ -390,12 +396,23 @@ class _Run:
         self._state.keep(stage.verb, handle)
         return handle
 
-    def _follow(self, handle: str, role: str, replica: int, ends: deque[str]) -> threading.Thread:
+    def _follow(
+        self, handle: str, role: str, replica: int, stream: Stream | None, ends: deque[str], over: threading.Event
+    ) -> threading.Thread:
         def follow() -> None:
-            with contextlib.suppress(Exception):  # schedulers without logs, and jobs that left none
-                for line in self._runner.log_lines(handle, role, replica, should_tail=True):
-                    ends.append(line.rstrip("\n"))
-                    print(f"{role}/{replica} {line.rstrip()}", file=sys.stderr, flush=True)
+            told, last = 0, False
+            while not last:
+                last = over.is_set()
+                # Schedulers without logs, jobs that have left none yet, and a scheduler that does not know its newest job yet.
+                with contextlib.suppress(Exception):
+                    lines = self._runner.log_lines(handle, role, replica, should_tail=True, streams=stream)
+                    for number, line in enumerate(lines):
+                        if number >= told:
+                            told = number + 1
+                            ends.append(line.rstrip("\n"))
+                            print(f"{role}/{replica} {line.rstrip()}", file=sys.stderr, flush=True)
+                    return
+                over.wait(self._wait_s)
 
         thread = threading.Thread(target=follow, name=f"escm2rec-logs-{role}-{replica}", daemon=True)
         thread.start()
@@ -422,8 +439,9 @@ def _comes(file: Path) -> bool:
     return found
 
 
-def _replicas(app: AppDef | None) -> Iterator[tuple[str, int]]:
-    for role in app.roles if app is not None else []:
+def _replicas(request: AppDryRunInfo[Any]) -> Iterator[tuple[str, int]]:
+    # Not by asking the scheduler, which may not know yet what it was just given.
+    for role in request._app.roles if request._app is not None else []:
         yield from ((role.name, replica) for replica in range(role.num_replicas))
 
 

@@ -192,10 +192,7 @@ class _Cluster:
         self.submitted += 1
         return f"cluster://job/{self.submitted}"
 
-    def describe(self, handle: str) -> Any:
-        return SimpleNamespace(roles=[SimpleNamespace(name="train", num_replicas=2)])
-
-    def log_lines(self, handle: str, role: str, replica: int, should_tail: bool) -> Iterator[str]:
+    def log_lines(self, handle: str, role: str, replica: int, should_tail: bool, streams: object) -> Iterator[str]:
         yield f"{handle}: a line of {role} {replica}\n"
 
     def wait(self, handle: str, wait_s: float) -> Any:
@@ -206,9 +203,10 @@ class _Cluster:
 
 def _run(cluster: _Cluster, folder: Path, grace_s: float = 0.0) -> dict[str, Any]:
     stage = Stage("train", {}, cluster.done)
+    request: Any = SimpleNamespace(_app=SimpleNamespace(roles=[SimpleNamespace(name="train", num_replicas=2)]))
     (folder / STATE).write_text(json.dumps({"begun": {}, "job": {"stage": "train", "handle": "cluster://job/of_before"}}))
     state = _State(folder / STATE, json.loads((folder / STATE).read_text()))
-    told: dict[str, Any] = _Run(cluster, [stage], [object()], state, 0.1, grace_s).run()["stages"]["train"]
+    told: dict[str, Any] = _Run(cluster, [stage], [request], state, 0.1, grace_s).run()["stages"]["train"]
     return told
 
 

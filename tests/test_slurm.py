@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -87,7 +88,8 @@ def test_a_pipeline_runs_on_two_nodes_and_its_training_is_that_of_two_ranks_here
     assert {name.partition("-")[0] for name, *_ in ran} == {"preprocess", "train", "evaluate", "score"}
     assert sum(len(pq.read_table(part)) for part in (out / "predictions").glob("part-*.parquet")) == 400
     assert {path.name.split("-")[2] for path in (out / "jobs").glob("slurm-*-0.err")} == {"preprocess", "train", "evaluate", "score"}
-    assert "train/1 " in done.stderr, "what the second node logs is handed on"
+    for verb in ("preprocess", "train", "evaluate", "score"):
+        assert re.search(rf"^{verb}/[01] .*{{", done.stderr, re.MULTILINE), f"what {verb} prints is handed on"
     expected = _train_here(logs, out, tmp_path, "training.log_every_steps=10")
     assert len(expected) >= 4
     assert _losses(out / "run") == expected, "bit for bit"
