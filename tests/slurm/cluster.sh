@@ -20,6 +20,7 @@ wait_for() { # SECONDS COMMAND...
     done
 }
 
+# Jobs are numbered from a random number: torchrun meets by it, and would join what a job of a cluster before has left.
 configure() { # FOLDER
     local dir=$1
     mkdir -p "$dir"/{state,spool,log,mysql,munge}
@@ -44,6 +45,7 @@ CONF
     chmod 600 "$dir/slurmdbd.conf"
     cat >"$dir/slurm.conf" <<CONF
 ClusterName=escm2rec
+FirstJobId=$((1000 + RANDOM))
 SlurmctldHost=localhost
 SlurmctldPort=${PORTS[0]}
 SlurmUser=root
