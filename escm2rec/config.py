@@ -667,19 +667,40 @@ class ObjectiveConfig(Section):
 ShardingKind = Literal["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard"]
 
 
+BestBy = Literal["ctr_auc", "cvr_clicked_auc", "ctcvr_auc", "ctr_log_loss", "cvr_clicked_log_loss", "ctcvr_log_loss"]
+SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "rowwise_adam"]
+
+
 class TrainingConfig(Section):
     """How the model is trained."""
 
     seed: int = Field(0, ge=0, description="Seeds tables, towers and the order of the impressions.")
     epochs: int = Field(1, ge=1, description="Passes over the training split.")
     global_batch_size: int = Field(8192, ge=1, description="Impressions of one step, over all ranks.")
-    sparse_learning_rate: float = Field(0.05, gt=0, description="Learning rate of the tables (row-wise Adagrad).")
+    sparse_optimizer: SparseOptimizer = Field(
+        "rowwise_adagrad",
+        description="What steps the tables, with how many numbers of state: rowwise_adagrad (one a row), adagrad (one an element), sgd (none); on a GPU also adam (two an element) and rowwise_adam (one an element and one a row).",
+    )
+    sparse_learning_rate: float = Field(0.05, gt=0, description="Learning rate of the tables; 0.05 is of Adagrad.")
     dense_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of everything else (AdamW).")
-    learning_rate_decay: Literal["linear", "none"] = Field(
+    warmup_steps: int = Field(0, ge=0, description="Let both learning rates rise from 0 over so many steps first.")
+    learning_rate_decay: Literal["linear", "cosine", "none"] = Field(
         "linear",
         description="Let both learning rates fall to 0 over all steps, or stay: then the last batches leave their noise in the rates.",
     )
     dense_weight_decay: float = Field(0.0, ge=0, description="Weight decay of everything else.")
+    clip_gradient_norm: float | None = Field(
+        None, gt=0, description="Shrink the gradients of everything else to this norm, over all of them, where it is greater."
+    )
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Step everything else by the mean gradient of so many steps; tables are stepped in each of them."
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Keep a moving average of everything else that forgets 1 - ema_decay in a step (more in the first ones); it is what is measured and scored with.",
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Of what tables hand on and towers multiply: bfloat16 is half the bytes, on a GPU; weights, optimizers, losses and metrics are float32.",
@@ -691,9 +712,29 @@ class TrainingConfig(Section):
     checkpoint_every_steps: int | None = Field(None, ge=1, description="Steps between checkpoints; the last step is always saved.")
     checkpoint_every_minutes: float | None = Field(None, gt=0, description="Minutes between checkpoints, beside those by steps.")
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints stay: the newest ones.")
+    evaluate_every_steps: int | None = Field(
+        None, ge=1, description="Steps between two measurements on the whole validation split, while all ranks wait; and after the last."
+    )
+    keep_best: BestBy | None = Field(
+        None,
+        description="Keep the checkpoint of the measurement that is best by this, and make it the run's model: one of a task on its population, so that cvr_clicked sees no selection and ctcvr does.",
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="End the training when so many measurements after the best one were no better, by `keep_best`."
+    )
     sharding: dict[str, ShardingKind] = Field(
         {}, description="Sharding forced per feature's table ('*' for all); the planner chooses for the rest."
     )
+
+    @model_validator(mode="after")
+    def _measurements_serve(self) -> Self:
+        if self.keep_best is not None and self.evaluate_every_steps is None:
+            raise ValueError("keep_best needs evaluate_every_steps: nothing is measured without it")
+        if self.early_stopping is not None and self.keep_best is None:
+            raise ValueError("early_stopping needs keep_best, which says what better is")
+        if self.evaluate_every_steps is not None and self.evaluate_every_steps % self.gradient_accumulation_steps:
+            raise ValueError("evaluate_every_steps must be a multiple of gradient_accumulation_steps")
+        return self
 
     @property
     def in_bfloat16(self) -> bool:

@@ -171,6 +171,18 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"split": {"by": "column", "column": "s", "train": ["a", "b"], "test": ["b"]}}},
         "data.split: a value belongs to one split, found twice: b",
     ),
+    "best of nothing": (
+        {"training": {"keep_best": "ctr_auc"}},
+        "training: keep_best needs evaluate_every_steps: nothing is measured without it",
+    ),
+    "stopping by nothing": (
+        {"training": {"evaluate_every_steps": 10, "early_stopping": 2}},
+        "training: early_stopping needs keep_best, which says what better is",
+    ),
+    "measured amid a step": (
+        {"training": {"evaluate_every_steps": 10, "gradient_accumulation_steps": 4}},
+        "training: evaluate_every_steps must be a multiple of gradient_accumulation_steps",
+    ),
     "infinite": ({"training": {"dense_learning_rate": float("inf")}}, "training.dense_learning_rate: Input should be a finite number"),
     "no width": ({"model": {"tower_hidden": [8, 0]}}, "model.tower_hidden.1: Input should be greater than or equal to 1 (got 0)"),
     "unknown backbone": (

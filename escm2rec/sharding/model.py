@@ -10,11 +10,23 @@ from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.optim.optimizers import PartialRowWiseAdam
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from escm2rec.config import SparseOptimizer
+from escm2rec.errors import ConfigError
 from escm2rec.sharding.initialise import initialise_tables
 from escm2rec.sharding.planner import plan_tables, sharders
 from escm2rec.sharding.runtime import Runtime, on_main
+
+OPTIMIZERS: dict[SparseOptimizer, tuple[type[torch.optim.Optimizer], bool]] = {
+    "rowwise_adagrad": (RowWiseAdagrad, True),
+    "adagrad": (torch.optim.Adagrad, True),
+    "sgd": (torch.optim.SGD, True),
+    "adam": (torch.optim.Adam, False),
+    "rowwise_adam": (PartialRowWiseAdam, False),
+}
+"""Of each: what TorchRec turns into FBGEMM's fused one, and whether that runs on a CPU too."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,8 @@ def shard_model(
     *,
     seed: int,
     init_std: float,
-    sparse_learning_rate: float,
+    optimizer: SparseOptimizer,
+    learning_rate: float,
     local_batch_size: int,
     forced: Mapping[str, str],
     holds_parts: bool,
@@ -40,12 +53,18 @@ def shard_model(
 ) -> ShardedModel:
     """Shard `module`, whose tables are on the meta device and whose dense part is alike on all ranks.
 
-    Tables take row-wise Adagrad inside the backward pass. `holds_parts` says that some steps leave dense parameters without gradients;
-    `in_bfloat16` that tables on a GPU hand on what they pool in bfloat16, and are handed gradients in it (they add in float32); FBGEMM's
-    tables on a CPU cannot.
+    Tables take `optimizer` inside the backward pass; ConfigError where this device has none such. `holds_parts` says that some steps
+    leave dense parameters without gradients; `in_bfloat16` that tables on a GPU hand on what they pool in bfloat16, and are handed
+    gradients in it (they add in float32); FBGEMM's tables on a CPU cannot.
     """
     embeddings = [parameter for name, parameter in module.named_parameters() if ".embedding_bags." in name]
-    apply_optimizer_in_backward(RowWiseAdagrad, embeddings, {"lr": sparse_learning_rate})
+    kind, on_cpu = OPTIMIZERS[optimizer]
+    if runtime.device.type == "cpu" and not on_cpu:
+        raise ConfigError(
+            f"training.sparse_optimizer: {optimizer} steps tables on a GPU alone, and this rank trains on cores",
+            "choose rowwise_adagrad, adagrad or sgd",
+        )
+    apply_optimizer_in_backward(kind, embeddings, {"lr": learning_rate})
     in_bfloat16 = in_bfloat16 and runtime.device.type == "cuda"
     ranks = (runtime.world_size, runtime.local_world_size, runtime.device.type, runtime.memory_bytes())
     plan = on_main(runtime, lambda: plan_tables(module, tables, forced, *ranks, max(1, local_batch_size), in_bfloat16))

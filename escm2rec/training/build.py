@@ -1,13 +1,11 @@
-"""From config and schema to objective, model and optimizers: the one builder that training, evaluation and scoring share."""
+"""From config and schema to objective and model: the one builder that training, evaluation and scoring share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torch import nn
 
 from escm2rec.config import Config, Lambda, LambdaRamp, ModelConfig, ObjectiveConfig
 from escm2rec.errors import ConfigError
@@ -22,7 +20,7 @@ from escm2rec.objectives.imputation import Imputation
 from escm2rec.objectives.objective import Objective
 from escm2rec.objectives.weights import Constant, Learned, Ramp, TermWeight
 from escm2rec.schema import Schema
-from escm2rec.sharding.model import ShardedModel, dense_parameters, shard_model
+from escm2rec.sharding.model import ShardedModel, shard_model
 from escm2rec.sharding.runtime import Runtime
 
 
@@ -152,31 +150,13 @@ def shard(module: nn.Module, schema: Schema, config: Config, holds_parts: bool, 
         runtime,
         seed=training.seed,
         init_std=config.model.embedding_init_std,
-        sparse_learning_rate=training.sparse_learning_rate,
+        optimizer=training.sparse_optimizer,
+        learning_rate=training.sparse_learning_rate,
         local_batch_size=training.global_batch_size // runtime.world_size,
         forced=training.sharding,
         holds_parts=holds_parts,
         in_bfloat16=training.in_bfloat16,
     )
-
-
-def build_optimizer(module: DistributedModelParallel, learning_rate: float, weight_decay: float) -> CombinedOptimizer:
-    """AdamW for the dense part beside the row-wise Adagrad that steps the tables in the backward pass.
-
-    The dense state is made now, as AdamW's first step would: lazily made, it could not be restored before that step, and a tower not yet
-    stepped would have none to save.
-    """
-    dense = KeyedOptimizerWrapper(
-        dense_parameters(module), lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    )
-    for parameter in dense.params.values():
-        assert isinstance(parameter, Tensor)
-        dense.state[parameter] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return CombinedOptimizer([("tables", module.fused_optimizer), ("dense", dense)])
 
 
 def _backbone(num_inputs: int, config: ModelConfig) -> Backbone:

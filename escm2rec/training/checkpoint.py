@@ -56,7 +56,8 @@ class Checkpoints:
     def save(self, step: int, progress: dict[str, Any], module: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
         """Begin to write `checkpoints/step-N`; waits for the one before. RunError when that could not be written.
 
-        `progress` says which batches were trained (not which were read).
+        `progress` says which batches were trained (not which were read), and as `best`, if there is one, which step stays whatever
+        comes.
         """
         self.wait()
         state = _copied({"model": module.state_dict(), "optimizer": optimizer.state_dict()})
@@ -85,7 +86,7 @@ class Checkpoints:
             dist.destroy_process_group(self._runtime.group)
 
     def _write(self, step: int, progress: dict[str, Any], state: dict[str, Any]) -> None:
-        folder = self._run / "checkpoints" / f"step-{step}"
+        folder = checkpoint_of(self._run, step)
         partial = folder.with_name(f".{folder.name}.{self._owner.token}.partial")  # of no other start: its ranks may still write
 
         def prepare() -> None:
@@ -99,8 +100,10 @@ class Checkpoints:
             write_manifest(partial, "checkpoint", {"step": step, "progress": progress, "files": told})
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
+            best = progress.get("best")
             for old in _checkpoints(self._run)[: -self._keep]:
-                shutil.rmtree(old, ignore_errors=True)
+                if best is None or old.name != f"step-{best['step']}":
+                    shutil.rmtree(old, ignore_errors=True)
 
         on_main(self._runtime, prepare)
         try:
@@ -154,6 +157,11 @@ def latest_checkpoint(run: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
+def checkpoint_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, if there is one."""
+    return run / "checkpoints" / f"step-{step}"
+
+
 def last_good_checkpoint(run: Path, runtime: Runtime) -> Path | None:
     """The complete checkpoint of the highest step that is not damaged; None where there is none at all. Called by all ranks.
 
@@ -204,7 +212,7 @@ def load_checkpoint(folder: Path, module: DistributedModelParallel, optimizer: C
     state: dict[str, Any] = {"model": module.state_dict()}
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
-    _load(state, folder)
+    load_into(state, folder)
     module.load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
@@ -215,11 +223,12 @@ def load_checkpoint(folder: Path, module: DistributedModelParallel, optimizer: C
 def load_calibration(folder: Path) -> Tensor:
     """Slope and shift of the propensity's logit, [2], from the checkpoint of a run that calibrates; DataError as in `load_checkpoint`."""
     calibration = torch.tensor([1.0, 0.0])
-    _load({"model": {"loss.calibration": calibration}}, folder)  # a buffer of `step.Loss`; read in place
+    load_into({"model": {"loss.calibration": calibration}}, folder)  # a buffer of `step.Loss`; read in place
     return calibration
 
 
-def _load(state: dict[str, Any], folder: Path) -> None:
+def load_into(state: dict[str, Any], folder: Path) -> None:
+    """Fill the tensors of a part of a checkpoint's state in place; DataError as in `load_checkpoint`."""
     try:
         dcp.load(state, checkpoint_id=folder)
     except (OSError, RuntimeError, ValueError, KeyError, json.JSONDecodeError, CheckpointException) as error:

@@ -55,7 +55,9 @@ def _propensities(config: Config, data: DataPath, folder: Path, runtime: Runtime
     """Train on either half and predict the other: the file of the logits, in the order of the split."""
     if on_main(runtime, lambda: (folder / MANIFEST).exists()):
         return folder / LOGITS
-    alone = config.model_copy(update={"objective": CTR_ONLY, "choice": ChoiceConfig()})
+    unmeasured = {"evaluate_every_steps": None, "keep_best": None, "early_stopping": None}  # a CVR is not trained here
+    training = config.training.model_copy(update=unmeasured)
+    alone = config.model_copy(update={"objective": CTR_ONLY, "choice": ChoiceConfig(), "training": training})
     for half in (0, 1):
         train_one(alone, data, folder / f"half-{half}", runtime, resume=True, overwrite=False, half=half)
     dataset = on_main(runtime, lambda: Dataset.open(data))

@@ -54,12 +54,11 @@ class TrainingMetrics:
         """Take one step's output."""
         for name, value in output.losses.items():
             self._losses.setdefault(name, []).append(value)
-        self._rows.append(
-            torch.stack([output.ctr_logit, output.cvr_logit, output.click, output.conversion, output.weight])[:, : output.num_rows]
-        )
+        self._rows.append(output.rows())
         self._num_rows += output.num_rows
         while sum(part.shape[1] for part in self._rows) - self._rows[0].shape[1] >= self._rows_by_rank:
             self._rows.popleft()
+        assert output.propensity is not None, "a step that trains has one"
         self._propensity = output.propensity if self._propensity is None else self._propensity.merge(output.propensity)
         self.steps += 1
         self._term_weights = output.term_weights
@@ -147,12 +146,12 @@ class TrainingMetrics:
 
 def _completed(record: dict[str, Any], rows: np.ndarray[tuple[int, int], np.dtype[np.float32]] | None) -> dict[str, Any]:
     if rows is not None:
-        record |= _quality(rows)
+        record |= quality(rows)
     return {name: value for name, value in record.items() if not (isinstance(value, float) and not math.isfinite(value))}
 
 
-def _quality(rows: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> dict[str, float]:
-    """AUC and calibration of each task, by population, over the window."""
+def quality(rows: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> dict[str, float]:
+    """AUC, log loss and calibration of each task, by population, of rows as `StepOutput.rows` gives them; NaN where there is none."""
     ctr_logit, cvr_logit, click, conversion, weight = rows
     clicked = click > 0
     tasks: dict[str, tuple[ArrayLike, ArrayLike, ArrayLike]] = {
@@ -163,6 +162,7 @@ def _quality(rows: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> dict[st
     found: dict[str, float] = {"window_rows": len(click), "window_clicks": int(clicked.sum())}
     for task, (logits, labels, weights) in tasks.items():
         found[f"{task}_auc"] = metrics.auc(logits, labels, weights)
+        found[f"{task}_log_loss"] = metrics.log_loss(logits, labels, weights)
         found[f"{task}_calibration"] = metrics.calibration(logits, labels, weights)
     return found
 

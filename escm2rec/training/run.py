@@ -20,7 +20,8 @@ from escm2rec.training.checkpoint import latest_checkpoint
 METRICS = "metrics.jsonl"
 REPORTS = ("report.json", "report.html")
 FREE_SETTINGS = tuple(
-    f"training.{name}" for name in ("epochs", "checkpoint_every", "keep_checkpoints", "log_every", "prefetch_batches", "decode_threads")
+    f"training.{name}"
+    for name in ("epochs", "checkpoint_every", "keep_checkpoints", "early_stopping", "log_every", "prefetch_batches", "decode_threads")
 )
 """What may change when a run is resumed."""
 PROPENSITY = "propensity"  # the cross-fitted one, if there is one

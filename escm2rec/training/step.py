@@ -22,7 +22,7 @@ CALIBRATION_PACE = 0.2  # how far a held-out batch moves the calibration towards
 
 
 class StepOutput(NamedTuple):
-    """What one step leaves for the logs, all without gradient.
+    """What one step leaves for the logs, all without gradient. Of a step that only predicts: no losses, no propensity.
 
     `losses` are the unscaled terms of the global batch; `term_weights` those that are learned; `pseudo_labels` counts those outside
     [0, 1] and all of them (where imputed labels teach the CVR tower).
@@ -36,8 +36,12 @@ class StepOutput(NamedTuple):
     conversion: Tensor
     weight: Tensor
     num_rows: int
-    propensity: PropensitySums
+    propensity: PropensitySums | None
     pseudo_labels: Tensor | None
+
+    def rows(self) -> Tensor:
+        """CTR and CVR logit, click, conversion and weight of the real rows, [5, B]."""
+        return torch.stack([self.ctr_logit, self.cvr_logit, self.click, self.conversion, self.weight])[:, : self.num_rows]
 
 
 class Loss(nn.Module):
@@ -115,6 +119,12 @@ class Loss(nn.Module):
         )
 
 
+def predicted(predictions: Predictions, batch: Batch) -> StepOutput:
+    """The output of a step that only predicts."""
+    logits = predictions.ctr_logit, predictions.cvr_logit
+    return StepOutput({}, {}, *logits, batch.click, batch.conversion, batch.weight, batch.num_rows, None, None)
+
+
 class TrainingModel(nn.Module):
     """The model and its loss, as TorchRec's training pipeline wants it."""
 
@@ -124,7 +134,9 @@ class TrainingModel(nn.Module):
         self.loss = loss
 
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
-        """(loss, output) of one batch."""
+        """(loss, output) of one batch; while it is only evaluated the loss is 0."""
+        if not self.training:
+            return batch.weight.new_zeros(()), predicted(self.model(batch), batch)
         result: tuple[Tensor, StepOutput] = self.loss(self.model(batch), batch)
         return result
 

@@ -15,6 +15,7 @@ from escm2rec.reader.batch import Batch
 from escm2rec.sharding.runtime import Runtime
 from escm2rec.training.build import build_model, build_objective, shard
 from escm2rec.training.checkpoint import damage, load_calibration, load_checkpoint
+from escm2rec.training.optimizer import load_averages
 from escm2rec.training.run import Run
 from escm2rec.training.step import ModelOnly
 
@@ -32,6 +33,8 @@ class TrainedModel:
                 f"checkpoint {run.checkpoint} is damaged: {said}", "train with --resume goes on from one before, if there is one"
             )
         load_checkpoint(run.checkpoint, self._module)
+        if training.ema_decay is not None:
+            load_averages(run.checkpoint, self._module)
         self._module.eval()
         # A cross-fitted q is of the training rows alone: other rows are weighed by the CTR tower's.
         self.objective = replace(build_objective(run.config.objective, run.rates.ctr), given=False)

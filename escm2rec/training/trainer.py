@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.optim.keyed import CombinedOptimizer
 
 from escm2rec.config import Config
 from escm2rec.disk import telling_of_disk
@@ -27,16 +26,19 @@ from escm2rec.progress import Progress
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
+from escm2rec.sharding.model import dense_parameters
 from escm2rec.sharding.planner import plan_as_json
 from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.agreement import Agreement, Clock, StopRequest, heeding_sigterm
-from escm2rec.training.build import BaseRates, build_model, build_objective, build_optimizer, shard
-from escm2rec.training.checkpoint import Checkpoints, last_good_checkpoint, latest_checkpoint, load_checkpoint
+from escm2rec.training.build import BaseRates, build_model, build_objective, shard
+from escm2rec.training.checkpoint import Checkpoints, checkpoint_of, last_good_checkpoint, latest_checkpoint, load_checkpoint
 from escm2rec.training.divergence import Divergence
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
+from escm2rec.training.optimizer import DenseOptimizer, combined_optimizer, rate_factor
 from escm2rec.training.owner import Owner
 from escm2rec.training.run import finish_run, go_on, last_record, start_run
-from escm2rec.training.step import Loss, TrainingModel
+from escm2rec.training.step import Loss, StepOutput, TrainingModel
+from escm2rec.training.validation import Best, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,8 @@ class Trainer:
         sharded = shard(model, dataset.schema, config, holds_parts, runtime)
         self.module: DistributedModelParallel = sharded.module
         self.plan = {"world_size": runtime.world_size, **plan_as_json(sharded.plan)}
-        self.optimizer: CombinedOptimizer = build_optimizer(self.module, training.dense_learning_rate, training.dense_weight_decay)
+        self.dense = DenseOptimizer(dense_parameters(self.module), training)
+        self.optimizer = combined_optimizer(self.module, self.dense)
         self.learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.reader = Reader(
             dataset,
@@ -99,7 +102,14 @@ class Trainer:
             training.epochs * self.reader.num_steps, config.objective.propensity.calibration_every_steps if calibration != "none" else None
         )
         self.held_out = self._held_out_reader(dataset) if calibration != "none" else None
+        self.validation = Validation(dataset, training, runtime) if training.evaluate_every_steps is not None else None
+        self.best: Best | None = None
         self.total_steps = self.calendar.total
+        if training.warmup_steps >= self.total_steps:
+            raise ConfigError(
+                f"training.warmup_steps is {training.warmup_steps}, and the training has {self.total_steps} steps",
+                "warm up over fewer, or train for more epochs or in smaller batches",
+            )
         self.warm_up_steps = math.ceil(config.objective.propensity.warmup_fraction * self.total_steps)
         self.step = 0  # steps done, over all epochs; the reader is further ahead
         self.schema_hash, self.data_identity = dataset.schema.hash(), dataset.identity("train")
@@ -115,12 +125,28 @@ class Trainer:
         if progress["step"] > self.total_steps:
             raise ConfigError(f"{folder} is past the {self.total_steps} steps of training.epochs", "ask for as many epochs or more")
         self.step, self.warm_up_steps = progress["step"], progress["warm_up_steps"]
+        if (best := progress.get("best")) is not None:
+            self.best = on_main(self.runtime, lambda: self._best_that_is_there(Best(**best)))
+
+    def _best_that_is_there(self, best: Best) -> Best | None:
+        """None, and a warning, when its checkpoint is gone: a better one took its place, and was damaged."""
+        if (checkpoint_of(self.out, best.step) / MANIFEST).is_file():
+            return best
+        logger.warning("the checkpoint of step %d, the best by %s, is gone: the best is looked for anew", best.step, best.metric)
+        return None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are done, or so many measurements found nothing better that training stops early."""
+        patience = self.config.training.early_stopping
+        waited = self.best.since if self.best is not None else 0
+        return self.step == self.total_steps or (patience is not None and waited >= patience)
 
     def train(self, owner: Owner) -> dict[str, Any]:
         """Train to the end, log, save, and finish the run; RunError as soon as it has another owner."""
         started, first_step = time.perf_counter(), self.step
         record: dict[str, Any] = {}
-        if first_step == self.total_steps and (finished := on_main(self.runtime, self._finished)) is not None:
+        if self.is_over and (finished := on_main(self.runtime, self._finished)) is not None:
             return finished
         rows_left = self._rows(self.total_steps) - self._rows(self.step)
         on_main(self.runtime, self._prepare)
@@ -146,7 +172,9 @@ class Trainer:
                 losses = [f"{name} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
                 progress.add(record["rows"], f"step {record['step']} of {self.total_steps}, {' '.join(losses)}")
         seconds = time.perf_counter() - started
-        checkpoint = latest_checkpoint(self.out)
+        if self.step < self.total_steps and self.best is not None and self.runtime.is_main:
+            logger.info("stopped early: since step %d no better %s was found", self.best.step, self.best.metric)
+        checkpoint = latest_checkpoint(self.out) if self.best is None else checkpoint_of(self.out, self.best.step)
         assert checkpoint is not None
         rows = self._rows(self.step) - self._rows(first_step)
         summary = {
@@ -155,6 +183,7 @@ class Trainer:
             "epochs": self.config.training.epochs,
             "world_size": self.runtime.world_size,
             "checkpoint": str(checkpoint.relative_to(self.out)),
+            **({"best": self.best.as_json()} if self.best is not None else {}),
             "base_ctr": self.rates.ctr,
             "base_cvr": self.rates.cvr,
             "schema_hash": self.schema_hash,
@@ -176,12 +205,11 @@ class Trainer:
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
         divergence, records = Divergence(self.out, self.runtime), deque[Future[dict[str, Any]]]()
         batches = divergence.watch(self._batches(), self.step)
-        while self.step < self.total_steps:
-            stops, is_due = agreement.exchange(request is not None and request.asked, clock.is_due())
-            self._set_learning_rates()
+        stops = wants = False
+        while not self.is_over:
+            stops_now, is_due = agreement.exchange(request is not None and request.asked, clock.is_due())
             calibrates = self.calendar.calibrates(self.step)
-            phase: Phase = "calibration" if calibrates else self.objective.phase(self.calendar.trained(self.step))
-            self.loss.stage = Stage(phase, self.step < self.warm_up_steps, self.step / self.total_steps)
+            self._begin_step(calibrates)
             output = pipeline.progress(batches)
             self.step += 1
             try:
@@ -191,18 +219,23 @@ class Trainer:
                 raise
             if not calibrates:
                 metrics.add(output)
-            last = self.step == self.total_steps
+            measures = self.validation is not None and not calibrates and self._is_measured()
             every = training.checkpoint_every_steps
-            saves = last or stops or is_due or (every is not None and self.step % every == 0)
-            if saves:
+            stops |= stops_now
+            wants |= stops or is_due or (every is not None and self.step % every == 0)
+            if wants or measures:
                 divergence.look()
-            if metrics.steps and (saves or self.step % training.log_every_steps == 0):
+            found = self._measure(pipeline) if measures else {}
+            wants |= self.is_over or (measures and self.best is not None and self.best.step == self.step)
+            saves = wants and not self.dense.holds_gradients
+            if metrics.steps and (saves or measures or self.step % training.log_every_steps == 0):
                 epoch = (self.calendar.trained(self.step) - 1) // self.reader.num_steps
-                records.append(metrics.record(self.step, epoch, self._calibration()))
+                records.append(metrics.record(self.step, epoch, self._calibration() | found))
             while records and (saves or records[0].done()):
                 yield records.popleft().result()
             if checkpoints is not None:
-                self._keep(checkpoints, saves, stops and not last)
+                self._keep(checkpoints, saves, stops and not self.is_over)
+            wants &= not saves
         metrics.close()
         agreement.close()
 
@@ -211,8 +244,10 @@ class Trainer:
         checkpoints.check()
         if saves:
             progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
+            if self.best is not None:
+                progress["best"] = self.best.as_json()
             checkpoints.save(self.step, progress, self.module, self.optimizer)
-        if stops:
+        if saves and stops:
             checkpoints.wait()
             raise self._stopped()
 
@@ -223,11 +258,41 @@ class Trainer:
         error.told_by_rank_0 = not self.runtime.is_main
         return error
 
-    def _set_learning_rates(self) -> None:
-        """Those of the next step, a function of the step alone."""
-        left = 1 - self.step / self.total_steps if self.config.training.learning_rate_decay == "linear" else 1.0
+    def _begin_step(self, calibrates: bool) -> None:
+        """Tell all that act in the next step what it is; a function of the step alone."""
+        trained = self.calendar.trained(self.step)
+        phase: Phase = "calibration" if calibrates else self.objective.phase(trained)
+        self.loss.stage = Stage(phase, self.step < self.warm_up_steps, self.step / self.total_steps)
+        self.dense.expect(None if calibrates else trained, self.step + 1 == self.total_steps)
+        factor = rate_factor(self.step, self.total_steps, self.config.training)
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
-            group["lr"] = rate * left
+            group["lr"] = rate * factor
+
+    def _is_measured(self) -> bool:
+        """Whether the model is measured after the step that was done last, one that trained."""
+        every = self.config.training.evaluate_every_steps
+        return every is not None and (self.step == self.total_steps or self.calendar.trained(self.step) % every == 0)
+
+    def _measure(self, pipeline: TrainPipelineSparseDist[Batch, StepOutput]) -> dict[str, float]:
+        """The figures of the validation split, under their names in records; what is best is known after it."""
+        assert self.validation is not None
+        pipeline.detach()  # `progress` attaches the model again, with the batches that are on their way
+        with self.dense.averaged():
+            found = self.validation.measure(self.module, self.optimizer)
+        if (metric := self.config.training.keep_best) is not None:
+            self.best = on_main(self.runtime, lambda: Best.after(self.best, metric, self.step, found))
+        if self.runtime.is_main:
+            aucs = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if name.endswith("_auc"))
+            logger.info("step %d: validation %s%s", self.step, aucs, self._against_best(found))
+        return {f"validation_{name.removeprefix('window_')}": value for name, value in found.items()}
+
+    def _against_best(self, found: dict[str, float]) -> str:
+        if self.best is None:
+            return ""
+        metric = self.best.metric
+        return f"; {metric} {found[metric]:.5f}, " + (
+            "the best so far" if self.best.since == 0 else f"best {self.best.value:.5f} after step {self.best.step}"
+        )
 
     def _prepare(self) -> None:
         go_on(self.out, self.step)
@@ -312,14 +377,24 @@ def _start(config: Config, data: DataPath, out: Path, resume: bool, overwrite: b
             f"set it to {held:g}, or preprocess again",
         )
     build_objective(config.objective, 0.5)
-    if config.objective.propensity.calibration != "none" and not dataset.manifest["splits"].get("validation", {}).get("rows"):
-        raise DataError(
-            f"objective.propensity.calibration fits to the validation split, and {data} has no rows in it",
-            "give data.split a share for validation and preprocess again, or set calibration: none",
-        )
+    if not dataset.manifest["splits"].get("validation", {}).get("rows"):
+        _refuse_without_validation(config, data)
     _warn_of_labels(dataset.split_counts("train"))
     start_run(out, config, dataset, resume, overwrite)
     return dataset
+
+
+def _refuse_without_validation(config: Config, data: DataPath) -> None:
+    uses = {
+        "objective.propensity.calibration fits to": (config.objective.propensity.calibration != "none", "calibration: none"),
+        "training.evaluate_every_steps measures on": (config.training.evaluate_every_steps is not None, "evaluate_every_steps: null"),
+    }
+    for what, (asked, instead) in uses.items():
+        if asked:
+            raise DataError(
+                f"{what} the validation split, and {data} has no rows in it",
+                f"give data.split a share for validation and preprocess again, or set {instead}",
+            )
 
 
 def _check_features(config: Config, dataset: Dataset) -> None:

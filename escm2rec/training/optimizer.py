@@ -1,0 +1,116 @@
+"""How parameters are stepped: tables inside the backward pass, everything else by AdamW, both by one schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+
+from escm2rec.config import TrainingConfig
+from escm2rec.sharding.model import dense_parameters
+from escm2rec.training.checkpoint import load_into
+
+EMA_WARM_UP = 10  # the first averages follow the weights at once: of t steps they forget as many as 9 / (t + 10) says
+
+
+class DenseOptimizer(KeyedOptimizerWrapper):
+    """AdamW for what is no table: after every so many steps, by the mean of their gradients, clipped, with a moving average kept.
+
+    The state is made now, as AdamW's first step would: lazily made, it could not be restored before that step, and a tower not yet
+    stepped would have none to save. The average, `ema`, is part of it.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], training: TrainingConfig) -> None:
+        rate, decay = training.dense_learning_rate, training.dense_weight_decay
+        self._parameters = list(parameters.values())
+        fused = all(parameter.is_cuda for parameter in self._parameters)  # one kernel for all of them
+        super().__init__(parameters, lambda each: torch.optim.AdamW(each, lr=rate, weight_decay=decay, fused=fused))
+        self._training = training
+        self._trains, self._place, self._completes, self._done = True, 0, True, 0
+        self.holds_gradients = False  # that wait for those of the next steps: a checkpoint would lose them
+        for parameter in self._parameters:
+            self.state[parameter] = {
+                "step": torch.tensor(0.0, device=parameter.device if fused else "cpu"),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            if training.ema_decay is not None:
+                self.state[parameter]["ema"] = parameter.detach().clone()
+
+    def expect(self, trained: int | None, is_last: bool) -> None:
+        """Say which of the steps that train comes next, 0, 1, ..., and whether it is the last; None for one that trains nothing."""
+        self._trains = trained is not None
+        if trained is not None:
+            self._done, self._place = divmod(trained, self._training.gradient_accumulation_steps)
+            self._completes = is_last or self._place == self._training.gradient_accumulation_steps - 1
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Drop the gradients, unless those of the next step are to be added to them."""
+        if not self.holds_gradients:
+            super().zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One step of AdamW, where the gradients for it are complete."""
+        if not self._trains:
+            return
+        self.holds_gradients = not self._completes
+        if self.holds_gradients:
+            return
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self._place:
+            torch._foreach_div_(gradients, self._place + 1)
+        if self._training.clip_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._training.clip_gradient_norm)
+        super().step(closure)
+        if self._training.ema_decay is not None:
+            decay = min(self._training.ema_decay, (1 + self._done) / (EMA_WARM_UP + self._done))
+            torch._foreach_lerp_([self.state[each]["ema"] for each in self._parameters], self._parameters, 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the parameters are their moving averages, where the config asks for them."""
+        if self._training.ema_decay is None:
+            yield
+            return
+        kept = [parameter.detach().clone() for parameter in self._parameters]
+        self._set([self.state[parameter]["ema"] for parameter in self._parameters])
+        try:
+            yield
+        finally:
+            self._set(kept)
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(self._parameters, values)
+
+
+def combined_optimizer(module: DistributedModelParallel, dense: DenseOptimizer) -> CombinedOptimizer:
+    """The optimizer of all of a sharded model."""
+    return CombinedOptimizer([("tables", module.fused_optimizer), ("dense", dense)])
+
+
+def load_averages(folder: Path, module: DistributedModelParallel) -> None:
+    """Give a model the moving averages of its dense part, from a checkpoint that has them; DataError as in `load_checkpoint`."""
+    load_into({"optimizer": {"state": {f"dense.{name}": {"ema": each} for name, each in dense_parameters(module).items()}}}, folder)
+
+
+def rate_factor(step: int, total: int, training: TrainingConfig) -> float:
+    """What the learning rates of step 0, 1, ... of `total` are multiplied by, in (0, 1].
+
+    With W = `warmup_steps` it rises as (step + 1) / W, then falls with p = (step - W) / (total - W) as 1 - p (linear), as
+    (1 + cos(pi p)) / 2 (cosine), or stays.
+    """
+    if step < training.warmup_steps:
+        return (step + 1) / training.warmup_steps
+    progress = (step - training.warmup_steps) / (total - training.warmup_steps)
+    if training.learning_rate_decay == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    return 1 - progress if training.learning_rate_decay == "linear" else 1.0
