@@ -30,14 +30,14 @@ class DenseOptimizer(KeyedOptimizerWrapper):
     def __init__(self, parameters: Mapping[str, Tensor], training: TrainingConfig) -> None:
         rate, decay = training.dense_learning_rate, training.dense_weight_decay
         self._parameters = list(parameters.values())
-        fused = all(parameter.is_cuda for parameter in self._parameters)  # one kernel for all of them
-        super().__init__(parameters, lambda each: torch.optim.AdamW(each, lr=rate, weight_decay=decay, fused=fused))
+        # Fused: one kernel for all of them on a GPU, one pass on a CPU.
+        super().__init__(parameters, lambda each: torch.optim.AdamW(each, lr=rate, weight_decay=decay, fused=True))
         self._training = training
         self._trains, self._place, self._completes, self._done = True, 0, True, 0
         self.holds_gradients = False  # that wait for those of the next steps: a checkpoint would lose them
         for parameter in self._parameters:
             self.state[parameter] = {
-                "step": torch.tensor(0.0, device=parameter.device if fused else "cpu"),
+                "step": torch.tensor(0.0, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
