@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from escm2rec.config import load_config
 from escm2rec.evaluation.evaluate import evaluate
@@ -26,6 +28,7 @@ from escm2rec.training.run import Run
 from escm2rec.training.step import StepOutput
 from escm2rec.training.train import train
 from escm2rec.training.trained import TrainedModel
+from escm2rec.training.trainer import Trainer
 from tests.encoded import config
 
 
@@ -72,10 +75,27 @@ def train_on_full_disk(data: str, out: str, overrides: list[str], at_step: int) 
         return train_run(data, out, overrides)
 
 
-def train_until_told(data: str, out: str, overrides: list[str], at_step: int, of_rank: int) -> dict[str, Any]:
+def train_until_told(data: str, out: str, overrides: list[str], at_step: int, of_rank: int, resume: bool = False) -> dict[str, Any]:
     """`train_run`, in which a rank gets SIGTERM while it does a step."""
     with in_step(at_step, of_rank, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        return train_run(data, out, overrides)
+        return train_run(data, out, overrides, resume)
+
+
+def table_states(data: str, out: str, overrides: list[str]) -> dict[str, list[float]]:
+    """Row-wise Adagrad's state of each table as a training that is resumed begins with it, from all ranks."""
+    with distributed_runtime() as runtime:
+        trainer = Trainer(config(*overrides), Dataset.open(Path(data)), Path(out), runtime)
+        trainer.resume()
+        states = [state for held in trainer.optimizer.state_dict()["state"].values() for state in held.items()]
+        tables = [(name.removesuffix(".momentum1"), state) for name, state in states if isinstance(state, ShardedTensor)]
+        mine = [(name, shard.metadata.shard_offsets[0], shard.tensor.tolist()) for name, state in tables for shard in state.local_shards()]
+        every: list[list[tuple[str, int, list[float]]]] = [[]] * runtime.world_size
+        dist.all_gather_object(every, mine, group=runtime.group)
+    found: dict[str, list[float]] = {}
+    for name, start, values in sorted(chain.from_iterable(every)):
+        assert start == len(found.setdefault(name, [])), "each place once"
+        found[name] += values
+    return found
 
 
 def train_beside_another(data: str, out: str, overrides: list[str], at_step: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a sharded model: complete or absent, written beside the training, and loadable on another number of ranks."""
+"""Checkpoints of a sharded model: complete or absent, written beside the training, and loadable on other ranks under another plan."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from escm2rec.disk import free_space
 from escm2rec.errors import DataError, RunError
 from escm2rec.folder import MANIFEST, read_manifest, sha256_of, write_manifest
 from escm2rec.sharding.runtime import Runtime, on_main
+from escm2rec.training.column_shards import ColumnConversion
 from escm2rec.training.owner import Owner
 
 logger = logging.getLogger(__name__)
@@ -205,8 +206,9 @@ def _damage_of(path: Path, known: dict[str, Any]) -> str | None:
 def load_checkpoint(folder: Path, module: DistributedModelParallel, optimizer: CombinedOptimizer | None = None) -> dict[str, Any]:
     """Load weights, and the optimizer's state when one is given, in place; returns the checkpoint's progress.
 
-    Raises DataError when the checkpoint is incomplete, cannot be read, or is of another model. `damage` says whether it holds what was
-    written.
+    It may be of other ranks and another plan; where that split a table's columns otherwise, what the optimizer holds for a row is converted
+    (`column_shards.py`), and the log says so. Raises DataError when the checkpoint is incomplete, cannot be read, or is of another model.
+    `damage` says whether it holds what was written.
     """
     manifest = read_manifest(folder, "checkpoint")
     state: dict[str, Any] = {"model": module.state_dict()}
@@ -229,11 +231,20 @@ def load_calibration(folder: Path) -> Tensor:
 
 def load_into(state: dict[str, Any], folder: Path) -> None:
     """Fill the tensors of a part of a checkpoint's state in place; DataError as in `load_checkpoint`."""
+    conversion = ColumnConversion()
     try:
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, checkpoint_id=folder, planner=conversion)
     except (OSError, RuntimeError, ValueError, KeyError, json.JSONDecodeError, CheckpointException) as error:
-        hint = "it is of another model, schema or split of columns, or damaged"
-        raise DataError(f"cannot load checkpoint {folder}: {_cause(error)}", hint) from error
+        raise DataError(f"cannot load checkpoint {folder}: {_cause(error)}", "it is of another model or schema, or damaged") from error
+    conversion.finish()
+    if conversion.tables and dist.get_rank() == 0:
+        logger.warning(
+            "%s splits the columns of %s otherwise than this plan does: what their optimizer holds for each row and column shard becomes "
+            "the mean over the old shards that share columns with the new one, weighted by how many, and a copy where a shard is split; "
+            "what follows is not what an undisturbed run would do",
+            folder,
+            ", ".join(sorted(conversion.tables)),
+        )
 
 
 def _cause(error: BaseException) -> str:

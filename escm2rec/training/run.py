@@ -21,7 +21,16 @@ METRICS = "metrics.jsonl"
 REPORTS = ("report.json", "report.html")
 FREE_SETTINGS = tuple(
     f"training.{name}"
-    for name in ("epochs", "checkpoint_every", "keep_checkpoints", "early_stopping", "log_every", "prefetch_batches", "decode_threads")
+    for name in (
+        "epochs",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "early_stopping",
+        "log_every",
+        "prefetch_batches",
+        "decode_threads",
+        "sharding",
+    )
 )
 """What may change when a run is resumed."""
 PROPENSITY = "propensity"  # the cross-fitted one, if there is one

@@ -19,8 +19,8 @@ def train(config: Config, data: DataPath, out: Path, resume: bool = False, overw
 
     With `choice.objectives` in the config it trains each of them beside the config's own and keeps that, unless another errs less on
     the validation split by more than a standard error (`choice.py`). With `resume`, goes on from the last complete checkpoint of `out`, on
-    any number of ranks, with the batches that an undisturbed training would have had; without one it starts anew. Returns what is worth
-    knowing of the run.
+    any number of ranks and (but for a choice) under any `training.sharding`, with the batches that an undisturbed training would have had;
+    without one it starts anew. Returns what is worth knowing of the run.
     ConfigError where a setting was written that has no effect (`idle.py`).
     """
     require_matching_packages()
