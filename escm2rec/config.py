@@ -722,6 +722,11 @@ class TrainingConfig(Section):
     early_stopping: int | None = Field(
         None, ge=1, description="End the training when so many measurements after the best one were no better, by `keep_best`."
     )
+    max_skipped_steps: int = Field(
+        0,
+        ge=0,
+        description="So many steps whose loss is not finite are skipped, counted, and their batches kept, before the run ends; 0 ends it at the first one. Above 0 a GPU is waited for in each step.",
+    )
     sharding: dict[str, ShardingKind] = Field(
         {}, description="Sharding forced per feature's table ('*' for all); the planner chooses for the rest."
     )

@@ -60,6 +60,27 @@ def adamw(gradients: list[list[float]]) -> list[float]:
     return parameter.tolist()
 
 
+def test_a_skipped_step_is_no_part_of_the_mean_and_alone_steps_nothing() -> None:
+    """Of three pairs of steps: the first one's second is skipped, both of the second one, the first of the last."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    skipped = [False, True, True, True, True, False]
+    gradients: list[list[float]] = [[1.0, 2.0], [], [], [], [], [7.0, 5.0]]
+    now = iter(skipped)
+    optimizer = DenseOptimizer({"w": parameter}, training(gradient_accumulation_steps=2, ema_decay=0.05), lambda: next(now))
+    seen = []
+    for number, gradient in enumerate(gradients):
+        optimizer.expect(number, is_last=False)
+        optimizer.zero_grad()
+        if gradient:
+            (parameter * torch.tensor(gradient)).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        seen.append((parameter.tolist(), optimizer.state[parameter]["ema"].tolist(), optimizer.state[parameter]["step"].item()))
+    assert [values for values, _, _ in seen[1::2]] == [
+        pytest.approx(adamw(means)) for means in ([[1.0, 2.0]], [[1.0, 2.0]], [[1.0, 2.0], [7.0, 5.0]])
+    ]
+    assert seen[1] == seen[2] == seen[3], "nor are moments or average"
+
+
 def test_gradients_of_several_steps_are_averaged_into_one() -> None:
     """The third is one that trains nothing and leaves no trace; the last step takes what there is, of one step alone."""
     gradients = [[1.0, 2.0], [3.0, -1.0], [9.0, 9.0], [4.0, 4.0], [0.0, 2.0], [7.0, 5.0]]

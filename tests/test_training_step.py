@@ -116,12 +116,30 @@ def test_a_learned_weight_rests_while_its_term_is_not_there(group: dist.ProcessG
     assert torch.autograd.grad(total, s, allow_unused=True) == (None,) * len(s)
 
 
+def test_a_step_whose_losses_are_not_finite_is_felt_by_nothing_where_it_may_be_skipped(group: dist.ProcessGroup) -> None:
+    rows = make_batch()
+    skips, goes_on = (Loss(make_objective("escm2-ips", lambda_g=Learned()), group, skips=skips) for skips in (True, False))
+    finite, output = step(skips, rows)
+    assert torch.equal(finite, step(goes_on, rows)[0])
+    assert not output.skipped
+    spoilt = rows.predictions._replace(cvr_logit=rows.predictions.cvr_logit.detach().clone().requires_grad_())
+    spoilt.cvr_logit.data[0] = torch.inf
+    for loss in (skips, goes_on):
+        total, output = step(loss, rows, spoilt)
+        assert not torch.stack(list(output.losses.values())).isfinite().all()
+        assert output.losses["ctr"].isfinite(), "one term is enough"
+        assert output.skipped == (loss is skips)
+        slopes = torch.autograd.grad(total, [spoilt.cvr_logit, log_variance(loss, "ctcvr")], allow_unused=True)
+        assert all(slope is None for slope in slopes) == (loss is skips)
+
+
 def test_a_step_of_calibration_moves_slope_and_shift_alone(group: dist.ProcessGroup) -> None:
     loss, rows = Loss(make_objective("escm2-ips"), group, "platt"), make_batch()
     before = step(loss, rows)[1]
     loss.stage = Stage("calibration")
     total, output = step(loss, rows)
-    assert torch.autograd.grad(total, [loss.anchor, rows.predictions.ctr_logit], allow_unused=True)[1] is None
+    assert total.requires_grad
+    assert torch.autograd.grad(total, [*loss.parameters(), rows.predictions.ctr_logit], allow_unused=True)[-1] is None
     assert output.losses == {}
     assert loss.calibration.tolist() != [1.0, 0.0]
     loss.stage = Stage("cvr")

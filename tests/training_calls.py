@@ -19,11 +19,13 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from escm2rec.config import load_config
 from escm2rec.evaluation.evaluate import evaluate
+from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.scoring.score import score
 from escm2rec.sharding.runtime import distributed_runtime
 from escm2rec.training.metrics import TrainingMetrics
+from escm2rec.training.owner import Owner
 from escm2rec.training.run import Run
 from escm2rec.training.step import StepOutput
 from escm2rec.training.train import train
@@ -96,6 +98,28 @@ def table_states(data: str, out: str, overrides: list[str]) -> dict[str, list[fl
         assert start == len(found.setdefault(name, [])), "each place once"
         found[name] += values
     return found
+
+
+def train_with_bad_steps(data: str, out: str, overrides: list[str], bad: list[int], gone: bool = False, resume: bool = False) -> Any:
+    """`train_run`, in which the last rank's batches of some steps hold a number that is none; or, `gone`, those steps are never there."""
+    made, begin = Trainer._batches, Trainer.train
+
+    def spoilt(self: Trainer) -> Iterator[Batch]:
+        for step, batch in enumerate(made(self), self.step + 1):
+            if step in bad and dist.get_rank() == dist.get_world_size() - 1:
+                batch.numeric[0, 0] = torch.nan
+            if not (gone and step in bad):
+                yield batch
+
+    def shortened(self: Trainer, owner: Owner) -> dict[str, Any]:
+        self.total_steps -= len(bad) if gone else 0
+        return begin(self, owner)
+
+    Trainer._batches, Trainer.train = spoilt, shortened  # type: ignore[method-assign]
+    try:
+        return train_run(data, out, overrides, resume)
+    finally:
+        Trainer._batches, Trainer.train = made, begin  # type: ignore[method-assign]
 
 
 def train_beside_another(data: str, out: str, overrides: list[str], at_step: int) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def shard_model(
     """Shard `module`, whose tables are on the meta device and whose dense part is alike on all ranks.
 
     Tables take `optimizer` inside the backward pass; ConfigError where this device has none such. `holds_parts` says that some steps
-    leave dense parameters without gradients; `in_bfloat16` that tables on a GPU hand on what they pool in bfloat16, and are handed
-    gradients in it (they add in float32); FBGEMM's tables on a CPU cannot.
+    leave a part of the dense parameters without gradients (any step may leave all of them); `in_bfloat16` that tables on a GPU hand on
+    what they pool in bfloat16, and are handed gradients in it (they add in float32); FBGEMM's tables on a CPU cannot.
     """
     embeddings = [parameter for name, parameter in module.named_parameters() if ".embedding_bags." in name]
     kind, on_cpu = OPTIMIZERS[optimizer]

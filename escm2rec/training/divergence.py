@@ -1,7 +1,8 @@
-"""A loss that is not finite ends the training: which step, whose rows, which term, and the batches are kept."""
+"""A loss that is not finite, skipped or the end of the training: which step, whose rows, which term, and the batches are kept."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from escm2rec.errors import RunError
 from escm2rec.reader.batch import Batch
 from escm2rec.sharding.runtime import Runtime
 from escm2rec.training.step import StepOutput
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "diverged"
 AHEAD = 4  # batches that the pipeline may have taken beyond the step that is looked at, and that step's own
@@ -42,10 +45,15 @@ class Landing:
 
 
 class Divergence:
-    """Looks at the losses of each step when the next one is done, so that a GPU need not wait; all ranks call it alike."""
+    """Looks at the losses of each step when the next one is done, so that a GPU need not wait; all ranks call it alike.
 
-    def __init__(self, run: Path, runtime: Runtime) -> None:
-        self._run, self._runtime = run, runtime
+    `skipped` counts the steps that `Loss` skipped; so many as `allowed` are told in a warning by rank 0, one more ends the run. The
+    batches that are kept are those of `allowed` + 1 steps at most, and of the steps before them.
+    """
+
+    def __init__(self, run: Path, runtime: Runtime, allowed: int = 0) -> None:
+        self._run, self._runtime, self._allowed = run, runtime, allowed
+        self.skipped = 0  # a training that goes on counts on from its checkpoint's
         self._batches: dict[int, Batch] = {}
         self._waiting: tuple[int, StepOutput, Landing] | None = None
 
@@ -61,17 +69,27 @@ class Divergence:
         landing = Landing(output.losses)
         self.look()
         self._waiting = step, output, landing
+        if output.skipped:  # so its losses are known
+            self.look()
 
     def look(self) -> None:
-        """RunError on all ranks when a loss of the step taken last is not finite."""
+        """RunError on all ranks when a loss of the step taken last is not finite, and no more steps may be skipped."""
         if self._waiting is None:
             return
         (step, output, landing), self._waiting = self._waiting, None
         losses = landing.losses()  # of the global batch: alike on all ranks
-        if not all(map(math.isfinite, losses.values())):
-            raise self._error(step, output, losses)
+        if all(map(math.isfinite, losses.values())):
+            return
+        found, kept = self._found(step, output, losses), f"{self._run / FOLDER} holds its batches and those of the step before"
+        if not output.skipped or self.skipped >= self._allowed:
+            raise self._error(found, kept)
+        self.skipped += 1
+        if self._runtime.is_main:
+            allowed = f"skipped, {self.skipped} of {self._allowed} that training.max_skipped_steps allows"
+            logger.warning("%s: the step trained nothing (%s); %s", found, allowed, kept)
 
-    def _error(self, step: int, output: StepOutput, losses: dict[str, float]) -> RunError:
+    def _found(self, step: int, output: StepOutput, losses: dict[str, float]) -> str:
+        """What is not finite, where and whose; the batches are kept."""
         mine = not bool(torch.isfinite(torch.stack([output.ctr_logit, output.cvr_logit])[:, : output.num_rows]).all())
         ranks: list[bool] = [False] * self._runtime.world_size
         dist.all_gather_object(ranks, mine, group=self._runtime.group)
@@ -80,10 +98,14 @@ class Divergence:
         whose = ", ".join(str(rank) for rank, theirs in enumerate(ranks) if theirs)
         name, value = next((name, value) for name, value in losses.items() if not math.isfinite(value))
         seen = f"by predictions of rank {whose} that are not finite" if whose else "with finite predictions on every rank"
+        return f"loss_{name} is {value} in step {step}, {seen}"
+
+    def _error(self, found: str, kept: str) -> RunError:
+        after = f" after {self.skipped} skipped step(s), all that training.max_skipped_steps allows" if self.skipped else ""
         error = RunError(
-            f"loss_{name} is {value} in step {step}, {seen}: training has diverged; {self._run / FOLDER} holds its batches and "
-            "those of the step before",
-            "lower training.dense_learning_rate or sparse_learning_rate, or look for extreme values of numeric features there",
+            f"{found}: training has diverged{after}; {kept}",
+            "lower training.dense_learning_rate or sparse_learning_rate, or look for extreme values of numeric features there; "
+            "training.max_skipped_steps, which may change with --resume, says how many such steps are skipped",
         )
         error.told_by_rank_0 = not self._runtime.is_main
         return error

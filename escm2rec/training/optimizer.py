@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,20 @@ EMA_WARM_UP = 10  # the first averages follow the weights at once: of t steps th
 class DenseOptimizer(KeyedOptimizerWrapper):
     """AdamW for what is no table: after every so many steps, by the mean of their gradients, clipped, with a moving average kept.
 
+    A step that `is_skipped` when its gradients would be there has none: the mean is of the others, and of none nothing is stepped.
+
     The state is made now, as AdamW's first step would: lazily made, it could not be restored before that step, and a tower not yet
     stepped would have none to save. The average, `ema`, is part of it.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], training: TrainingConfig) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], training: TrainingConfig, is_skipped: Callable[[], bool] = lambda: False) -> None:
         rate, decay = training.dense_learning_rate, training.dense_weight_decay
         self._parameters = list(parameters.values())
         # Fused: one kernel for all of them on a GPU, one pass on a CPU.
         super().__init__(parameters, lambda each: torch.optim.AdamW(each, lr=rate, weight_decay=decay, fused=True))
         self._training = training
-        self._trains, self._place, self._completes, self._done = True, 0, True, 0
+        self._trains, self._completes, self._done = True, True, 0
+        self._is_skipped, self._summed = is_skipped, 0  # how many steps the gradients are of
         self.holds_gradients = False  # that wait for those of the next steps: a checkpoint would lose them
         for parameter in self._parameters:
             self.state[parameter] = {
@@ -48,8 +51,8 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         """Say which of the steps that train comes next, 0, 1, ..., and whether it is the last; None for one that trains nothing."""
         self._trains = trained is not None
         if trained is not None:
-            self._done, self._place = divmod(trained, self._training.gradient_accumulation_steps)
-            self._completes = is_last or self._place == self._training.gradient_accumulation_steps - 1
+            self._done, place = divmod(trained, self._training.gradient_accumulation_steps)
+            self._completes = is_last or place == self._training.gradient_accumulation_steps - 1
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Drop the gradients, unless those of the next step are to be added to them."""
@@ -61,12 +64,16 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         """One step of AdamW, where the gradients for it are complete."""
         if not self._trains:
             return
+        self._summed += not self._is_skipped()
         self.holds_gradients = not self._completes
         if self.holds_gradients:
             return
+        summed, self._summed = self._summed, 0
+        if not summed:
+            return
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        if self._place:
-            torch._foreach_div_(gradients, self._place + 1)
+        if summed > 1:
+            torch._foreach_div_(gradients, summed)
         if self._training.clip_gradient_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._training.clip_gradient_norm)
         super().step(closure)

@@ -22,14 +22,8 @@ REPORTS = ("report.json", "report.html")
 FREE_SETTINGS = tuple(
     f"training.{name}"
     for name in (
-        "epochs",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "early_stopping",
-        "log_every",
-        "prefetch_batches",
-        "decode_threads",
-        "sharding",
+        *("epochs", "checkpoint_every", "keep_checkpoints", "early_stopping", "log_every"),
+        *("max_skipped_steps", "prefetch_batches", "decode_threads", "sharding"),
     )
 )
 """What may change when a run is resumed."""

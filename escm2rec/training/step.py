@@ -25,7 +25,7 @@ class StepOutput(NamedTuple):
     """What one step leaves for the logs, all without gradient. Of a step that only predicts: no losses, no propensity.
 
     `losses` are the unscaled terms of the global batch; `term_weights` those that are learned; `pseudo_labels` counts those outside
-    [0, 1] and all of them (where imputed labels teach the CVR tower).
+    [0, 1] and all of them (where imputed labels teach the CVR tower). `skipped`: the step has trained nothing.
     """
 
     losses: dict[str, Tensor]
@@ -38,6 +38,7 @@ class StepOutput(NamedTuple):
     num_rows: int
     propensity: PropensitySums | None
     pseudo_labels: Tensor | None
+    skipped: bool = False
 
     def rows(self) -> Tensor:
         """CTR and CVR logit, click, conversion and weight of the real rows, [5, B]."""
@@ -48,23 +49,29 @@ class Loss(nn.Module):
     """Predictions and labels to a loss. It holds no table, so TorchRec's pipelines leave it whole, collectives and branches included.
 
     `stage` says what the next step does; the training loop sets it. Learned term weights are its parameters (`weights.Learned`). In a
-    step of phase "calibration" nothing has a gradient but `anchor`, which is there for `backward` alone: the batch only refits
-    `calibration`, the slope and shift of q's logit.
+    step of phase "calibration" nothing has a gradient: the batch only refits `calibration`, the slope and shift of q's logit.
+
+    With `skips` nothing has one either in a step whose losses are not all finite: no table, weight or state of an optimizer changes. That
+    reads a number back in each step, for which a GPU's queue runs empty. Not caught are finite losses whose gradients, or the squares of
+    them, overflow, as at logits of 1e30: a weight that becomes NaN makes the losses of the next step so, one whose second moment becomes
+    infinite moves no more. Nor is a step of phase "calibration", which has no losses.
     """
 
     calibration: Tensor
     fits: Tensor
 
-    def __init__(self, objective: Objective, group: dist.ProcessGroup, calibrates: CalibrationKind | None = None) -> None:
+    def __init__(
+        self, objective: Objective, group: dist.ProcessGroup, calibrates: CalibrationKind | None = None, skips: bool = False
+    ) -> None:
         super().__init__()
         self.objective = objective
         self.stage = Stage(objective.phase(0))
         self._group = group
-        self.calibrates = calibrates
+        self.calibrates, self.skips = calibrates, skips
+        self.skipped = False  # the last step
         if calibrates is not None:
             self.register_buffer("calibration", torch.tensor([1.0, 0.0]))
             self.register_buffer("fits", torch.tensor(0.0))
-            self.anchor = nn.Parameter(torch.zeros(()))
         learned = {"cvr": objective.lambda_c, "ctcvr": objective.lambda_g}
         names = [name for name, weight in learned.items() if isinstance(weight, Learned)]
         self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
@@ -76,7 +83,7 @@ class Loss(nn.Module):
         stage = self.stage if self.calibrates is None else self.stage._replace(calibration=self.calibration)
         if stage.phase == "calibration":
             self._refit(predictions, batch)
-            return self.anchor * 0, self._output(predictions, batch, {}, stage)
+            return _felt_by_nothing(predictions), self._output(predictions, batch, {}, stage)
         terms = self.objective.terms(predictions, batch.click, batch.conversion, batch.weight, stage)
         learned = {name: s for name, s in self.log_variances.items() if name in terms}
         terms |= {name: terms[name]._replace(scale=torch.exp(-s.detach())) for name, s in learned.items()}
@@ -85,7 +92,10 @@ class Loss(nn.Module):
         loss, losses = reduce_terms(terms, sums, dist.get_world_size(self._group))
         for name, s in learned.items():
             loss = loss + torch.exp(-s) * losses[name].clamp(min=0) + s / 2
-        return loss, self._output(predictions, batch, losses, stage)
+        # Of the global batch: alike on all ranks.
+        self.skipped = self.skips and not bool(torch.stack(list(losses.values())).isfinite().all())
+        output = self._output(predictions, batch, losses, stage)
+        return (_felt_by_nothing(predictions), output._replace(skipped=True)) if self.skipped else (loss, output)
 
     @torch.no_grad()
     def _refit(self, predictions: Predictions, batch: Batch) -> None:
@@ -123,6 +133,11 @@ def predicted(predictions: Predictions, batch: Batch) -> StepOutput:
     """The output of a step that only predicts."""
     logits = predictions.ctr_logit, predictions.cvr_logit
     return StepOutput({}, {}, *logits, batch.click, batch.conversion, batch.weight, batch.num_rows, None, None)
+
+
+def _felt_by_nothing(predictions: Predictions) -> Tensor:
+    """A loss for `backward`, of which no parameter is a part. On all ranks alike: one with gradients would wait for those of the others."""
+    return torch.zeros((), device=predictions.ctr_logit.device, requires_grad=True)
 
 
 class TrainingModel(nn.Module):

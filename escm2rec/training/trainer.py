@@ -74,15 +74,14 @@ class Trainer:
         self.rates = BaseRates.of(dataset.weighted_counts("train"))
         self.objective = build_objective(config.objective, self.rates.ctr)
         calibration = config.objective.propensity.calibration
-        self.loss = Loss(self.objective, runtime.group, None if calibration == "none" else calibration)
+        self.loss = Loss(self.objective, runtime.group, None if calibration == "none" else calibration, training.max_skipped_steps > 0)
         model = TrainingModel(
             build_model(dataset.schema, config.model, config.objective, self.rates, training.seed, training.in_bfloat16), self.loss
         )
-        holds_parts = self.objective.alternates or calibration != "none"
-        sharded = shard(model, dataset.schema, config, holds_parts, runtime)
+        sharded = shard(model, dataset.schema, config, self.objective.alternates, runtime)
         self.module: DistributedModelParallel = sharded.module
         self.plan = {"world_size": runtime.world_size, **plan_as_json(sharded.plan)}
-        self.dense = DenseOptimizer(dense_parameters(self.module), training)
+        self.dense = DenseOptimizer(dense_parameters(self.module), training, lambda: self.loss.skipped)
         self.optimizer = combined_optimizer(self.module, self.dense)
         self.learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.reader = Reader(
@@ -112,6 +111,7 @@ class Trainer:
             )
         self.warm_up_steps = math.ceil(config.objective.propensity.warmup_fraction * self.total_steps)
         self.step = 0  # steps done, over all epochs; the reader is further ahead
+        self.divergence = Divergence(out, runtime, training.max_skipped_steps)
         self.schema_hash, self.data_identity = dataset.schema.hash(), dataset.identity("train")
 
     def resume(self) -> None:
@@ -125,6 +125,7 @@ class Trainer:
         if progress["step"] > self.total_steps:
             raise ConfigError(f"{folder} is past the {self.total_steps} steps of training.epochs", "ask for as many epochs or more")
         self.step, self.warm_up_steps = progress["step"], progress["warm_up_steps"]
+        self.divergence.skipped = progress.get("skipped_steps", 0)  # checkpoints of before have no count
         if (best := progress.get("best")) is not None:
             self.best = on_main(self.runtime, lambda: self._best_that_is_there(Best(**best)))
 
@@ -180,6 +181,7 @@ class Trainer:
         summary = {
             "objective": self.objective.kind,
             "steps": self.step,
+            "skipped_steps": self.divergence.skipped,
             "epochs": self.config.training.epochs,
             "world_size": self.runtime.world_size,
             "checkpoint": str(checkpoint.relative_to(self.out)),
@@ -203,7 +205,7 @@ class Trainer:
         agreement, clock = Agreement(2), Clock(training.checkpoint_every_minutes if self.runtime.is_main else None)
         metrics = TrainingMetrics(self.runtime, self.objective.estimator.weighs)
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
-        divergence, records = Divergence(self.out, self.runtime), deque[Future[dict[str, Any]]]()
+        divergence, records = self.divergence, deque[Future[dict[str, Any]]]()
         batches = divergence.watch(self._batches(), self.step)
         stops = wants = False
         while not self.is_over:
@@ -217,20 +219,21 @@ class Trainer:
             except RunError:
                 yield from (record.result() for record in records)  # the last before it are the ones to look at
                 raise
-            if not calibrates:
+            if not calibrates and not output.skipped:
                 metrics.add(output)
             measures = self.validation is not None and not calibrates and self._is_measured()
             every = training.checkpoint_every_steps
             stops |= stops_now
             wants |= stops or is_due or (every is not None and self.step % every == 0)
-            if wants or measures:
+            if wants or measures or self.is_over:
                 divergence.look()
             found = self._measure(pipeline) if measures else {}
             wants |= self.is_over or (measures and self.best is not None and self.best.step == self.step)
             saves = wants and not self.dense.holds_gradients
             if metrics.steps and (saves or measures or self.step % training.log_every_steps == 0):
                 epoch = (self.calendar.trained(self.step) - 1) // self.reader.num_steps
-                records.append(metrics.record(self.step, epoch, self._calibration() | found))
+                told = {"skipped_steps": divergence.skipped, **self._calibration(), **found}
+                records.append(metrics.record(self.step, epoch, told))
             while records and (saves or records[0].done()):
                 yield records.popleft().result()
             if checkpoints is not None:
@@ -244,6 +247,7 @@ class Trainer:
         checkpoints.check()
         if saves:
             progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
+            progress["skipped_steps"] = self.divergence.skipped
             if self.best is not None:
                 progress["best"] = self.best.as_json()
             checkpoints.save(self.step, progress, self.module, self.optimizer)
