@@ -131,6 +131,7 @@ def train(
     overrides: Overrides = [],  # noqa: B006
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --out, if any.")] = False,
     overwrite: Overwrite = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Trace some steps: --out/profile tells where their time goes.")] = False,
 ) -> Result:
     """Train a model on a data set.
 
@@ -143,7 +144,7 @@ def train(
     from escm2rec.paths import data_path
     from escm2rec.training.train import train
 
-    return train(load_config(config, overrides), data_path(data), out, resume, overwrite)
+    return train(load_config(config, overrides), data_path(data), out, resume, overwrite, profile)
 
 
 @app.command()

@@ -122,8 +122,8 @@ CALLS: list[tuple[str, str, list[str], Callable[[Config], list[Any]]]] = [
     (
         "train",
         "escm2rec.training.train",
-        ["--config", "CONFIG", "--data", "d", "--out", "o", "--resume"],
-        lambda config: [config, Path("d"), Path("o"), True, False],
+        ["--config", "CONFIG", "--data", "d", "--out", "o", "--resume", "--profile"],
+        lambda config: [config, Path("d"), Path("o"), True, False, True],
     ),
     (
         "evaluate",

@@ -52,7 +52,20 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
         ["--out", "o", "--preset", "full", "--objectives", "esmm", "--objectives", "escm2-ips", "--seeds", "3"],
     ),
     "train": (
-        ["--config", "c.yaml", "--data", "d", "--out", "a b", "--set", "training.epochs=2,model.tower_hidden=[8,4]", "--resume", "true"],
+        [
+            "--config",
+            "c.yaml",
+            "--data",
+            "d",
+            "--out",
+            "a b",
+            "--set",
+            "training.epochs=2,model.tower_hidden=[8,4]",
+            "--resume",
+            "true",
+            "--profile",
+            "True",
+        ],
         [
             "--config",
             "c.yaml",
@@ -65,6 +78,7 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
             "--set",
             "model.tower_hidden=[8,4]",
             "--resume",
+            "--profile",
         ],
     ),
     "evaluate": (

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -111,15 +112,31 @@ def train_with_bad_steps(data: str, out: str, overrides: list[str], bad: list[in
             if not (gone and step in bad):
                 yield batch
 
-    def shortened(self: Trainer, owner: Owner) -> dict[str, Any]:
+    def shortened(self: Trainer, owner: Owner, profiles: bool = False) -> dict[str, Any]:
         self.total_steps -= len(bad) if gone else 0
-        return begin(self, owner)
+        return begin(self, owner, profiles)
 
     Trainer._batches, Trainer.train = spoilt, shortened  # type: ignore[method-assign]
     try:
         return train_run(data, out, overrides, resume)
     finally:
         Trainer._batches, Trainer.train = made, begin  # type: ignore[method-assign]
+
+
+def train_profiled(data: str, out: str, overrides: list[str], slower_s: float = 0.0) -> dict[str, Any]:
+    """`train_run` with a profile, and a reader that takes so much longer a batch."""
+    made = Trainer._batches
+
+    def slowed(self: Trainer) -> Iterator[Batch]:
+        for batch in made(self):
+            time.sleep(slower_s)
+            yield batch
+
+    Trainer._batches = slowed  # type: ignore[method-assign]
+    try:
+        return train(config(*overrides), Path(data), Path(out), profile=True)
+    finally:
+        Trainer._batches = made  # type: ignore[method-assign]
 
 
 def train_beside_another(data: str, out: str, overrides: list[str], at_step: int) -> dict[str, Any]:

@@ -157,6 +157,7 @@ def train(
     set: Optional[str] = None,
     resume: bool = False,
     overwrite: bool = False,
+    profile: bool = False,
     j: str = "1x2",
     image: str = torchx.IMAGE,
     name: str = "train",
@@ -178,6 +179,7 @@ def train(
         set: config overrides, as a.b=value,c.d=value
         resume: go on from the newest complete checkpoint in out, if any
         overwrite: replace what is at out
+        profile: trace some steps: out/profile tells where their time goes
         j: {nodes}x{processes per node}; with GPUs, one process each
         image: container image, or the directory to run in on schedulers without containers
         name: name of the job
@@ -190,7 +192,7 @@ def train(
         rdzv_port: port on the first node where the ranks meet; several nodes only
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
-    arguments = _options(config=config, data=data, out=out, set=_overrides(set), resume=resume, overwrite=overwrite)
+    arguments = _options(config=config, data=data, out=out, set=_overrides(set), resume=resume, overwrite=overwrite, profile=profile)
     return _distributed("train", arguments, image, name, h, cpu, gpu, memory_mb, j, env, max_retries, rdzv_port, mounts)
 
 

@@ -29,17 +29,18 @@ LOGITS = "logits.npy"
 CTR_ONLY = ObjectiveConfig(kind="naive", lambda_c=0.0)
 
 
-def train_objective(config: Config, data: DataPath, out: Path, runtime: Runtime, resume: bool, overwrite: bool) -> dict[str, Any]:
+def train_objective(
+    config: Config, data: DataPath, out: Path, runtime: Runtime, resume: bool, overwrite: bool, profiles: bool = False
+) -> dict[str, Any]:
     """Train the config's objective, its propensity cross-fitted first where the config says so; called by all ranks alike, see `train`.
 
-    `out/propensity/` then keeps the two runs and the logit of each training row.
+    `out/propensity/` then keeps the two runs and the logit of each training row. A profile is of the objective's own training.
     """
     if not config.objective.propensity.cross_fit:
-        return train_one(config, data, out, runtime, resume, overwrite)
+        return train_one(config, data, out, runtime, resume, overwrite, profiles=profiles)
     on_main(runtime, lambda: _check_halves(data))
-    return train_one(
-        config, data, out, runtime, resume, overwrite, propensities=lambda: _propensities(config, data, out / PROPENSITY, runtime)
-    )
+    made = partial(_propensities, config, data, out / PROPENSITY, runtime)
+    return train_one(config, data, out, runtime, resume, overwrite, propensities=made, profiles=profiles)
 
 
 def _check_halves(data: DataPath) -> None:

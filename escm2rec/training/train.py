@@ -7,6 +7,7 @@ from typing import Any
 
 from escm2rec.config import Config
 from escm2rec.doctor import require_matching_packages
+from escm2rec.errors import ConfigError
 from escm2rec.paths import DataPath
 from escm2rec.sharding.runtime import distributed_runtime, on_main
 from escm2rec.training.choice import train_and_choose
@@ -14,23 +15,29 @@ from escm2rec.training.cross_fit import train_objective
 from escm2rec.training.idle import refuse_idle
 
 
-def train(config: Config, data: DataPath, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    config: Config, data: DataPath, out: Path, resume: bool = False, overwrite: bool = False, profile: bool = False
+) -> dict[str, Any]:
     """Train a model on the training split of `data` and leave a run at `out`; called by all ranks alike.
 
     With `choice.objectives` in the config it trains each of them beside the config's own and keeps that, unless another errs less on
     the validation split by more than a standard error (`choice.py`). With `resume`, goes on from the last complete checkpoint of `out`, on
     any number of ranks and (but for a choice) under any `training.sharding`, with the batches that an undisturbed training would have had;
-    without one it starts anew. Returns what is worth knowing of the run.
+    without one it starts anew. Returns what is worth knowing of the run. With `profile` some
+    steps are traced, and `out/profile/` says where their time went (`profile.py`).
     ConfigError where a setting was written that has no effect (`idle.py`).
     """
     require_matching_packages()
     with distributed_runtime() as runtime:
-        on_main(runtime, lambda: _check(config, out, resume))
-        how = train_and_choose if config.choice.objectives else train_objective
-        return how(config, data, out, runtime, resume, overwrite)
+        on_main(runtime, lambda: _check(config, out, resume, profile))
+        if config.choice.objectives:
+            return train_and_choose(config, data, out, runtime, resume, overwrite)
+        return train_objective(config, data, out, runtime, resume, overwrite, profile)
 
 
-def _check(config: Config, out: Path, resume: bool) -> None:
+def _check(config: Config, out: Path, resume: bool, profile: bool) -> None:
+    if profile and config.choice.objectives:
+        raise ConfigError("--profile is of one training, and choice.objectives asks for several", "set choice.objectives to [] beside it")
     goes_on = resume and out.is_dir() and any(out.iterdir())
     if not goes_on:  # what goes on is held to the config that it began with, whatever was accepted then
         refuse_idle(config)

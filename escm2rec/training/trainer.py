@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -36,6 +37,7 @@ from escm2rec.training.divergence import Divergence
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
 from escm2rec.training.optimizer import DenseOptimizer, combined_optimizer, rate_factor
 from escm2rec.training.owner import Owner
+from escm2rec.training.profile import Profile
 from escm2rec.training.run import finish_run, go_on, last_record, start_run
 from escm2rec.training.step import Loss, StepOutput, TrainingModel
 from escm2rec.training.validation import Best, Validation
@@ -52,6 +54,7 @@ def train_one(
     overwrite: bool,
     half: int | None = None,
     propensities: Callable[[], Path] | None = None,
+    profiles: bool = False,
 ) -> dict[str, Any]:
     """Train the config's objective on the training split of `data`, or a half of it, and leave a run at `out`; see `train`.
 
@@ -62,7 +65,7 @@ def train_one(
     trainer = Trainer(config, dataset, out, runtime, None if propensities is None else propensities())
     if resume:
         trainer.resume()
-    return trainer.train(owner)
+    return trainer.train(owner, profiles)
 
 
 class Trainer:
@@ -143,8 +146,8 @@ class Trainer:
         waited = self.best.since if self.best is not None else 0
         return self.step == self.total_steps or (patience is not None and waited >= patience)
 
-    def train(self, owner: Owner) -> dict[str, Any]:
-        """Train to the end, log, save, and finish the run; RunError as soon as it has another owner."""
+    def train(self, owner: Owner, profiles: bool = False) -> dict[str, Any]:
+        """Train to the end, log, save, and finish the run, with a profile if asked for; RunError as soon as it has another owner."""
         started, first_step = time.perf_counter(), self.step
         record: dict[str, Any] = {}
         if self.is_over and (finished := on_main(self.runtime, self._finished)) is not None:
@@ -167,8 +170,9 @@ class Trainer:
             Progress("train", rows_left, self.runtime.is_main) as progress,
             Checkpoints(owner, self.config.training.keep_checkpoints, self.runtime) as checkpoints,
             heeding_sigterm() as request,
+            self._profile() if profiles and self.step < self.total_steps else nullcontext() as profile,
         ):
-            for record in self.records(checkpoints, request):
+            for record in self.records(checkpoints, request, profile):
                 log.write(record)
                 losses = [f"{name} {value:.4f}" for name, value in record.items() if name.startswith("loss_")]
                 progress.add(record["rows"], f"step {record['step']} of {self.total_steps}, {' '.join(losses)}")
@@ -196,7 +200,9 @@ class Trainer:
         on_main(self.runtime, lambda: self._finish(owner, summary))
         return {"run": str(self.out), **summary}
 
-    def records(self, checkpoints: Checkpoints | None = None, request: StopRequest | None = None) -> Iterator[dict[str, Any]]:
+    def records(
+        self, checkpoints: Checkpoints | None = None, request: StopRequest | None = None, profile: Profile | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Train step by step from where it stands; yield records of metrics as they are made, those up to a checkpoint before it.
 
         StopError when `request` was asked of any rank, after a checkpoint, a step or two later.
@@ -239,6 +245,8 @@ class Trainer:
             if checkpoints is not None:
                 self._keep(checkpoints, saves, stops and not self.is_over)
             wants &= not saves
+            if profile is not None:
+                profile.step()
         metrics.close()
         agreement.close()
 
@@ -261,6 +269,9 @@ class Trainer:
         )
         error.told_by_rank_0 = not self.runtime.is_main
         return error
+
+    def _profile(self) -> Profile:
+        return Profile(self.out, self.runtime, self.total_steps - self.step, self.reader.num_rows / self.reader.num_steps)
 
     def _begin_step(self, calibrates: bool) -> None:
         """Tell all that act in the next step what it is; a function of the step alone."""
