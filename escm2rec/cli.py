@@ -132,6 +132,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --out, if any.")] = False,
     overwrite: Overwrite = False,
     profile: Annotated[bool, typer.Option("--profile", help="Trace some steps: --out/profile tells where their time goes.")] = False,
+    warm_start: Annotated[
+        Path | None, typer.Option("--warm-start", help="Begin with what this finished run learned.", metavar="RUN", show_default=False)
+    ] = None,
 ) -> Result:
     """Train a model on a data set.
 
@@ -144,7 +147,7 @@ def train(
     from escm2rec.paths import data_path
     from escm2rec.training.train import train
 
-    return train(load_config(config, overrides), data_path(data), out, resume, overwrite, profile)
+    return train(load_config(config, overrides), data_path(data), out, resume, overwrite, profile, warm_start)
 
 
 @app.command()

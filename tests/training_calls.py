@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from escm2rec.config import load_config
@@ -24,20 +25,23 @@ from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.scoring.score import score
-from escm2rec.sharding.runtime import distributed_runtime
+from escm2rec.sharding.runtime import distributed_runtime, on_main
 from escm2rec.training.metrics import TrainingMetrics
 from escm2rec.training.owner import Owner
-from escm2rec.training.run import Run
+from escm2rec.training.run import Run, start_run
 from escm2rec.training.step import StepOutput
 from escm2rec.training.train import train
 from escm2rec.training.trained import TrainedModel
 from escm2rec.training.trainer import Trainer
+from escm2rec.training.warm_start import take_from
 from tests.encoded import config
 
 
-def train_run(data: str, out: str, overrides: list[str], resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train_run(
+    data: str, out: str, overrides: list[str], resume: bool = False, overwrite: bool = False, warm_start: str | None = None
+) -> dict[str, Any]:
     """Train with the tests' config."""
-    return train(config(*overrides), Path(data), Path(out), resume, overwrite)
+    return train(config(*overrides), Path(data), Path(out), resume, overwrite, None if warm_start is None else Path(warm_start))
 
 
 def keep(source: str, to: str) -> None:
@@ -159,6 +163,28 @@ def train_beside_another(data: str, out: str, overrides: list[str], at_step: int
 def train_file(config_file: str, data: str, out: str, overrides: list[str] | None = None) -> dict[str, Any]:
     """Train with a config file."""
     return train(load_config(config_file, overrides or []), Path(data), Path(out))
+
+
+def begin(config_file: str, data: str, out: str, overrides: list[str], warm_start: str | None = None) -> None:
+    """Save what a training begins with, as `OUT/beginning`, and train nothing."""
+    asked, dataset = load_config(config_file, overrides), Dataset.open(data)
+    with distributed_runtime() as runtime:
+        source = on_main(
+            runtime, lambda: start_run(Path(out), asked, dataset, False, False, None if warm_start is None else Path(warm_start))
+        )
+        trainer = Trainer(asked, dataset, Path(out), runtime)
+        if source is not None:
+            take_from(source, asked, dataset.schema, Path(out), trainer.module, trainer.optimizer, runtime)
+        state = {"model": trainer.module.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+        dcp.save(state, checkpoint_id=Path(out) / "beginning")
+
+
+def logits(run: str, data: str, split: str) -> list[list[float]]:
+    """CTR and CVR logit of every row of a split, on one rank."""
+    with distributed_runtime() as runtime:
+        model = TrainedModel(Run.open(Path(run)), runtime)
+        found = [model(batch) for batch in Reader(Dataset.open(data), split, 256, shuffle=False).epoch(0)]  # type: ignore[arg-type]
+    return [torch.cat([getattr(each, name) for each in found]).tolist() for name in ("ctr_logit", "cvr_logit")]
 
 
 def evaluate_run(run: str, data: str, split: str = "test", by: list[str] | None = None) -> dict[str, Any]:

@@ -158,6 +158,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     profile: bool = False,
+    warm_start: Optional[str] = None,
     j: str = "1x2",
     image: str = torchx.IMAGE,
     name: str = "train",
@@ -180,6 +181,7 @@ def train(
         resume: go on from the newest complete checkpoint in out, if any
         overwrite: replace what is at out
         profile: trace some steps: out/profile tells where their time goes
+        warm_start: a finished run, whose weights it begins with
         j: {nodes}x{processes per node}; with GPUs, one process each
         image: container image, or the directory to run in on schedulers without containers
         name: name of the job
@@ -192,7 +194,8 @@ def train(
         rdzv_port: port on the first node where the ranks meet; several nodes only
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
-    arguments = _options(config=config, data=data, out=out, set=_overrides(set), resume=resume, overwrite=overwrite, profile=profile)
+    given = {"resume": resume, "overwrite": overwrite, "profile": profile, "warm_start": warm_start}
+    arguments = _options(config=config, data=data, out=out, set=_overrides(set), **given)
     return _distributed("train", arguments, image, name, h, cpu, gpu, memory_mb, j, env, max_retries, rdzv_port, mounts)
 
 

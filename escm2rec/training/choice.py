@@ -35,7 +35,7 @@ from escm2rec.reader.reader import Reader
 from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.build import build_objective
 from escm2rec.training.cross_fit import train_objective
-from escm2rec.training.run import Run, differences
+from escm2rec.training.run import Run, differences, open_source, refuse_other_source
 from escm2rec.training.trained import TrainedModel
 
 CANDIDATES, CHOICE, ASKED = "candidates", "choice.json", "asked.json"
@@ -52,20 +52,24 @@ class Estimated(NamedTuple):
     above_first: RiskEstimates | None
 
 
-def train_and_choose(config: Config, data: DataPath, out: Path, runtime: Runtime, resume: bool, overwrite: bool) -> dict[str, Any]:
+def train_and_choose(
+    config: Config, data: DataPath, out: Path, runtime: Runtime, resume: bool, overwrite: bool, warm_start: Path | None = None
+) -> dict[str, Any]:
     """Train `objective` and each of `choice.objectives`, and leave the run of the one taken at `out`; called by all ranks alike.
 
     `out/candidates/` keeps the other runs, `out/choice.json` the estimated risks and why it was taken. With `resume` a choice that was cut
-    off goes on where it stood. Returns what `train` returns of the kept run, and `choice`.
+    off goes on where it stood. Each of them starts warm alike, where there is a `warm_start`; the judge never does, whose source may have
+    seen the rows of the validation split. Returns what `train` returns of the kept run, and `choice`.
     """
-    if finished := on_main(runtime, lambda: _open(config, data, out, resume, overwrite)):
+    if finished := on_main(runtime, lambda: _open(config, data, out, resume, overwrite, warm_start)):
         return finished
+    warm_start = on_main(runtime, lambda: _begun_with(out))
     runs = {f"{number}-{objective.kind}": objective for number, objective in enumerate(_objectives(config))}
     if not on_main(runtime, lambda: (out / CHOICE).exists()):
         for number, (name, objective) in enumerate(runs.items(), 1):
             _tell(runtime, f"choice: objective {number} of {len(runs)}, {name}: {_written(objective)}")
             alone = config.model_copy(update={"objective": objective, "choice": ChoiceConfig()})
-            train_objective(alone, data, out / CANDIDATES / name, runtime, resume=True, overwrite=False)
+            train_objective(alone, data, out / CANDIDATES / name, runtime, resume=True, overwrite=False, warm_start=warm_start)
         _tell(runtime, "choice: the judge")
         train_objective(_judge(config), data, out / CANDIDATES / JUDGE, runtime, resume=True, overwrite=False)
         _tell(runtime, f"choice: the risk of {len(runs)} objectives on the validation split")
@@ -102,7 +106,7 @@ def _judge(config: Config) -> Config:
     return config.model_copy(update=update)
 
 
-def _open(config: Config, data: DataPath, out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def _open(config: Config, data: DataPath, out: Path, resume: bool, overwrite: bool, warm_start: Path | None) -> dict[str, Any] | None:
     """Make the folder ready; what a finished run says of itself when there is nothing left to do."""
     check_choice(config)
     dataset = Dataset.open(data)
@@ -117,12 +121,15 @@ def _open(config: Config, data: DataPath, out: Path, resume: bool, overwrite: bo
     asked = {"config": config.model_dump(mode="json"), "data": [dataset.identity("train"), dataset.identity("validation")]}
     begun = (out / CANDIDATES / ASKED).is_file()
     if begun and resume:
-        if different := differences(json.loads((out / CANDIDATES / ASKED).read_text(encoding="utf-8")), asked):
+        before = json.loads((out / CANDIDATES / ASKED).read_text(encoding="utf-8"))
+        if different := differences(before | {"warm_start": None}, asked | {"warm_start": None}):
             raise ConfigError(
                 f"{out} was begun with another config or data set: {', '.join(different[:5])} differ(s)",
                 "resume with those of the run, or train into another --out",
             )
+        refuse_other_source(out, _begun_with(out), warm_start)
         return _result(out) if (out / MANIFEST).exists() else None
+    open_source(out, warm_start)  # refused before anything is dropped
     if begun and not (out / MANIFEST).exists():
         if not overwrite:
             raise ConfigError(f"{out} holds a choice that was cut off", "--resume goes on with it, --overwrite drops it")
@@ -130,8 +137,14 @@ def _open(config: Config, data: DataPath, out: Path, resume: bool, overwrite: bo
         refuse_existing(out, "run", overwrite)
     shutil.rmtree(out, ignore_errors=True)
     (out / CANDIDATES).mkdir(parents=True)
-    write_json(out / CANDIDATES / ASKED, asked)
+    write_json(out / CANDIDATES / ASKED, asked if warm_start is None else {**asked, "warm_start": str(warm_start.resolve())})
     return None
+
+
+def _begun_with(out: Path) -> Path | None:
+    """The run that each candidate begins with; None where there is none."""
+    asked = json.loads((out / CANDIDATES / ASKED).read_text(encoding="utf-8"))
+    return Path(asked["warm_start"]) if "warm_start" in asked else None
 
 
 def _tell(runtime: Runtime, said: str) -> None:

@@ -30,17 +30,25 @@ CTR_ONLY = ObjectiveConfig(kind="naive", lambda_c=0.0)
 
 
 def train_objective(
-    config: Config, data: DataPath, out: Path, runtime: Runtime, resume: bool, overwrite: bool, profiles: bool = False
+    config: Config,
+    data: DataPath,
+    out: Path,
+    runtime: Runtime,
+    resume: bool,
+    overwrite: bool,
+    profiles: bool = False,
+    warm_start: Path | None = None,
 ) -> dict[str, Any]:
     """Train the config's objective, its propensity cross-fitted first where the config says so; called by all ranks alike, see `train`.
 
-    `out/propensity/` then keeps the two runs and the logit of each training row. A profile is of the objective's own training.
+    `out/propensity/` then keeps the two runs and the logit of each training row. A profile is of the objective's own training. The two
+    never start warm: the source may have seen the clicks that they must not know.
     """
     if not config.objective.propensity.cross_fit:
-        return train_one(config, data, out, runtime, resume, overwrite, profiles=profiles)
+        return train_one(config, data, out, runtime, resume, overwrite, profiles=profiles, warm_start=warm_start)
     on_main(runtime, lambda: _check_halves(data))
     made = partial(_propensities, config, data, out / PROPENSITY, runtime)
-    return train_one(config, data, out, runtime, resume, overwrite, propensities=made, profiles=profiles)
+    return train_one(config, data, out, runtime, resume, overwrite, propensities=made, profiles=profiles, warm_start=warm_start)
 
 
 def _check_halves(data: DataPath) -> None:

@@ -28,6 +28,7 @@ FREE_SETTINGS = tuple(
 )
 """What may change when a run is resumed."""
 PROPENSITY = "propensity"  # the cross-fitted one, if there is one
+WARM_START = "warm_start.json"  # which run it begins with, and what was taken of it
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,51 @@ class Run:
         """Its last checkpoint."""
         return self.path / str(self.manifest["checkpoint"])
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """Which run this is, as one that begins with it says."""
+        return {"run": str(self.path.resolve()), "checkpoint": self.checkpoint.name, "schema_hash": self.schema.hash()}
 
-def start_run(out: Path, config: Config, dataset: Dataset, resume: bool, overwrite: bool) -> None:
-    """Make the run folder, or check that it can be resumed with this config and data set.
 
-    A run that was started and has no checkpoint yet holds nothing to lose: the same command starts it anew.
+def start_run(out: Path, config: Config, dataset: Dataset, resume: bool, overwrite: bool, warm_start: Path | None = None) -> Run | None:
+    """Make the run folder, or check that it can be resumed with this config, data set and source.
+
+    A run that was started and has no checkpoint yet holds nothing to lose: the same command starts it anew. Returns the run that it is to
+    begin with: `warm_start`, or that which a start without a checkpoint named. None where there is none, and once there is a checkpoint.
     """
     refuse_overlap(out, [dataset.path])
     if resume and (latest_checkpoint(out) is not None or (out / PROPENSITY).is_dir()):
         _check_resumable(out, config, dataset)
-        return
+        begun_with = _source_of(out)
+        refuse_other_source(out, begun_with, warm_start)
+        return None if begun_with is None or latest_checkpoint(out) is not None else Run.open(begun_with)
+    source = open_source(out, warm_start or (_source_of(out) if resume else None))
     with new_folder(out, "run", overwrite or _has_only_started(out)) as folder:
         copy_folder(dataset.path / "vocabulary", folder / "vocabulary")
         dataset.schema.save(folder / "schema.json")
         write_json(folder / RUN_CONFIG, config.model_dump(mode="json"))
+        if source is not None:
+            write_json(folder / WARM_START, source.identity)
+    return source
+
+
+def open_source(out: Path, warm_start: Path | None) -> Run | None:
+    """The run that a new one at `out` is to begin with; DataError when it is no finished run, ConfigError when `out` is or holds it."""
+    if warm_start is None:
+        return None
+    refuse_overlap(out, [warm_start])
+    return Run.open(warm_start)
+
+
+def refuse_other_source(out: Path, begun_with: Path | None, asked: Path | None) -> None:
+    """ConfigError when a run that goes on is asked for with another source than it began with; without one it goes on."""
+    if asked is None or asked.resolve() == begun_with:
+        return
+    began = "without one" if begun_with is None else f"with {begun_with}"
+    raise ConfigError(
+        f"--warm-start {asked}: {out} began {began}, and goes on with what it learned since",
+        "leave --warm-start out, or train into another --out",
+    )
 
 
 def go_on(out: Path, step: int) -> None:
@@ -97,6 +129,12 @@ def last_record(out: Path) -> dict[str, Any]:
 def finish_run(out: Path, content: dict[str, Any]) -> None:
     """Write the manifest that makes the run complete."""
     write_manifest(out, "run", content)
+
+
+def _source_of(out: Path) -> Path | None:
+    """The run that the one at `out` began with; None where there is none."""
+    path = out / WARM_START
+    return Path(json.loads(path.read_text(encoding="utf-8"))["run"]) if path.is_file() else None
 
 
 def _has_only_started(out: Path) -> bool:

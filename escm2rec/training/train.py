@@ -16,23 +16,30 @@ from escm2rec.training.idle import refuse_idle
 
 
 def train(
-    config: Config, data: DataPath, out: Path, resume: bool = False, overwrite: bool = False, profile: bool = False
+    config: Config,
+    data: DataPath,
+    out: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    profile: bool = False,
+    warm_start: Path | None = None,
 ) -> dict[str, Any]:
     """Train a model on the training split of `data` and leave a run at `out`; called by all ranks alike.
 
     With `choice.objectives` in the config it trains each of them beside the config's own and keeps that, unless another errs less on
     the validation split by more than a standard error (`choice.py`). With `resume`, goes on from the last complete checkpoint of `out`, on
     any number of ranks and (but for a choice) under any `training.sharding`, with the batches that an undisturbed training would have had;
-    without one it starts anew. Returns what is worth knowing of the run. With `profile` some
-    steps are traced, and `out/profile/` says where their time went (`profile.py`).
+    without one it starts anew. With `warm_start`, a finished run of this or another data set, it begins with what that one learned
+    (`warm_start.py`); one that goes on has begun. With `profile` some steps are traced, and `out/profile/` says where their time went
+    (`profile.py`). Returns what is worth knowing of the run.
     ConfigError where a setting was written that has no effect (`idle.py`).
     """
     require_matching_packages()
     with distributed_runtime() as runtime:
         on_main(runtime, lambda: _check(config, out, resume, profile))
         if config.choice.objectives:
-            return train_and_choose(config, data, out, runtime, resume, overwrite)
-        return train_objective(config, data, out, runtime, resume, overwrite, profile)
+            return train_and_choose(config, data, out, runtime, resume, overwrite, warm_start)
+        return train_objective(config, data, out, runtime, resume, overwrite, profile, warm_start)
 
 
 def _check(config: Config, out: Path, resume: bool, profile: bool) -> None:

@@ -38,9 +38,10 @@ from escm2rec.training.metrics import MetricsLog, TrainingMetrics
 from escm2rec.training.optimizer import DenseOptimizer, combined_optimizer, rate_factor
 from escm2rec.training.owner import Owner
 from escm2rec.training.profile import Profile
-from escm2rec.training.run import finish_run, go_on, last_record, start_run
+from escm2rec.training.run import Run, finish_run, go_on, last_record, start_run
 from escm2rec.training.step import Loss, StepOutput, TrainingModel
 from escm2rec.training.validation import Best, Validation
+from escm2rec.training.warm_start import take_from
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +56,18 @@ def train_one(
     half: int | None = None,
     propensities: Callable[[], Path] | None = None,
     profiles: bool = False,
+    warm_start: Path | None = None,
 ) -> dict[str, Any]:
     """Train the config's objective on the training split of `data`, or a half of it, and leave a run at `out`; see `train`.
 
     `propensities` makes the logits of a given q, when the run folder is there.
     """
-    dataset = replace(on_main(runtime, lambda: _start(config, data, out, resume, overwrite)), half=half)
+    dataset, source = on_main(runtime, lambda: _start(config, data, out, resume, overwrite, warm_start))
+    dataset = replace(dataset, half=half)
     owner = Owner.take(out, runtime)  # before a checkpoint is chosen, which another start could remove
     trainer = Trainer(config, dataset, out, runtime, None if propensities is None else propensities())
+    if source is not None:
+        take_from(source, config, dataset.schema, out, trainer.module, trainer.optimizer, runtime)
     if resume:
         trainer.resume()
     return trainer.train(owner, profiles)
@@ -381,7 +386,7 @@ class Calendar(NamedTuple):
         return step - (step // (self.every + 1) if self.every is not None else 0)
 
 
-def _start(config: Config, data: DataPath, out: Path, resume: bool, overwrite: bool) -> Dataset:
+def _start(config: Config, data: DataPath, out: Path, resume: bool, overwrite: bool, warm_start: Path | None) -> tuple[Dataset, Run | None]:
     dataset = Dataset.open(data)
     dataset.split_counts("train")
     _check_features(config, dataset)
@@ -395,8 +400,7 @@ def _start(config: Config, data: DataPath, out: Path, resume: bool, overwrite: b
     if not dataset.manifest["splits"].get("validation", {}).get("rows"):
         _refuse_without_validation(config, data)
     _warn_of_labels(dataset.split_counts("train"))
-    start_run(out, config, dataset, resume, overwrite)
-    return dataset
+    return dataset, start_run(out, config, dataset, resume, overwrite, warm_start)
 
 
 def _refuse_without_validation(config: Config, data: DataPath) -> None:
