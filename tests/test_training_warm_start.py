@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from escm2rec.config import parse_config
 from escm2rec.preprocess import preprocess
 from escm2rec.schema import Schema
-from tests.encoded import write_dataset
 from tests.preprocess_logs import values_of
 from tests.ranks import run_ranks
 from tests.raw_tables import raw_table
@@ -44,12 +44,21 @@ OTHER_FEATURES: list[dict[str, Any]] = [
 ]
 STILL = ["training.dense_learning_rate=1e-12", "training.sparse_learning_rate=1e-12"]
 ROW_WISE = "training.sharding={'*': row_wise}"
+SPLIT = ["model.embedding_dim=256", "training.sharding={'*': column_wise}"]
+CHOICE = ["objective={kind: escm2-ips, propensity: {cross_fit: true}}", "choice.objectives=[{kind: naive}]"]
+STEPS = 6
 State = dict[str, Any]
+Call = tuple[str, dict[str, Any]]
 
 
 def _config(features: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "data": {"source": {"kind": "table"}, "features": features, "split": {"by": "hash", "train": 1.0}},
+        "data": {
+            "source": {"kind": "table"},
+            "features": features,
+            "split": {"by": "hash", "train": 0.8, "validation": 0.2},
+            "rows_per_group": 256,
+        },
         "model": {"embedding_dim": DIM, "tower_hidden": [16], "backbone": {"kind": "dcn_v2", "hidden": [12], "cross_layers": 1}},
         "training": {"global_batch_size": 128, "dense_learning_rate": 0.01},
     }
@@ -63,16 +72,14 @@ def _make(folder: Path, name: str, table: pa.Table, features: list[dict[str, Any
     preprocess(parse_config(_config(features)).data, folder / f"{name}-raw", folder / name)
 
 
-def _call(what: str, folder: Path, name: str, out: str, *overrides: str, warm_start: str | None = "source") -> tuple[str, dict[str, Any]]:
-    arguments = {"config_file": str(folder / f"{name}.yaml"), "data": str(folder / name), "out": str(folder / out)}
+def _call(what: str, folder: Path, name: str, out: str, *overrides: str, warm_start: str | None = "source", **arguments: Any) -> Call:
+    given = {"config_file": str(folder / f"{name}.yaml"), "data": str(folder / name), "out": str(folder / out), **arguments}
     warm = {} if warm_start is None else {"warm_start": str(folder / warm_start)}
-    return f"tests.training_calls:{what}", {**arguments, "overrides": list(overrides), **warm}
+    return f"tests.training_calls:{what}", {**given, "overrides": list(overrides), **warm}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was trained on two ranks, and beginnings from it."""
-    folder = tmp_path_factory.mktemp("warm")
+def _make_data(folder: Path) -> None:
+    """One data set, and of later rows one with the same features and one with others: half of the users are new, prices have grown."""
     later = raw_table(700, 2, labels=True)
     users = pa.array([None if user is None else user + 100 for user in later["user"].to_pylist()], pa.int64())
     later = later.set_column(later.column_names.index("user"), "user", users)
@@ -80,22 +87,81 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _make(folder, "before", raw_table(900, 1, labels=True), FEATURES)
     _make(folder, "later", later, FEATURES)
     _make(folder, "other", later, OTHER_FEATURES)
-    two = [
-        _call("train_file", folder, "before", "source", ROW_WISE, warm_start=None),
-        _call("begin", folder, "later", "later-2", "training.sharding={user: row_wise}"),
-    ]
-    one = [
-        _call("begin", folder, "later", "later-cold", warm_start=None),
-        _call("begin", folder, "later", "later-1"),
-        _call("begin", folder, "other", "other-cold", warm_start=None),
-        _call("begin", folder, "other", "other-1"),
-        _call("begin", folder, "later", "wider", "model.embedding_dim=16", "objective.imputation.predicts=error"),
-        _call("begin", folder, "later", "naive", "objective.kind=naive", "model.tower_hidden=[4]"),
-        _call("begin", folder, "later", "mmoe", "model.backbone={kind: mmoe, hidden: [12]}"),
-    ]
-    trained, _ = run_ranks(2, two, folder / "ranks-2")
-    assert trained["steps"] == 8, trained
-    assert run_ranks(1, one, folder / "ranks-1") == [None] * len(one)
+
+
+def _break(folder: Path) -> None:
+    """Runs that are not what they were: unfinished, damaged, without a checkpoint yet, begun with a run that is gone."""
+    for name, of in (("unfinished", "source"), ("damaged", "source"), ("started", "warm-2"), ("orphan", "warm-2")):
+        shutil.copytree(folder / of, folder / name)
+    (folder / "unfinished" / "manifest.json").unlink()
+    largest = max((folder / "damaged" / "checkpoints").rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    (folder / "started" / "manifest.json").unlink()
+    shutil.rmtree(folder / "started" / "checkpoints")
+    for name, changed in (("started", {}), ("orphan", {"run": str(folder / "gone")})):
+        known = {key: _told(folder / name)[key] for key in ("run", "checkpoint", "schema_hash")}
+        (folder / name / "warm_start.json").write_text(json.dumps(known | changed))
+
+
+def _run(world_size: int, calls: dict[str, Call], folder: Path) -> dict[str, Any]:
+    return dict(zip(calls, run_ranks(world_size, list(calls.values()), folder / f"ranks-{world_size}"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By name what each call gave, and `folder`: a run that was trained on two ranks, and what began with it there and on one."""
+    folder = tmp_path_factory.mktemp("warm")
+    _make_data(folder)
+
+    def train(*arguments: Any, **more: Any) -> Call:
+        return _call("train_file", folder, *arguments, **more)
+
+    def begin(*arguments: Any, **more: Any) -> Call:
+        return _call("begin", folder, *arguments, **more)
+
+    def logits(run: str) -> Call:
+        return "tests.training_calls:logits", {"run": str(folder / run), "data": str(folder / "before"), "split": "validation"}
+
+    two = {
+        "source": train("before", "source", ROW_WISE, warm_start=None),
+        "split": train("before", "split", *SPLIT, warm_start=None),
+        "warm-2": train("before", "warm-2", *STILL),
+        "later-2": begin("later", "later-2", "training.sharding={user: row_wise}"),
+        "from-split-2": begin("before", "from-split-2", *SPLIT, warm_start="split"),
+    }
+    found = _run(2, two, folder)
+    _break(folder)
+    one = {
+        "later-cold": begin("later", "later-cold", warm_start=None),
+        "later-1": begin("later", "later-1"),
+        "other-cold": begin("other", "other-cold", warm_start=None),
+        "other-1": begin("other", "other-1"),
+        "wider": begin("later", "wider", "model.embedding_dim=16", "objective.imputation.predicts=error"),
+        "naive": begin("later", "naive", "objective.kind=naive", "model.tower_hidden=[4]"),
+        "mmoe": begin("later", "mmoe", "model.backbone={kind: mmoe, hidden: [12]}"),
+        "from-split-1": begin("before", "from-split-1", SPLIT[0], warm_start="split"),
+        "warm-1": train("before", "warm-1", *STILL),
+        "logits source": logits("source"),
+        "logits warm-1": logits("warm-1"),
+        "logits warm-2": logits("warm-2"),
+        "absent": train("before", "none", warm_start="nowhere"),
+        "unfinished": train("before", "none", warm_start="unfinished"),
+        "damaged": train("before", "none", warm_start="damaged"),
+        "itself": train("before", "source", warm_start="source", overwrite=True),
+        "another": train("before", "warm-1", *STILL, warm_start="split", resume=True),
+        "began cold": train("before", "source", ROW_WISE, resume=True),
+        "started": train("before", "started", *STILL, warm_start=None, resume=True),
+        "orphan": train("before", "orphan", *STILL, "training.epochs=2", warm_start=None, resume=True),
+        "choice": train("before", "choice", *CHOICE),
+        "choice again": train("before", "choice", *CHOICE, warm_start=None, resume=True),
+        "choice of another": train("before", "choice", *CHOICE, warm_start="split", resume=True),
+    }
+    return {"folder": folder} | found | _run(1, one, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(results: dict[str, Any]) -> Path:
+    folder: Path = results["folder"]
     return folder
 
 
@@ -190,7 +256,7 @@ def test_the_report_names_the_source_and_the_log_shows_it(folder: Path) -> None:
     told, source = _told(folder / "later-1"), folder / "source"
     assert {name: told[name] for name in ("run", "checkpoint", "schema_hash")} == {
         "run": str(source),
-        "checkpoint": "step-8",
+        "checkpoint": f"step-{STEPS}",
         "schema_hash": Schema.load(source / "schema.json").hash(),
     }
 
@@ -283,52 +349,79 @@ def test_another_backbone_takes_no_layer(folder: Path) -> None:
     assert reasons == {"the backbone was dcn_v2, is mmoe", "the model has no such weights"}
 
 
-@pytest.fixture(scope="module")
-def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set, a run of it, and one that began with it."""
-    folder = tmp_path_factory.mktemp("encoded")
-    data = str(write_dataset(folder / "set", {"train": 1000, "validation": 300}))
-    train = "tests.training_calls:train_run"
-
-    def call(out: str, *overrides: str, **arguments: Any) -> tuple[str, dict[str, Any]]:
-        return train, {"data": data, "out": str(folder / out), "overrides": list(overrides), **arguments}
-
-    source, split = str(folder / "source"), ["model.embedding_dim=256", "training.sharding={'*': column_wise}"]
-    results = run_ranks(1, [call("source"), call("warm-1", *STILL, warm_start=source)], folder / "ranks-1")
-    more = [
-        call("warm-2", *STILL, ROW_WISE, warm_start=source),
-        call("split", *split),
-        call("from-split-2", *split, *STILL, warm_start=str(folder / "split")),
-    ]
-    results += run_ranks(2, more, folder / "ranks-2")
-    results += run_ranks(1, [call("from-split-1", split[0], *STILL, warm_start=str(folder / "split"))], folder / "ranks-1b")
-    assert [result.get("steps") for result in results] == [4] * 6, results
-    return folder
-
-
-def test_predictions_begin_as_the_source_ends(encoded: Path) -> None:
-    """On one rank, on two with another plan, and from columns that two ranks held: steps of 1e-12 move nothing."""
-    runs = ["source", "warm-1", "warm-2"]
-    calls = [
-        ("tests.training_calls:logits", {"run": str(encoded / run), "data": str(encoded / "set"), "split": "validation"}) for run in runs
-    ]
-    source, *others = run_ranks(1, calls, encoded / "logits")
+def test_predictions_begin_as_the_source_ends(results: dict[str, Any]) -> None:
+    """On one rank and on two, from two ranks with another plan: what steps of 1e-12 leave."""
+    source, rows = results["logits source"], pq.read_table(results["folder"] / "before" / "validation").num_rows
+    assert np.shape(source) == (2, rows)
+    assert rows > 100
     assert np.std(source[0]) > 0.05
-    for name, found in zip(runs[1:], others, strict=True):
-        assert np.shape(found) == (2, 300)
-        np.testing.assert_allclose(found, source, atol=1e-6, err_msg=name)
+    for name in ("warm-1", "warm-2"):
+        assert results[name]["steps"] == STEPS
+        np.testing.assert_allclose(results[f"logits {name}"], source, atol=1e-6, err_msg=name)
 
 
-def test_states_of_split_columns_are_one_by_their_mean(encoded: Path, tmp_path: Path) -> None:
-    """And a row's state is that of all its column shards again. One step of 256 rows adds to it: rows without values in it are looked at."""
-    states = {
-        name: _adagrad(_state(encoded / name / "checkpoints" / "step-4"), "user") for name in ("split", "from-split-1", "from-split-2")
-    }
-    mean = states["split"].view(2, 300).mean(dim=0)
-    assert not torch.equal(states["split"][:300], states["split"][300:])
-    grown = states["from-split-1"] - mean
-    assert (grown >= -1e-9).all()
-    assert mean.max() > 0
-    # The second run adds the squared gradients of the same four batches to what it took: none to a user who is in none of them.
-    absent = states["split"].view(2, 300).sum(dim=0) == 0
-    assert torch.equal(states["from-split-1"][absent], mean[absent])
+def test_states_of_split_columns_become_one_by_their_mean(folder: Path) -> None:
+    """And one state is that of all column shards: what two ranks held of each row's columns begins anew on one rank, and on two."""
+    (checkpoint,) = (folder / "split" / "checkpoints").glob("step-*")
+    source, one, two = (_state(path) for path in (checkpoint, folder / "from-split-1" / "beginning", folder / "from-split-2" / "beginning"))
+    for feature in ("user", "history"):
+        states = _adagrad(source, feature).view(2, -1)
+        assert not torch.equal(states[0], states[1])
+        assert torch.equal(_adagrad(one, feature), states[0] * 0.5 + states[1] * 0.5)
+        assert torch.equal(_adagrad(two, feature), _adagrad(one, feature).repeat(2))
+        for warm in (one, two):
+            assert torch.equal(_table(warm, feature), _table(source, feature))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said", "hint"),
+    [
+        ("absent", "DataError", "no run at {}/nowhere", "did you mean {}/"),
+        (
+            "unfinished",
+            "DataError",
+            "the run at {}/unfinished is incomplete: it has no manifest.json",
+            "train with --resume goes on with it",
+        ),
+        (
+            "damaged",
+            "DataError",
+            "checkpoint {}/damaged/checkpoints/step-6 is damaged: ",
+            "start from another run, or leave --warm-start out",
+        ),
+        ("itself", "ConfigError", "the output folder {0}/source is or holds the input {0}/source", "choose another --out"),
+        ("another", "ConfigError", "--warm-start {0}/split: {0}/warm-1 began with {0}/source, and goes on", "leave --warm-start out"),
+        ("began cold", "ConfigError", "--warm-start {0}/source: {0}/source began without one, and goes on", "leave --warm-start out"),
+        (
+            "choice of another",
+            "ConfigError",
+            "--warm-start {0}/split: {0}/choice began with {0}/source, and goes on",
+            "leave --warm-start out",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(results: dict[str, Any], call: str, error: str, said: str, hint: str) -> None:
+    result, folder = results[call], results["folder"]
+    assert result["error"] == error
+    assert result["message"].startswith(said.format(folder)), result["message"]
+    assert result["hint"].startswith(hint.format(folder)), result["hint"]
+
+
+def test_what_goes_on_does_not_begin_again(results: dict[str, Any]) -> None:
+    """Not even if the source is gone; but a start that left no checkpoint begins with its source, though nobody names it again."""
+    folder = results["folder"]
+    assert results["orphan"]["steps"] == 2 * STEPS
+    assert "tables" not in _told(folder / "orphan")
+    assert results["started"]["steps"] == STEPS
+    assert _told(folder / "started") == _told(folder / "warm-2")
+
+
+def test_candidates_begin_alike_and_what_must_know_nothing_begins_anew(results: dict[str, Any]) -> None:
+    """The judge, and the halves of a cross-fitted propensity: the source may have seen the rows that they must not know."""
+    folder = results["folder"]
+    assert results["choice again"] == results["choice"], "there is nothing left to do"
+    begun = {str(path.parent.relative_to(folder / "choice")) for path in (folder / "choice").rglob("config.json")}
+    warm = {str(path.parent.relative_to(folder / "choice")) for path in (folder / "choice").rglob("warm_start.json")}
+    assert begun - warm == {"candidates/judge", *(name for name in begun if "/half-" in f"/{name}")}
+    assert len(warm) == 2
+    assert len(begun) == 5

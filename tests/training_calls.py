@@ -37,11 +37,9 @@ from escm2rec.training.warm_start import take_from
 from tests.encoded import config
 
 
-def train_run(
-    data: str, out: str, overrides: list[str], resume: bool = False, overwrite: bool = False, warm_start: str | None = None
-) -> dict[str, Any]:
+def train_run(data: str, out: str, overrides: list[str], resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train with the tests' config."""
-    return train(config(*overrides), Path(data), Path(out), resume, overwrite, None if warm_start is None else Path(warm_start))
+    return train(config(*overrides), Path(data), Path(out), resume, overwrite)
 
 
 def keep(source: str, to: str) -> None:
@@ -160,9 +158,12 @@ def train_beside_another(data: str, out: str, overrides: list[str], at_step: int
         return train_run(data, out, overrides)
 
 
-def train_file(config_file: str, data: str, out: str, overrides: list[str] | None = None) -> dict[str, Any]:
+def train_file(
+    config_file: str, data: str, out: str, overrides: list[str] | None = None, warm_start: str | None = None, **arguments: bool
+) -> dict[str, Any]:
     """Train with a config file."""
-    return train(load_config(config_file, overrides or []), Path(data), Path(out))
+    source = None if warm_start is None else Path(warm_start)
+    return train(load_config(config_file, overrides or []), Path(data), Path(out), **arguments, warm_start=source)
 
 
 def begin(config_file: str, data: str, out: str, overrides: list[str], warm_start: str | None = None) -> None:
