@@ -53,18 +53,8 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "train": (
         [
-            "--config",
-            "c.yaml",
-            "--data",
-            "d",
-            "--out",
-            "a b",
-            "--set",
-            "training.epochs=2,model.tower_hidden=[8,4]",
-            "--resume",
-            "true",
-            "--profile",
-            "True",
+            *("--config", "c.yaml", "--data", "d", "--out", "a b", "--set", "training.epochs=2,model.tower_hidden=[8,4]"),
+            *("--resume", "true", "--profile", "True", "--warm_start", "r"),
         ],
         [
             "--config",
@@ -79,6 +69,8 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
             "model.tower_hidden=[8,4]",
             "--resume",
             "--profile",
+            "--warm-start",
+            "r",
         ],
     ),
     "evaluate": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from escm2rec.config import parse_config
 from escm2rec.preprocess import preprocess
 from escm2rec.schema import Schema
+from escm2rec.training.run import Run
+from escm2rec.training.warm_start import log_taken
 from tests.preprocess_logs import values_of
 from tests.ranks import run_ranks
 from tests.raw_tables import raw_table
@@ -46,6 +49,7 @@ STILL = ["training.dense_learning_rate=1e-12", "training.sparse_learning_rate=1e
 ROW_WISE = "training.sharding={'*': row_wise}"
 SPLIT = ["model.embedding_dim=256", "training.sharding={'*': column_wise}"]
 CHOICE = ["objective={kind: escm2-ips, propensity: {cross_fit: true}}", "choice.objectives=[{kind: naive}]"]
+AVERAGED = ["training.sparse_optimizer=adagrad", "training.ema_decay=0.9"]
 STEPS = 6
 State = dict[str, Any]
 Call = tuple[str, dict[str, Any]]
@@ -125,6 +129,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     two = {
         "source": train("before", "source", ROW_WISE, warm_start=None),
         "split": train("before", "split", *SPLIT, warm_start=None),
+        "averaged": train("before", "averaged", *AVERAGED, warm_start=None),
         "warm-2": train("before", "warm-2", *STILL),
         "later-2": begin("later", "later-2", "training.sharding={user: row_wise}"),
         "from-split-2": begin("before", "from-split-2", *SPLIT, warm_start="split"),
@@ -140,6 +145,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "naive": begin("later", "naive", "objective.kind=naive", "model.tower_hidden=[4]"),
         "mmoe": begin("later", "mmoe", "model.backbone={kind: mmoe, hidden: [12]}"),
         "from-split-1": begin("before", "from-split-1", SPLIT[0], warm_start="split"),
+        "from-averaged": begin("before", "from-averaged", *AVERAGED, warm_start="averaged"),
+        "from-adagrad": begin("before", "from-adagrad", warm_start="averaged"),
         "warm-1": train("before", "warm-1", *STILL),
         "logits source": logits("source"),
         "logits warm-1": logits("warm-1"),
@@ -252,13 +259,28 @@ def test_hashed_rows_keep_their_places_and_buckets_need_their_boundaries(folder:
     assert moments["mean"] == means
 
 
-def test_the_report_names_the_source_and_the_log_shows_it(folder: Path) -> None:
+def test_the_report_names_the_source(folder: Path) -> None:
     told, source = _told(folder / "later-1"), folder / "source"
     assert {name: told[name] for name in ("run", "checkpoint", "schema_hash")} == {
         "run": str(source),
         "checkpoint": f"step-{STEPS}",
         "schema_hash": Schema.load(source / "schema.json").hash(),
     }
+
+
+def test_the_log_shows_it_as_a_table(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, told = Run.open(folder / "source"), _told(folder / "other-1")
+    with caplog.at_level(logging.INFO, "escm2rec"):
+        log_taken(source, told)
+    lines = caplog.messages[0].splitlines()
+    user = told["tables"]["user"]
+    assert lines[0] == f"warm start from {source.path}, step-{STEPS}"
+    assert lines[1].split() == ["table", "rows", "matched", "new", "left"]
+    numbers = [str(user[name]) for name in ("rows", "matched", "new", "left")]
+    assert lines[2].split(maxsplit=5) == ["user", *numbers, "oov_rows was 1, is 3: those rows are new"]
+    assert len(lines[2:9]) == len(told["tables"])
+    assert lines[9] == f"  dense: {len(told['dense']) - 3} taken, 3 in part, 0 not"
+    assert "    model.head.backbone.layers.0.weight: inputs not of added; without priced" in lines[10:]
 
 
 def test_features_that_changed_are_told_with_the_reason(folder: Path) -> None:
@@ -371,6 +393,30 @@ def test_states_of_split_columns_become_one_by_their_mean(folder: Path) -> None:
         assert torch.equal(_adagrad(two, feature), _adagrad(one, feature).repeat(2))
         for warm in (one, two):
             assert torch.equal(_table(warm, feature), _table(source, feature))
+
+
+def test_a_moving_average_is_what_is_taken_and_goes_on(folder: Path) -> None:
+    """A run that keeps one predicts with it. Adagrad's state an element goes along; to another optimizer no state does."""
+    (checkpoint,) = (folder / "averaged" / "checkpoints").glob("step-*")
+    source, warm, other = (
+        _state(path) for path in (checkpoint, *(folder / name / "beginning" for name in ("from-averaged", "from-adagrad")))
+    )
+    names = [name for name in warm["model"] if ".embedding_bags." not in name]
+    assert len(names) > 15
+    for name in names:
+        average = source["optimizer"]["state"][f"dense.{name}"]["ema"]
+        assert torch.equal(warm["model"][name], average), name
+        assert torch.equal(other["model"][name], average), name
+        assert torch.equal(warm["optimizer"]["state"][f"dense.{name}"]["ema"], average), name
+        assert not warm["optimizer"]["state"][f"dense.{name}"]["exp_avg"].any(), "AdamW begins anew"
+    assert not torch.equal(source["model"]["model.head.ctr.tower.layers.0.weight"], warm["model"]["model.head.ctr.tower.layers.0.weight"])
+    for feature in ("user", "history"):
+        assert _adagrad(source, feature).shape == _table(source, feature).shape
+        assert torch.equal(_adagrad(warm, feature), _adagrad(source, feature))
+        assert torch.equal(_table(other, feature), _table(source, feature))
+        assert not _adagrad(other, feature).any()
+    assert _told(folder / "from-averaged")["table_states"] == {"taken": "yes"}
+    assert _told(folder / "from-adagrad")["table_states"] == {"taken": "no", "reason": "sparse_optimizer was adagrad, is rowwise_adagrad"}
 
 
 @pytest.mark.parametrize(

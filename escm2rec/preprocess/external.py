@@ -18,10 +18,10 @@ LEAST_BYTES = 256 << 20
 
 
 @contextmanager
-def database(folder: Path, memory_bytes: int, file: str = ":memory:") -> Iterator[Any]:
+def database(folder: Path, memory_bytes: int, file: str = ":memory:", hint: str = "pass a larger --memory-gib") -> Iterator[Any]:
     """A duckdb connection that takes `memory_bytes` (LEAST_BYTES at least), and goes to `folder`, which is made, beyond.
 
-    `file` in the folder holds its tables, where there are some. RunError when that memory does not do.
+    `file` in the folder holds its tables, where there are some. RunError, with `hint`, when that memory does not do.
     """
     import duckdb
 
@@ -34,7 +34,7 @@ def database(folder: Path, memory_bytes: int, file: str = ":memory:") -> Iterato
         except duckdb.OutOfMemoryException as error:
             if DISK_LIMIT in str(error):
                 raise  # `telling_of_disk` says it
-            raise RunError(f"cannot sort with {limits['memory_limit']}: {error}", "pass a larger --memory-gib") from error
+            raise RunError(f"cannot sort with {limits['memory_limit']}: {error}", hint) from error
 
 
 def query(sql: str, rows: pa.RecordBatchReader, folder: Path, memory_bytes: int, table_rows: int) -> Iterator[pa.Table]:

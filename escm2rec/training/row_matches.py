@@ -55,7 +55,10 @@ def write_matches(before: Feature, old: Path, now: Feature, new: Path, path: Pat
     shared = "range" if before.oov_rows == now.oov_rows else "NULL"
     sql = BY_VALUE.format(shared=shared, oov_rows=now.oov_rows) if by_value else EVERY.format(rows=now.num_embeddings)
     scratch, matched = path.with_name(f".{path.stem}.join"), 0
-    with database(scratch, JOIN_BYTES) as connection, pq.ParquetWriter(path, ROWS, compression="zstd") as writer:
+    with (
+        database(scratch, JOIN_BYTES, hint="give max_size to the feature") as connection,
+        pq.ParquetWriter(path, ROWS, compression="zstd") as writer,
+    ):
         for name, feature, folder in (("now", now, new), ("before", before, old)):
             if by_value:
                 connection.register(name, ds.dataset(check_vocabulary(feature, folder), format="parquet"))

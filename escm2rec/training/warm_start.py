@@ -1,17 +1,19 @@
 """What a finished run learned, as the beginning of another training: embedding rows by what they stand for, weights by name.
 
 Tables: features are the same by name, and their rows by what they stand for (`row_matches.py`). A matched row begins as the source's row,
-bit for bit, with the state that row-wise Adagrad held for it: without that, its first steps, each as large as the learning rate, would undo
-what the row knows. A new row keeps its seeded initial values and a state of 0, as in any training. A source whose columns were split has
-several states a row; their mean is taken.
+bit for bit, with the state that Adagrad, row-wise or not, held for it: without that, its first steps, each as large as the learning rate,
+would undo what the row knows. A new row keeps its seeded initial values and a state of 0, as in any training. Where columns were split,
+row-wise Adagrad held several states a row; their mean is taken. Adam's moments begin anew, and so does the state of another optimizer.
 
-Everything dense, and what the loss holds: taken by name where the shape is equal. Where inputs came, went or moved, the columns of those
-that both have are taken, and the others keep their initial values. AdamW's moments begin anew.
+Everything dense, and what the loss holds: taken by name where the shape is equal; its moving average, where the source kept one. Where
+inputs came, went or moved, the columns of those that both have are taken, and the others keep their initial values. AdamW's moments begin
+anew.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,24 @@ from escm2rec.training.run import WARM_START, Run
 from escm2rec.training.stored import StoredTensors
 
 TABLES = ".embedding_bags."
+KEEPS_STATE = ("rowwise_adagrad", "adagrad", "sgd")  # sgd has none
 TOLD_SHIFT = 0.1  # of a deviation: numbers that moved by more are warned of
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Begins:
+    """A training that begins, and what it begins with; `model` and `optimizer` are the state of its parts, written to in place."""
+
+    source: Run
+    stored: StoredTensors
+    config: Config
+    schema: Schema
+    out: Path
+    runtime: Runtime
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
 
 
 def take_from(
@@ -53,59 +70,58 @@ def take_from(
     if (said := damage(source.checkpoint, runtime)) is not None:
         raise DataError(f"checkpoint {source.checkpoint} is damaged: {said}", "start from another run, or leave --warm-start out")
     stored = StoredTensors(source.checkpoint)
+    begins = _Begins(source, stored, config, schema, out, runtime, module.state_dict(), optimizer.state_dict()["state"])
     with telling_of_disk(out, "start again"):
-        tables = _take_tables(source, config, schema, out, stored, module, optimizer, runtime)
-        dense = _take_dense(source, config, schema, stored, module)
-        numbers = _numbers(source.schema, schema)
+        told = {"tables": _take_tables(begins), "table_states": _states_told(begins), "dense": _take_dense(begins)}
+        told["numbers"] = _numbers(source.schema, schema)
         if runtime.is_main:
-            told = {"tables": tables, "dense": dense, "numbers": numbers}
             write_json(out / WARM_START, source.identity | told)
-            _log(source, told)
+            log_taken(source, told)
 
 
-def _take_tables(
-    source: Run,
-    config: Config,
-    schema: Schema,
-    out: Path,
-    stored: StoredTensors,
-    module: DistributedModelParallel,
-    optimizer: CombinedOptimizer,
-    runtime: Runtime,
-) -> dict[str, Any]:
+def _take_tables(begins: _Begins) -> dict[str, Any]:
     """Copy the matched rows of every table; what is told of each feature, those the source alone has among them."""
-    before, dims = (
-        {feature.name: feature for feature in source.schema.tables},
-        (source.config.model.embedding_dim, config.model.embedding_dim),
-    )
-    weights = {_feature_of(name): (name, table) for name, table in module.state_dict().items() if TABLES in name}
-    held = {_feature_of(name): name.removeprefix("model.") for name in stored.shapes if name.startswith("model.") and TABLES in name}
-    states, told = optimizer.state_dict()["state"], {}
-    for now in schema.tables:
-        was = before.get(now.name)
+    before = {feature.name: feature for feature in begins.source.schema.tables}
+    dims = begins.source.config.model.embedding_dim, begins.config.model.embedding_dim
+    told = {}
+    for now in begins.schema.tables:
+        was, matched = before.get(now.name), 0
         reason = why_not(was, now)
         if reason is None and dims[0] != dims[1]:
             reason = f"embedding_dim was {dims[0]}, is {dims[1]}"
-        if reason is not None or was is None:
-            told[now.name] = _counts(was, now, 0, reason)
-            continue
-        path = out / "warm_start" / f"{now.name}.parquet"
-        matched = on_main(runtime, lambda was=was, now=now, path=path: _write_matches(source, was, now, out, path))  # type: ignore[misc]
-        name, table = weights[now.name]
-        _take_rows(table, now, path, stored, f"model.{held[now.name]}", was)
-        for kind, state in states.get(f"tables.{name}", {}).items():
-            _take_rows(state, now, path, stored, f"optimizer.state.tables.{held[now.name]}.{kind}", was)
-        differ = now.encoding == "vocabulary" and was.oov_rows != now.oov_rows
-        told[now.name] = _counts(
-            was, now, matched, f"oov_rows was {was.oov_rows}, is {now.oov_rows}: those rows are new" if differ else None
-        )
-    gone = before.keys() - {feature.name for feature in schema.tables}
+        if was is not None and reason is None:
+            matched = _take_table(begins, was, now)
+            if now.encoding == "vocabulary" and was.oov_rows != now.oov_rows:
+                reason = f"oov_rows was {was.oov_rows}, is {now.oov_rows}: those rows are new"
+        told[now.name] = _counts(was, now, matched, reason)
+    gone = before.keys() - {feature.name for feature in begins.schema.tables}
     return told | {name: _counts(before[name], None, 0, "the data set has no such table") for name in sorted(gone)}
 
 
-def _write_matches(source: Run, was: Feature, now: Feature, out: Path, path: Path) -> int:
-    path.parent.mkdir(exist_ok=True)
-    return write_matches(was, source.path / "vocabulary", now, out / "vocabulary", path)
+def _take_table(begins: _Begins, was: Feature, now: Feature) -> int:
+    """Copy the matched rows of one table, and their state; how many there are, on all ranks."""
+    path = begins.out / "warm_start" / f"{now.name}.parquet"
+
+    def write() -> int:
+        path.parent.mkdir(exist_ok=True)
+        return write_matches(was, begins.source.path / "vocabulary", now, begins.out / "vocabulary", path)
+
+    matched = on_main(begins.runtime, write)
+    name = next(name for name in begins.model if TABLES in name and _feature_of(name) == now.name)
+    old = next(name for name in begins.stored.shapes if name.startswith("model.") and TABLES in name and _feature_of(name) == now.name)
+    _take_rows(begins.model[name], now, path, begins.stored, old, was)
+    if _states_told(begins)["taken"] == "yes":
+        for kind, state in begins.optimizer.get(f"tables.{name}", {}).items():
+            _take_rows(state, now, path, begins.stored, f"optimizer.state.tables.{old.removeprefix('model.')}.{kind}", was)
+    return matched
+
+
+def _states_told(begins: _Begins) -> dict[str, str]:
+    """Whether what steps the tables goes on with the state of their rows."""
+    was, now = begins.source.config.training.sparse_optimizer, begins.config.training.sparse_optimizer
+    if was != now:
+        return {"taken": "no", "reason": f"sparse_optimizer was {was}, is {now}"}
+    return {"taken": "yes"} if now in KEEPS_STATE else {"taken": "no", "reason": f"{now} begins anew, as AdamW does"}
 
 
 def _feature_of(name: str) -> str:
@@ -144,29 +160,37 @@ def _place(offsets: Any, feature: Feature) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _take_dense(source: Run, config: Config, schema: Schema, stored: StoredTensors, module: DistributedModelParallel) -> dict[str, Any]:
-    """Copy what is not in tables; what is told of each entry, those the source alone has among them."""
-    inputs = _Inputs(source, config, schema)
-    dense = {name: value for name, value in module.state_dict().items() if TABLES not in name}
-    told = {name: _take_one(name, value, source.config, config, stored, inputs) for name, value in dense.items()}
-    held = (name.removeprefix("model.") for name in stored.shapes if name.startswith("model.") and TABLES not in name)
-    return told | {name: {"taken": "no", "reason": "the model has no such weights"} for name in sorted(set(held) - dense.keys())}
+def _take_dense(begins: _Begins) -> dict[str, Any]:
+    """Copy what is not in tables, into its moving average too; what is told of each entry, those the source alone has among them."""
+    inputs = _Inputs(begins.source, begins.config, begins.schema)
+    told = {}
+    for name, value in begins.model.items():
+        if TABLES in name:
+            continue
+        told[name] = _take_one(begins, name, value, inputs)
+        average = begins.optimizer.get(f"dense.{name}", {}).get("ema")
+        if average is not None:
+            average.copy_(value)
+    held = (name.removeprefix("model.") for name in begins.stored.shapes if name.startswith("model.") and TABLES not in name)
+    return told | {name: {"taken": "no", "reason": "the model has no such weights"} for name in sorted(set(held) - told.keys())}
 
 
-def _take_one(name: str, value: Tensor, was: Config, now: Config, stored: StoredTensors, inputs: _Inputs) -> dict[str, Any]:
-    reason = _other_meaning(name, was, now)
-    if reason is None and f"model.{name}" not in stored.shapes:
-        reason = "the source has no such weights"
+def _take_one(begins: _Begins, name: str, value: Tensor, inputs: _Inputs) -> dict[str, Any]:
+    shapes = begins.stored.shapes
+    average = f"optimizer.state.dense.{name}.ema"
+    stored = average if average in shapes else f"model.{name}"  # a run that keeps averages predicts with them
     axes = inputs.axes.get(name, ())
     shape = tuple(inputs.before if axis in axes else size for axis, size in enumerate(value.shape))
-    if reason is None and stored.shapes[f"model.{name}"] != shape:
-        reason = f"its shape was {list(stored.shapes[f'model.{name}'])}, is {list(value.shape)}"
+    reason = _other_meaning(name, begins.source.config, begins.config)
+    if reason is None and stored not in shapes:
+        reason = "the source has no such weights"
+    if reason is None and shapes[stored] != shape:
+        reason = f"its shape was {list(shapes[stored])}, is {list(value.shape)}"
     if reason is not None:
         return {"taken": "no", "reason": reason}
     places = [inputs.places if axis in axes else np.tile(np.arange(size), (2, 1)) for axis, size in enumerate(shape)]
     to, of = ([torch.from_numpy(place[side].copy()) for place in places] for side in (0, 1))
-    old = stored.whole(f"model.{name}")[_grid(of)]
-    value[_grid([each.to(value.device) for each in to])] = old.to(value.device)
+    value[_grid([each.to(value.device) for each in to])] = begins.stored.whole(stored)[_grid(of)].to(value.device)
     return {"taken": "in part", "reason": inputs.changed} if axes and inputs.changed else {"taken": "yes"}
 
 
@@ -248,13 +272,16 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _log(source: Run, told: dict[str, Any]) -> None:
+def log_taken(source: Run, told: dict[str, Any]) -> None:
+    """Say what was taken of a source, a line a table, and a line for each weight that was not taken whole."""
     lines = [f"warm start from {source.path}, {source.checkpoint.name}"]
     width = max((len(name) for name in told["tables"]), default=0)
     lines.append(f"  {'table':{width}}  {'rows':>13}  {'matched':>13}  {'new':>13}  {'left':>13}")
     for name, each in told["tables"].items():
         numbers = "  ".join(f"{each[key]:13,}" for key in ("rows", "matched", "new", "left"))
         lines.append(f"  {name:{width}}  {numbers}  {each.get('reason', '')}".rstrip())
+    if told["table_states"]["taken"] == "no":
+        lines.append(f"  state of the tables' rows: not taken, {told['table_states']['reason']}")
     dense = told["dense"]
     taken = {how: [name for name, each in dense.items() if each["taken"] == how] for how in ("yes", "in part", "no")}
     lines.append(f"  dense: {len(taken['yes'])} taken, {len(taken['in part'])} in part, {len(taken['no'])} not")
