@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.encoded import config, write_dataset
-from tests.ranks import train_on_ranks
+from tests.ranks import run_ranks, train_on_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 # Of the 5 rows of the smallest table each takes the gradients of some 1,300 impressions: FBGEMM splits such sums over blocks.
@@ -57,6 +57,50 @@ def test_a_resumed_training_is_the_undisturbed_one_bit_for_bit(data: Path, run: 
     shutil.rmtree(out / "checkpoints" / "step-12")
     (out / "manifest.json").unlink()
     assert _train(data, out, "training.checkpoint_every_steps=8", resume=True) == _losses(run)
+
+
+# Of each: what it sets, and whether cores have it too.
+WAYS: dict[str, tuple[list[str], bool]] = {
+    "adam": (["training.sparse_optimizer=adam", "training.sparse_learning_rate=0.01"], False),
+    "rowwise_adam": (["training.sparse_optimizer=rowwise_adam", "training.sparse_learning_rate=0.01"], False),
+    "adagrad": (["training.sparse_optimizer=adagrad"], True),
+    "sgd": (["training.sparse_optimizer=sgd", "training.sparse_learning_rate=1.0"], True),
+    "measured": (
+        [
+            *("training.ema_decay=0.9", "training.clip_gradient_norm=0.1", "training.gradient_accumulation_steps=2"),
+            *("training.warmup_steps=3", "training.evaluate_every_steps=4", "training.keep_best=ctcvr_auc", "training.max_skipped_steps=1"),
+        ],
+        True,
+    ),
+}
+
+
+def test_every_way_to_step_goes_on_as_if_undisturbed(data: Path, tmp_path: Path) -> None:
+    """Each is trained, cut off after step 8 and resumed, bit for bit; cores take its steps where they have it."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    for name, (settings, _) in WAYS.items():
+        call = {"data": str(data), "out": str(tmp_path / name), "overrides": [*SETTINGS, *settings, "training.checkpoint_every_steps=8"]}
+        calls.append(("tests.training_calls:train_run", call))
+        calls.append(("tests.training_calls:keep", {"source": str(tmp_path / name), "to": str(tmp_path / f"{name}-undisturbed")}))
+        calls.append(("tests.training_calls:cut_off", {"run": str(tmp_path / name), "step": 12}))
+        calls.append(("tests.training_calls:train_run", {**call, "resume": True}))
+    run_ranks(1, calls, tmp_path / "ranks")
+    assert len({json.dumps(_losses(tmp_path / name)) for name in WAYS}) == len(WAYS), "each takes steps of its own"
+    for name in WAYS:
+        assert _losses(tmp_path / name) == _losses(tmp_path / f"{name}-undisturbed"), name
+    cores = [name for name, (_, everywhere) in WAYS.items() if everywhere]
+    calls = [
+        (
+            "tests.training_calls:train_run",
+            {"data": str(data), "out": str(tmp_path / f"{name}-cores"), "overrides": [*SETTINGS, *WAYS[name][0]]},
+        )
+        for name in cores
+    ]
+    run_ranks(torch.cuda.device_count() + 1, calls, tmp_path / "cores")
+    assert len(cores) == 3
+    for name in cores:
+        for seen, want in zip(_losses(tmp_path / f"{name}-cores"), _losses(tmp_path / name), strict=True):
+            assert seen == pytest.approx(want, abs=2e-5), name
 
 
 def test_cores_take_the_steps_of_the_gpu(data: Path, run: Path, tmp_path: Path) -> None:

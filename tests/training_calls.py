@@ -49,6 +49,14 @@ def keep(source: str, to: str) -> None:
     dist.barrier()
 
 
+def cut_off(run: str, step: int) -> None:
+    """Make a finished run one that was cut off before it saved this step."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(Path(run) / "checkpoints" / f"step-{step}")
+        (Path(run) / "manifest.json").unlink()
+    dist.barrier()
+
+
 @contextmanager
 def in_step(at_step: int, of_rank: int, act: Callable[[], None]) -> Iterator[None]:
     """`act` once, on one rank, when it has done so many steps and not yet looked at the last one."""
