@@ -160,6 +160,19 @@ def test_every_optimizer_of_tables_takes_the_same_steps_under_every_plan(data: P
     assert len({round(loss, 5) for loss in losses.values()}) >= 3, "three optimizers, three trainings"
 
 
+def test_adam_of_tables_counts_the_steps_that_train(data: Path, tmp_path: Path) -> None:
+    """FBGEMM's own count goes on by every forward pass, those of measuring too, and begins anew in a resumed run."""
+    settings = ["training.evaluate_every_steps=2", "training.checkpoint_every_steps=4"]
+    call: dict[str, Any] = {"data": str(data), "out": str(tmp_path / "run"), "overrides": settings}
+    counts = "tests.training_calls:count_of_tables"
+    cut = ("tests.training_calls:cut_off", {"run": str(tmp_path / "run"), "step": 8})
+    calls = [(counts, {**call, "kind": "rowwise_adagrad"}), (counts, {**call, "kind": "adam"}), cut]
+    own, ours, _, resumed = run_ranks(1, [*calls, (counts, {**call, "kind": "adam", "resume": True})], tmp_path / "ranks")
+    measured = 2  # passes over the validation split, which has rows for two
+    assert own == [8 + 4 * measured] * 2, "the two groups of tables count by themselves"
+    assert ours == resumed == [7 + 1 + measured] * 2, "told of 7 before the last step, and measured once more after it"
+
+
 def test_an_optimizer_of_gpus_is_refused_on_cores(data: Path, tmp_path: Path) -> None:
     call = {"data": str(data), "out": str(tmp_path / "run"), "overrides": ["training.sparse_optimizer=adam"]}
     (result,) = run_ranks(1, [("tests.training_calls:train_run", call)], tmp_path / "ranks")

@@ -27,6 +27,7 @@ from escm2rec.reader.reader import Reader
 from escm2rec.scoring.score import score
 from escm2rec.sharding.runtime import distributed_runtime, on_main
 from escm2rec.training.metrics import TrainingMetrics
+from escm2rec.training.optimizer import TableSteps
 from escm2rec.training.owner import Owner
 from escm2rec.training.run import Run, start_run
 from escm2rec.training.step import StepOutput
@@ -55,6 +56,22 @@ def cut_off(run: str, step: int) -> None:
         shutil.rmtree(Path(run) / "checkpoints" / f"step-{step}")
         (Path(run) / "manifest.json").unlink()
     dist.barrier()
+
+
+def count_of_tables(data: str, out: str, overrides: list[str], kind: str, resume: bool = False) -> list[int]:
+    """How many steps FBGEMM counts at the end of a training whose tables are told of them as if `kind` stepped them."""
+    with distributed_runtime() as runtime:
+        dataset = Dataset.open(Path(data))
+        if not resume:
+            start_run(Path(out), config(*overrides), dataset, resume=False, overwrite=True)
+        trainer = Trainer(config(*overrides), dataset, Path(out), runtime)
+        every = TableSteps(trainer.module, "adam")._tables
+        trainer.table_steps = TableSteps(trainer.module, kind)  # type: ignore[arg-type]
+        owner = Owner.take(Path(out), runtime)
+        if resume:
+            trainer.resume()
+        trainer.train(owner)
+    return [int(table.iter_cpu.item()) for table in every]
 
 
 @contextmanager

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
-from escm2rec.config import TrainingConfig
+from escm2rec.config import SparseOptimizer, TrainingConfig
 from escm2rec.sharding.model import dense_parameters
 from escm2rec.training.checkpoint import load_into
 
@@ -97,6 +98,26 @@ class DenseOptimizer(KeyedOptimizerWrapper):
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
         torch._foreach_copy_(self._parameters, values)
+
+
+class TableSteps:
+    """Tells tables that step by Adam how many steps they did: FBGEMM counts every forward pass, those that only predict too.
+
+    Its count, which corrects Adam's first moments, is in no checkpoint of TorchRec's.
+    """
+
+    def __init__(self, module: DistributedModelParallel, kind: SparseOptimizer) -> None:
+        self._tables: list[SplitTableBatchedEmbeddingBagsCodegen] = []
+        if kind in ("adam", "rowwise_adam"):
+            lookups = (lookup for each in module.modules() for lookup in getattr(each, "_lookups", ()))
+            kernels = (kernel for lookup in lookups for kernel in lookup.modules())
+            self._tables = [kernel for kernel in kernels if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen)]
+
+    def expect(self, done: int) -> None:
+        """Say how many steps tables did before the next one."""
+        for table in self._tables:
+            table.iter_cpu.fill_(done)
+            table.iter.fill_(done)
 
 
 def combined_optimizer(module: DistributedModelParallel, dense: DenseOptimizer) -> CombinedOptimizer:

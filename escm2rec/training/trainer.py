@@ -35,7 +35,7 @@ from escm2rec.training.build import BaseRates, build_model, build_objective, sha
 from escm2rec.training.checkpoint import Checkpoints, checkpoint_of, last_good_checkpoint, latest_checkpoint, load_checkpoint
 from escm2rec.training.divergence import Divergence
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
-from escm2rec.training.optimizer import DenseOptimizer, combined_optimizer, rate_factor
+from escm2rec.training.optimizer import DenseOptimizer, TableSteps, combined_optimizer, rate_factor
 from escm2rec.training.owner import Owner
 from escm2rec.training.profile import Profile
 from escm2rec.training.run import Run, finish_run, go_on, last_record, start_run
@@ -90,6 +90,7 @@ class Trainer:
         self.module: DistributedModelParallel = sharded.module
         self.plan = {"world_size": runtime.world_size, **plan_as_json(sharded.plan)}
         self.dense = DenseOptimizer(dense_parameters(self.module), training, lambda: self.loss.skipped)
+        self.table_steps = TableSteps(self.module, training.sparse_optimizer)
         self.optimizer = combined_optimizer(self.module, self.dense)
         self.learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.reader = Reader(
@@ -284,6 +285,7 @@ class Trainer:
         phase: Phase = "calibration" if calibrates else self.objective.phase(trained)
         self.loss.stage = Stage(phase, self.step < self.warm_up_steps, self.step / self.total_steps)
         self.dense.expect(None if calibrates else trained, self.step + 1 == self.total_steps)
+        self.table_steps.expect(trained - self.divergence.skipped)
         factor = rate_factor(self.step, self.total_steps, self.config.training)
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
