@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from escm2rec.errors import RunError
 from escm2rec.sharding.runtime import Runtime
 from escm2rec.training import owner
 from escm2rec.training.owner import Owner
+from tests.small_disks import small_disk
 
 TAKEN = (
     r"was taken over by a later start of this training, or replaced: this one ends, and writes nothing more\nhint: is the job running twice"
@@ -52,6 +54,18 @@ def test_the_later_launch_writes_and_the_earlier_one_does_not_take_it_back(
     with pytest.raises(RunError, match=TAKEN):
         again.check()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_owner_as_it_was(runtime: Runtime, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        held = Owner.take(disk, runtime)
+        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        with pytest.raises(OSError, match="No space left on device"):
+            Owner.take(disk, runtime)
+        held.check()
+        assert sorted(path.name for path in disk.iterdir()) == [owner.FILE, "filler"]
 
 
 def test_a_launch_is_that_of_torchrun_and_of_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:

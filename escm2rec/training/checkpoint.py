@@ -163,6 +163,13 @@ def checkpoint_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step}"
 
 
+def remove_checkpoints_after(run: Path, step: int) -> None:
+    """Remove the complete checkpoints of later steps."""
+    for folder in _checkpoints(run):
+        if _step_of(folder) > step:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def last_good_checkpoint(run: Path, runtime: Runtime) -> Path | None:
     """The complete checkpoint of the highest step that is not damaged; None where there is none at all. Called by all ranks.
 
@@ -257,4 +264,8 @@ def _cause(error: BaseException) -> str:
 
 def _checkpoints(run: Path) -> list[Path]:
     folders = [path for path in (run / "checkpoints").glob("step-*") if (path / MANIFEST).is_file()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(folders, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))

@@ -38,8 +38,11 @@ class Owner:
             if held is not None and held.launch != mine.launch and held.began > mine.began:
                 raise mine._taken()
             partial = run / f"{FILE}.{mine.token}"
-            partial.write_text(json.dumps(asdict(mine)), encoding="utf-8")
-            partial.replace(run / FILE)
+            try:
+                partial.write_text(json.dumps(asdict(mine)), encoding="utf-8")
+                partial.replace(run / FILE)
+            finally:
+                partial.unlink(missing_ok=True)  # where the disk is full
             return mine
 
         return on_main(runtime, write)

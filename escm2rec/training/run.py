@@ -15,7 +15,7 @@ from escm2rec.paths import copy_folder
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
 from escm2rec.training.build import BaseRates
-from escm2rec.training.checkpoint import latest_checkpoint
+from escm2rec.training.checkpoint import latest_checkpoint, remove_checkpoints_after
 
 METRICS = "metrics.jsonl"
 REPORTS = ("report.json", "report.html")
@@ -108,14 +108,19 @@ def refuse_other_source(out: Path, begun_with: Path | None, asked: Path | None) 
 
 
 def go_on(out: Path, step: int) -> None:
-    """Make a run unfinished again from `step` on: what was written after it, and what speaks of a finished run, is removed."""
+    """Make a run unfinished again from `step` on: what was written after it, and what speaks of a finished run, is removed.
+
+    Checkpoints too: those that were passed over as damaged would take the place of good ones among the newest.
+    """
     for name in (MANIFEST, *REPORTS):
         (out / name).unlink(missing_ok=True)
     metrics = out / METRICS
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
     partial = metrics.with_name(f".{METRICS}.partial")
-    partial.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+    whole = (line for line in lines if line.endswith("\n"))  # the last one is cut where the disk was full
+    partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
     os.replace(partial, metrics)
+    remove_checkpoints_after(out, step)
 
 
 def last_record(out: Path) -> dict[str, Any]:

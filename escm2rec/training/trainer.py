@@ -64,13 +64,14 @@ def train_one(
     """
     dataset, source = on_main(runtime, lambda: _start(config, data, out, resume, overwrite, warm_start))
     dataset = replace(dataset, half=half)
-    owner = Owner.take(out, runtime)  # before a checkpoint is chosen, which another start could remove
-    trainer = Trainer(config, dataset, out, runtime, None if propensities is None else propensities())
-    if source is not None:
-        take_from(source, config, dataset.schema, out, trainer.module, trainer.optimizer, runtime)
-    if resume:
-        trainer.resume()
-    return trainer.train(owner, profiles)
+    with telling_of_disk(out, "start again with --resume"):
+        owner = Owner.take(out, runtime)  # before a checkpoint is chosen, which another start could remove
+        trainer = Trainer(config, dataset, out, runtime, None if propensities is None else propensities())
+        if source is not None:
+            take_from(source, config, dataset.schema, out, trainer.module, trainer.optimizer, runtime)
+        if resume:
+            trainer.resume()
+        return trainer.train(owner, profiles)
 
 
 class Trainer:
@@ -171,7 +172,6 @@ class Trainer:
                 self.calendar.every,
             )
         with (
-            telling_of_disk(self.out, "start again with --resume"),
             MetricsLog(owner, self.runtime, first_step) as log,
             Progress("train", rows_left, self.runtime.is_main) as progress,
             Checkpoints(owner, self.config.training.keep_checkpoints, self.runtime) as checkpoints,
