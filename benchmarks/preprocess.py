@@ -26,8 +26,8 @@ import polars as pl
 from benchmarks import rowwise
 from benchmarks.machine import facts, run_and_watch
 from escm2rec.config import SimulationConfig, load_config
+from escm2rec.parallel import default_workers, ordered_map
 from escm2rec.preprocess.aliccp_text import BLOCK_BYTES, FieldCodes, Lines, Needs, TextBlock, text_blocks
-from escm2rec.preprocess.parallel import default_workers, ordered_map
 from escm2rec.simulate import simulate
 
 ROOT = Path(__file__).resolve().parents[1]

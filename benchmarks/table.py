@@ -34,7 +34,7 @@ import yaml
 
 from benchmarks.machine import facts, run_and_watch
 from escm2rec.config import SimulationConfig
-from escm2rec.preprocess.parallel import default_workers
+from escm2rec.parallel import default_workers
 from escm2rec.preprocess.write import layout_of
 from escm2rec.simulate import simulate
 

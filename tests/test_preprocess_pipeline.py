@@ -19,8 +19,8 @@ import pytest
 from escm2rec.cells import with_lists
 from escm2rec.config import DataConfig, MatrixSource, Source
 from escm2rec.errors import ConfigError, DataError, RunError
+from escm2rec.parallel import ordered_map
 from escm2rec.preprocess import encode_raw, merge, pipeline, portions, preprocess, raw_files
-from escm2rec.preprocess.parallel import ordered_map
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
 from tests.preprocess_logs import (

@@ -11,8 +11,8 @@ import pyarrow as pa
 from escm2rec.cells import read_lists
 from escm2rec.config import SPLITS, Split
 from escm2rec.errors import DataError
+from escm2rec.parallel import default_workers, ordered_map
 from escm2rec.paths import not_read, open_parquet
-from escm2rec.preprocess.parallel import default_workers, ordered_map
 from escm2rec.preprocess.ragged import Float32s, Int64s
 from escm2rec.progress import Progress
 from escm2rec.reader.dataset import Dataset, RowGroup

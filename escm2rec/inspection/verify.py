@@ -12,8 +12,8 @@ from typing import Any
 
 from escm2rec.config import SPLITS
 from escm2rec.errors import DataError
+from escm2rec.parallel import default_workers, ordered_map
 from escm2rec.paths import DataPath
-from escm2rec.preprocess.parallel import default_workers, ordered_map
 from escm2rec.progress import Progress
 from escm2rec.reader.dataset import Dataset
 

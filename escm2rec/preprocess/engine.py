@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from escm2rec.errors import ConfigError, Escm2Error, RunError
 from escm2rec.heap import share_one_heap
 from escm2rec.orphans import end_with_parent
-from escm2rec.preprocess.parallel import default_workers
+from escm2rec.parallel import default_workers
 from escm2rec.workers import ONE_THREAD, starting_workers
 
 Item = TypeVar("Item")

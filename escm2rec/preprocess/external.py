@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from escm2rec.disk import DISK_LIMIT
 from escm2rec.errors import RunError
-from escm2rec.preprocess.parallel import default_workers
+from escm2rec.parallel import default_workers
 
 LEAST_BYTES = 256 << 20
 """With less, duckdb gives up on sorts that it could do on disk: its blocks are of 256 KiB, a buffer or more a thread."""

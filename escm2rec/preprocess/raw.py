@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from escm2rec.disk import telling_of_disk
 from escm2rec.errors import DataError
+from escm2rec.parallel import default_workers, ordered_map
 from escm2rec.preprocess.block import Request
 from escm2rec.preprocess.encoder import Encoded, Encoder, Rows
 from escm2rec.preprocess.files import RawFile
-from escm2rec.preprocess.parallel import default_workers, ordered_map
 from escm2rec.preprocess.records import CommonRecords, RecordWriter, common_tasks, encode_records, index_records, open_records
 from escm2rec.preprocess.rejections import Rejected, Rejection
 from escm2rec.preprocess.sources import Opener

@@ -24,8 +24,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from escm2rec.config import Split
+from escm2rec.parallel import ordered_map
 from escm2rec.paths import not_read, open_parquet
-from escm2rec.preprocess.parallel import ordered_map
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.columns import Columns, Slice, assemble, decode, encoded_columns
 from escm2rec.reader.dataset import Dataset, RowGroup
