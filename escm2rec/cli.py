@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ EXIT_UNEXPECTED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DEBUG_FLAG = "--debug"
-LOST_RANK = "Connection closed by peer"  # gloo's words on the ranks that are left
+LOST_RANK = re.compile("Connection closed by peer|gloo/transport.*Connection reset by peer")  # gloo's words on the ranks that are left
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 config_app = typer.Typer(help="Look at a config before it is used.", rich_markup_mode=None)
@@ -362,7 +363,7 @@ def _report_error(error: Exception, debug: bool) -> int:
         traceback.print_exception(error)
     if isinstance(error, Escm2Error) and error.told_by_rank_0:
         return error.exit_code
-    if LOST_RANK in str(error):
+    if LOST_RANK.search(str(error)):
         message, hint, code = "another rank ended first", "its error is the one to mend", EXIT_UNEXPECTED
     elif isinstance(error, Escm2Error):
         message, hint, code = error.message, error.hint, error.exit_code

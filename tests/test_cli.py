@@ -270,9 +270,11 @@ def test_another_rank_names_itself(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_what_rank_0_told_is_not_told_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     told = DataError("the file is wrong")
     told.told_by_rank_0 = True
-    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3458.")
+    closed = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3458.")
+    reset = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:18312: Connection reset by peer. GLHF!")
+    lost = "error (rank 1): another rank ended first\nhint: its error is the one to mend\n"
     monkeypatch.setenv("RANK", "1")
-    for error, code, said in ((told, 2, ""), (lost, 1, "error (rank 1): another rank ended first\nhint: its error is the one to mend\n")):
+    for error, code, said in ((told, 2, ""), (closed, 1, lost), (reset, 1, lost)):
 
         def library(*_: Any, error: Exception = error) -> dict[str, Any]:
             raise error
