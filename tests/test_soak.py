@@ -124,7 +124,7 @@ class Job:
 
         def has_trained() -> bool:
             nonlocal token, first_step
-            with suppress(OSError):
+            with suppress(OSError, IndexError):  # where a start has not come so far
                 token = json.loads((self.out / ".owner").read_text())["token"]
                 told = (self.rows / f"{token}-0").read_text().splitlines()
                 first_step = json.loads(told[0])[1]
