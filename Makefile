@@ -60,6 +60,7 @@ bench: install
 	$(BIN)/python -m benchmarks.layout
 	$(BIN)/python -m benchmarks.reader
 	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.first_step
 
 prove: $(INSTALLED_DEV)
 	ESCM2REC_IMAGE_PROOF=1 $(BIN)/python -m pytest tests/test_dockerfile.py
