@@ -30,12 +30,12 @@ def record(folder: Path, pause_s: float) -> None:
     train, forward, parent = Trainer.train, Loss.forward, os.getppid()
     training: tuple[Trainer, TextIO] | None = None
 
-    def recorded_train(self: Trainer, owner: Owner) -> dict[str, Any]:
+    def recorded_train(self: Trainer, owner: Owner, profiles: bool = False) -> dict[str, Any]:
         nonlocal training
         with (folder / f"{owner.token}-{self.runtime.rank}").open("w", encoding="utf-8") as file:
             print(json.dumps([time.time(), self.step]), file=file, flush=True)
             training = self, file
-            return train(self, owner)
+            return train(self, owner, profiles)
 
     def recorded_forward(self: Loss, predictions: Predictions, batch: Batch) -> tuple[Tensor, StepOutput]:
         assert training is not None

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -32,13 +32,15 @@ from escm2rec.sharding.planner import plan_as_json
 from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.agreement import Agreement, Clock, StopRequest, heeding_sigterm
 from escm2rec.training.build import BaseRates, build_model, build_objective, shard
+from escm2rec.training.calendar import Calendar
 from escm2rec.training.checkpoint import Checkpoints, checkpoint_of, last_good_checkpoint, latest_checkpoint, load_checkpoint
 from escm2rec.training.divergence import Divergence
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
 from escm2rec.training.optimizer import DenseOptimizer, TableSteps, combined_optimizer, rate_factor
 from escm2rec.training.owner import Owner
 from escm2rec.training.profile import Profile
-from escm2rec.training.run import Run, finish_run, go_on, last_record, start_run
+from escm2rec.training.run import finish_run, go_on, last_record
+from escm2rec.training.start import start
 from escm2rec.training.step import Loss, StepOutput, TrainingModel
 from escm2rec.training.validation import Best, Validation
 from escm2rec.training.warm_start import take_from
@@ -62,7 +64,7 @@ def train_one(
 
     `propensities` makes the logits of a given q, when the run folder is there.
     """
-    dataset, source = on_main(runtime, lambda: _start(config, data, out, resume, overwrite, warm_start))
+    dataset, source = on_main(runtime, lambda: start(config, data, out, resume, overwrite, warm_start))
     dataset = replace(dataset, half=half)
     with telling_of_disk(out, "start again with --resume"):
         owner = Owner.take(out, runtime)  # before a checkpoint is chosen, which another start could remove
@@ -361,81 +363,3 @@ class Trainer:
             return {}
         slope, shift = self.loss.calibration.tolist()
         return {"propensity_slope": slope, "propensity_shift": shift}
-
-
-class Calendar(NamedTuple):
-    """Which steps train and which calibrate: one of calibration after every `every` of training, never the last (None: none)."""
-
-    training: int
-    every: int | None
-
-    @property
-    def total(self) -> int:
-        """All steps, of both kinds."""
-        return self.training + ((self.training - 1) // self.every if self.every is not None else 0)
-
-    @property
-    def never_calibrates(self) -> bool:
-        """Whether calibration is asked for and its first step never comes."""
-        return self.every is not None and self.total == self.training
-
-    def calibrates(self, step: int) -> bool:
-        """Whether step 0, 1, ... is one of calibration."""
-        return self.every is not None and step % (self.every + 1) == self.every
-
-    def trained(self, step: int) -> int:
-        """How many of the steps before this one train."""
-        return step - (step // (self.every + 1) if self.every is not None else 0)
-
-
-def _start(config: Config, data: DataPath, out: Path, resume: bool, overwrite: bool, warm_start: Path | None) -> tuple[Dataset, Run | None]:
-    dataset = Dataset.open(data)
-    dataset.split_counts("train")
-    _check_features(config, dataset)
-    held = dataset.manifest.get("negative_keep_rate", 1.0)
-    if config.data.negative_keep_rate != held:
-        raise ConfigError(
-            f"data.negative_keep_rate is {config.data.negative_keep_rate:g}, the data set at {data} was made with {held:g}",
-            f"set it to {held:g}, or preprocess again",
-        )
-    build_objective(config.objective, 0.5)
-    if not dataset.manifest["splits"].get("validation", {}).get("rows"):
-        _refuse_without_validation(config, data)
-    _warn_of_labels(dataset.split_counts("train"))
-    return dataset, start_run(out, config, dataset, resume, overwrite, warm_start)
-
-
-def _refuse_without_validation(config: Config, data: DataPath) -> None:
-    uses = {
-        "objective.propensity.calibration fits to": (config.objective.propensity.calibration != "none", "calibration: none"),
-        "training.evaluate_every_steps measures on": (config.training.evaluate_every_steps is not None, "evaluate_every_steps: null"),
-    }
-    for what, (asked, instead) in uses.items():
-        if asked:
-            raise DataError(
-                f"{what} the validation split, and {data} has no rows in it",
-                f"give data.split a share for validation and preprocess again, or set {instead}",
-            )
-
-
-def _check_features(config: Config, dataset: Dataset) -> None:
-    """ConfigError when the config describes other features than the data set was made with."""
-    asked = {feature.name: feature for feature in config.data.features}
-    held = {feature.name: feature for feature in dataset.schema.features}
-    for name in sorted(asked.keys() | held.keys()):
-        if name in asked and name in held:
-            said = held[name].differs_from(asked[name])
-        else:
-            said = "this feature, the data set was made without it" if name in asked else "no such feature, the data set has one"
-        if said is not None:
-            raise ConfigError(
-                f"feature {name!r}: the config says {said} ({dataset.path})",
-                "preprocess again with this config, or train with the config of the data set",
-            )
-
-
-def _warn_of_labels(counts: dict[str, int]) -> None:
-    for label, learned in (("clicks", "neither CTR nor CVR"), ("conversions", "no CVR")):
-        if not counts[label]:
-            logger.warning("the training split has no %s: %s can be learned from it", label, learned)
-            return

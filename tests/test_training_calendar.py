@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from escm2rec.training.trainer import Calendar
+from escm2rec.training.calendar import Calendar
 
 
 @pytest.mark.parametrize(("training", "every", "calibrating"), [(10, 5, [5]), (11, 5, [5, 11]), (5, 5, []), (3, 20, []), (4, None, [])])
