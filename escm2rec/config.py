@@ -705,6 +705,10 @@ class TrainingConfig(Section):
         "float32",
         description="Of what tables hand on and towers multiply: bfloat16 is half the bytes, on a GPU; weights, optimizers, losses and metrics are float32.",
     )
+    communication: Literal["full", "half"] = Field(
+        "full",
+        description="What ranks send each other for a number that tables hand on: all its bytes, or two (float16, gradients bfloat16).",
+    )
     shuffle_lanes: int = Field(8, ge=1, description="How many places of the data set each batch mixes.")
     prefetch_batches: int = Field(4, ge=1, description="Batches read ahead by the background thread.")
     decode_threads: int = Field(1, ge=1, description="Threads that decode Parquet ahead of the batches; 1: the background thread itself.")
@@ -737,6 +741,8 @@ class TrainingConfig(Section):
             raise ValueError("keep_best needs evaluate_every_steps: nothing is measured without it")
         if self.early_stopping is not None and self.keep_best is None:
             raise ValueError("early_stopping needs keep_best, which says what better is")
+        if self.communication == "half" and self.precision == "bfloat16":
+            raise ValueError("communication: half does not go with precision: bfloat16, whose tables hand on two bytes a number already")
         if self.evaluate_every_steps is not None and self.evaluate_every_steps % self.gradient_accumulation_steps:
             raise ValueError("evaluate_every_steps must be a multiple of gradient_accumulation_steps")
         return self

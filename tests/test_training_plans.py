@@ -132,3 +132,18 @@ def test_a_shard_takes_from_others_by_the_columns_they_share(columns: tuple[int,
     """Splits that no plan of this package makes today are weighed too."""
     assert _shares(columns, before) == pytest.approx(shares)
     assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_half_the_bytes_between_ranks_teach_nearly_the_same(data: Path, tmp_path: Path) -> None:
+    """Under plans that send by all-to-all and by reduce-scatter; the losses move, so it is at work, and hardly."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    for plan in ("table_wise", "row_wise"):
+        for sends in ("full", "half"):
+            overrides = [f"training.sharding={{'*': {plan}}}", f"training.communication={sends}"]
+            calls.append(
+                ("tests.training_calls:train_run", {"data": str(data), "out": str(tmp_path / f"{plan}-{sends}"), "overrides": overrides})
+            )
+    results = [result["last_metrics"] for result in run_ranks(2, calls, tmp_path / "ranks")]
+    for full, half in (results[:2], results[2:]):
+        assert half["loss_ctr"] != full["loss_ctr"]
+        assert half["loss_ctr"] == pytest.approx(full["loss_ctr"], abs=1e-4)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.optimizers import PartialRowWiseAdam
@@ -27,6 +28,10 @@ OPTIMIZERS: dict[SparseOptimizer, tuple[type[torch.optim.Optimizer], bool]] = {
     "rowwise_adam": (PartialRowWiseAdam, False),
 }
 """Of each: what TorchRec turns into FBGEMM's fused one, and whether that runs on a CPU too."""
+
+
+# Gradients of a mean over B impressions are as small as 1 / B: float16 would make them 0.
+HALF_BYTES = QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.BF16)
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,14 @@ def shard_model(
     forced: Mapping[str, str],
     holds_parts: bool,
     in_bfloat16: bool,
+    in_half_bytes: bool = False,
 ) -> ShardedModel:
     """Shard `module`, whose tables are on the meta device and whose dense part is alike on all ranks.
 
     Tables take `optimizer` inside the backward pass; ConfigError where this device has none such. `holds_parts` says that some steps
     leave a part of the dense parameters without gradients (any step may leave all of them); `in_bfloat16` that tables on a GPU hand on
     what they pool in bfloat16, and are handed gradients in it (they add in float32); FBGEMM's tables on a CPU cannot.
+    With `in_half_bytes` ranks send each other 16 bits for a number.
     """
     embeddings = [parameter for name, parameter in module.named_parameters() if ".embedding_bags." in name]
     kind, on_cpu = OPTIMIZERS[optimizer]
@@ -73,7 +80,7 @@ def shard_model(
         env=ShardingEnv.from_process_group(runtime.group),
         device=runtime.device,
         plan=plan,
-        sharders=sharders(in_bfloat16),
+        sharders=sharders(in_bfloat16, HALF_BYTES if in_half_bytes else None),
         # The stock wrapper's static graph refuses steps of different parts. Looking for unused ones costs a walk of the graph a step.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=holds_parts),
     )

@@ -9,6 +9,7 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan
@@ -33,9 +34,10 @@ class RowWiseSharder(EmbeddingBagCollectionSharder):
         return ALL_TYPES
 
 
-def sharders(in_bfloat16: bool = False) -> list[ModuleSharder[nn.Module]]:
-    """The sharders of an escm2rec model, whose tables hand on float32 or bfloat16."""
-    return [RowWiseSharder({"output_dtype": SparseType.BF16} if in_bfloat16 else None)]
+def sharders(in_bfloat16: bool = False, sends: QCommsConfig | None = None) -> list[ModuleSharder[nn.Module]]:
+    """The sharders of an escm2rec model, whose tables hand on float32 or bfloat16, and send that or what `sends` says."""
+    codecs = None if sends is None else get_qcomm_codecs_registry(sends)
+    return [RowWiseSharder({"output_dtype": SparseType.BF16} if in_bfloat16 else None, codecs)]
 
 
 def plan_tables(

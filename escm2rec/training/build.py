@@ -156,6 +156,7 @@ def shard(module: nn.Module, schema: Schema, config: Config, holds_parts: bool, 
         forced=training.sharding,
         holds_parts=holds_parts,
         in_bfloat16=training.in_bfloat16,
+        in_half_bytes=training.communication == "half",
     )
 
 
