@@ -22,6 +22,7 @@ import typer
 
 from escm2rec import __version__
 from escm2rec.errors import ConfigError, Escm2Error
+from escm2rec.lineage import tell_trackers
 
 Result = dict[str, Any]
 P = ParamSpec("P")
@@ -46,12 +47,15 @@ RunFolder = Annotated[Path, typer.Option("--run", help="Run folder, as train wri
 
 
 def _verb(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Keep stdout for the result: what a library prints while the verb works goes to stderr."""
+    """Keep stdout for the result: what a library prints while the verb works goes to stderr. TorchX's trackers are told of the result."""
 
     @functools.wraps(function)
     def work(*args: P.args, **kwargs: P.kwargs) -> Result:
         with contextlib.redirect_stdout(sys.stderr):
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if _rank() == 0:
+                tell_trackers(function.__name__, kwargs, result)
+            return result
 
     return work
 

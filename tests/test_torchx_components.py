@@ -16,12 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fsspec
 import pyarrow.parquet as pq
 import pytest
 import typer.main
 from torchx.runner import Runner, get_runner
 from torchx.schedulers import get_scheduler_factories
 from torchx.specs.file_linter import get_fn_docstring, validate
+from torchx.tracker.backend.fsspec import FsspecTracker
 
 from escm2rec.cli import app
 from tests.raw_tables import raw_table, write_config
@@ -220,9 +222,9 @@ def test_a_training_may_begin_with_fewer_nodes_than_it_may_have(runner: Runner) 
 # --- real launches ------------------------------------------------------------------------------
 
 
-def launch(cwd: Path, *arguments: str) -> str:
+def launch(cwd: Path, *arguments: str, **environment: str) -> str:
     """`torchx run -s local_cwd`, with this environment's programs first on PATH; what it printed."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, **environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         [sys.executable, "-m", "torchx.cli.main", "run", "-s", "local_cwd", *arguments],
         cwd=cwd,
@@ -238,10 +240,21 @@ def launch(cwd: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_simulate_runs_under_torchx(tmp_path: Path) -> None:
-    printed = launch(ROOT, f"{FILE}:simulate", "--out", str(tmp_path / "logs"), "--impressions", "50")
+def test_simulate_runs_under_torchx_and_its_tracker_knows(tmp_path: Path) -> None:
+    (tmp_path / "tracked").mkdir()
+    (tmp_path / "tracker.conf").write_text(f"protocol=file\nroot_path={tmp_path / 'tracked'}\n", encoding="utf-8")
+    (tmp_path / "torchxconfig").write_text(
+        f"[torchx:tracker]\nfsspec=\n[tracker:fsspec]\nconfig={tmp_path / 'tracker.conf'}\n", encoding="utf-8"
+    )
+    arguments = (f"{FILE}:simulate", "--out", str(tmp_path / "logs"), "--impressions", "50")
+    printed = launch(ROOT, *arguments, TORCHXCONFIG=str(tmp_path / "torchxconfig"))
     assert "SUCCEEDED" in printed
     assert (tmp_path / "logs" / "manifest.json").is_file()
+    tracker = FsspecTracker(fsspec.filesystem("file"), str(tmp_path / "tracked"))
+    (job,) = tracker.run_ids()
+    assert job.startswith("local_cwd://")
+    assert tracker.artifacts(job)["logs"].path == str(tmp_path / "logs")
+    assert tracker.metadata(job)["impressions"] == 50
 
 
 def free_port() -> str:
