@@ -59,6 +59,7 @@ bench: install
 	$(BIN)/python -m benchmarks.table
 	$(BIN)/python -m benchmarks.layout
 	$(BIN)/python -m benchmarks.reader
+	$(BIN)/python -m benchmarks.metrics
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.first_step
 

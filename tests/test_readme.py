@@ -68,6 +68,16 @@ def test_launching_tells_what_was_proved_of_lost_nodes() -> None:
     assert all(each["trained_again_after_s"] == pytest.approx(200, abs=30) for each in lost.values()), "some 200 s"
 
 
+def test_metrics_cost_what_their_decision_says() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "metrics.json").read_text(encoding="utf-8"))
+    told = (ROOT / "docs" / "decisions" / "0013-metrics-of-training.md").read_text(encoding="utf-8")
+    for name in ("rec_metrics_ne_calibration", "rec_metrics_ne_calibration_auc"):
+        assert f"| {found[name]['step_us'] / 1e3:.1f} ms | {found[name]['record_ms']:.0f} ms |" in told
+        assert found[name]["step_us"] > 50 * found["train"]["step_us"]
+    ours = found["train"]
+    assert f"| {ours['step_us'] / 1e3:.2f} ms | {ours['record_ms']:.0f} ms | {ours['beside_ms']:.0f} ms |" in told
+
+
 def test_no_place_is_left_unfilled() -> None:
     assert re.findall(r"^[A-Z]+_[A-Z]+$", README, re.M) == []
 
@@ -89,6 +99,7 @@ def test_figures_are_those_of_the_results() -> None:
         "hillstrom",
         "study",
         "slurm",
+        "metrics",
     }
     text = results["preprocess"]
     _, middle, largest = text["whole"]
