@@ -96,6 +96,7 @@ def test_figures_are_those_of_the_results() -> None:
         "layout",
         "reader",
         "kills",
+        "soak",
         "hillstrom",
         "study",
         "slurm",
@@ -123,6 +124,10 @@ def test_figures_are_those_of_the_results() -> None:
     assert layouts["parquet lists"]["read_ns"] > 2 * layouts["as written"]["read_ns"]
     assert f"kill -9 at {results['kills']['kills']} random moments" in README
     assert results["kills"]["files_compared"] > 10
+    soak = results["soak"]
+    assert f"hit by {sum(soak['faults'].values())} faults at random moments" in README
+    assert f"{soak['steps_done']:,} steps for {soak['steps']:,}, in {soak['seconds'] / 60:.0f} minutes" in README
+    assert soak["equal"]
     single, mix = (results["reader"]["speed"][shape]["rows_per_s"]["reader"] for shape in ("20 single", "14 single, 6 lists"))
     assert f"{single / 1e6:.2f} M rows/s of 20 single-valued columns, {mix / 1e6:.2f} M of 14 single and 6 lists" in README
     assert single >= 1.5e6
