@@ -229,6 +229,20 @@ def test_of_two_starts_of_a_training_the_later_one_alone_writes(data: Path, runs
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-16", "step-20"]
 
 
+def test_a_start_that_wakes_late_removes_nothing(data: Path, tmp_path: Path) -> None:
+    """It has loaded a checkpoint when a later one comes and trains to the end: of what that one left nothing is touched."""
+    out = tmp_path / "run"
+    settings = [*OBJECTIVES["esmm"], "training.checkpoint_every_steps=8"]
+    call: dict[str, Any] = {"data": str(data), "out": str(out), "overrides": settings}
+    cut: tuple[str, dict[str, Any]] = ("tests.training_calls:cut_off", {"run": str(out), "step": 20})
+    calls = [("tests.training_calls:train_run", call), cut, ("tests.training_calls:resume_after_another", call)]
+    *_, late = run_ranks(1, calls, tmp_path / "ranks")
+    assert late["message"].startswith(f"{out} was taken over by a later start of this training")
+    assert json.loads((out / "manifest.json").read_text())["steps"] == NUM_STEPS
+    assert [record["step"] for record in _records(out)] == list(range(1, NUM_STEPS + 1))
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-16", "step-20"]
+
+
 def test_a_damaged_checkpoint_is_passed_over(data: Path, tmp_path: Path) -> None:
     """Of two, whichever file of the newer one is cut, changed or gone: training goes on from the older one, and says so."""
     out = tmp_path / "run"

@@ -44,6 +44,13 @@ def test_a_floor_that_binds_for_most_is_told_once(
         assert message.endswith("lower objective.propensity.floor, or make it relative (floor_kind)")
 
 
+def test_a_record_of_no_step_holds_what_it_is_given(group: dist.ProcessGroup) -> None:
+    """As where the model is measured after a step that was skipped."""
+    metrics = TrainingMetrics(Runtime(0, 1, 1, torch.device("cpu"), group), weighs=False)
+    told = {"step": 7, "epoch": 1, "rows": 0, "validation_ctr_auc": 0.7}
+    assert metrics.record(7, 1, {"validation_ctr_auc": 0.7, "validation_cvr_auc": float("nan")}).result() == told
+
+
 @pytest.mark.parametrize(("clip", "scale", "warnings"), [(False, 50.0, 1), (True, 50.0, 0), (False, 0.0, 0)])
 def test_a_loss_below_zero_is_told_once(
     group: dist.ProcessGroup, caplog: pytest.LogCaptureFixture, clip: bool, scale: float, warnings: int

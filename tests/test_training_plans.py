@@ -54,6 +54,9 @@ def test_a_run_goes_on_under_every_plan_on_2_then_1_then_3_ranks(data: Path, tmp
         planned = json.loads((tmp_path / "run" / "plan.json").read_text())
         assert planned["world_size"] == world_size
         assert {table["sharding_type"] for table in planned["tables"].values()} == {plans[-1]}
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["sharding"] == {"*": plans[-1]}, (
+            "what is evaluated by"
+        )
         assert "otherwise than this plan" not in (tmp_path / f"on-{world_size}" / "stderr").read_text()
     assert step == NUM_STEPS
     undisturbed, seen = _records(tmp_path / "undisturbed"), _records(tmp_path / "run")

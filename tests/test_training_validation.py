@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from escm2rec.errors import RunError
-from escm2rec.training.validation import Best
-from tests.encoded import write_dataset
+from escm2rec.errors import DataError, RunError
+from escm2rec.training.start import start
+from escm2rec.training.validation import Best, _quality
+from tests.encoded import config, write_dataset
 from tests.ranks import run_ranks
 
 STEPS = 48  # 6 epochs of 8: at this rate ids are learned by heart, and the validation loss turns
@@ -109,6 +111,62 @@ def test_a_metric_that_the_split_has_not_is_told() -> None:
     ) as told:
         Best.after(None, "cvr_clicked_auc", 4, {"cvr_clicked_auc": float("nan")})
     assert "choose another metric" in str(told.value.hint)
+
+
+def test_predictions_that_are_not_finite_end_the_training() -> None:
+    """Their AUC would be a number, and could be the best."""
+    rows = np.ones((5, 8), dtype=np.float32)
+    rows[1, 3] = np.nan
+    with pytest.raises(RunError, match="after step 7 predictions of the validation split are not finite: training has diverged"):
+        _quality(rows, 7)
+
+
+@pytest.mark.parametrize(
+    ("metric", "clicks", "conversions", "said"),
+    [
+        ("ctr_auc", 0, 0, "0 positives among 600"),
+        ("cvr_clicked_auc", 50, 50, "50 positives among 50"),
+        ("ctcvr_auc", 50, 0, "0 positives among 600"),
+        ("cvr_clicked_log_loss", 0, 0, "0 positives among 0"),
+    ],
+)
+def test_a_metric_that_the_split_has_not_is_refused_before_the_training(
+    tmp_path: Path, metric: str, clicks: int, conversions: int, said: str
+) -> None:
+    made = write_dataset(tmp_path / "set", {"train": 600, "validation": 600})
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["splits"]["validation"] |= {"clicks": clicks, "conversions": conversions}
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    asked = config("training.evaluate_every_steps=1", f"training.keep_best={metric}")
+    with pytest.raises(DataError, match=f"training.keep_best: {metric} cannot be had of the validation split, which has {said}"):
+        start(asked, made, tmp_path / "run", resume=False, overwrite=False, warm_start=None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_best_that_is_damaged_or_by_another_metric_is_looked_for_anew(runs: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    """A finished run whose best is damaged becomes its newest; what to keep the best by may change on resumption."""
+    folder: Path = runs["folder"]
+    best = runs["measured"]["checkpoint"]
+    damaged, other = tmp_path / "damaged", tmp_path / "other"
+    (file,) = (path.name for path in (folder / "measured" / best).iterdir() if path.name.startswith("__0_"))
+    call: dict[str, Any] = {"data": str(data), "out": str(damaged), "overrides": MEASURED, "resume": True}
+    by_auc = [*MEASURED[:-2], "training.keep_best=ctcvr_auc", "training.keep_checkpoints=1"]
+    calls = [
+        ("tests.training_calls:keep", {"source": str(folder / "measured"), "to": str(damaged)}),
+        ("tests.training_calls:keep", {"source": str(folder / "measured"), "to": str(other)}),
+        ("tests.training_calls:flip", {"file": str(damaged / best / file)}),
+        ("tests.training_calls:train_run", call),
+        ("tests.training_calls:evaluate_run", {"run": str(damaged), "data": str(data), "split": "validation"}),
+        ("tests.training_calls:cut_off", {"run": str(other), "step": STEPS}),
+        ("tests.training_calls:train_run", {**call, "out": str(other), "overrides": by_auc}),
+    ]
+    *_, again, evaluated, _, changed = run_ranks(1, calls, tmp_path / "ranks")
+    assert again["checkpoint"] == evaluated["checkpoint"] == f"checkpoints/step-{STEPS}"
+    assert "best" not in again
+    said = (tmp_path / "ranks" / "stderr").read_text()
+    assert f"the best by ctr_log_loss is looked for anew, the checkpoint of step {runs['measured']['best']['step']} is not whole" in said
+    assert changed["best"]["metric"] == "ctcvr_auc"
+    assert json.loads((other / "config.json").read_text())["training"]["keep_best"] == "ctcvr_auc"
 
 
 def test_measuring_without_a_validation_split_is_refused(tmp_path: Path) -> None:

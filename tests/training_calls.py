@@ -168,6 +168,27 @@ def train_profiled(data: str, out: str, overrides: list[str], slower_s: float = 
 
 def train_beside_another(data: str, out: str, overrides: list[str], at_step: int) -> dict[str, Any]:
     """`train_run`, in which a later start of the same training goes on from its checkpoint, to the end, while it does a step."""
+    with in_step(at_step, 0, lambda: train_elsewhere(data, out, overrides)):
+        return train_run(data, out, overrides)
+
+
+def resume_after_another(data: str, out: str, overrides: list[str]) -> dict[str, Any]:
+    """`train_run` with `resume`, in which a later start trains to the end while this one has loaded its checkpoint and not yet begun."""
+    resume = Trainer.resume
+
+    def resume_late(self: Trainer) -> None:
+        resume(self)
+        train_elsewhere(data, out, overrides)
+
+    Trainer.resume = resume_late  # type: ignore[method-assign]
+    try:
+        return train_run(data, out, overrides, resume=True)
+    finally:
+        Trainer.resume = resume  # type: ignore[method-assign]
+
+
+def train_elsewhere(data: str, out: str, overrides: list[str]) -> None:
+    """Resume a training in a process of its own, as another launch."""
     path = Path(out).with_suffix(".json")
     path.write_text(config(*overrides).model_dump_json())
     command = [sys.executable, "-m", "escm2rec", "train", "--config", str(path), "--data", data, "--out", out, "--resume"]
@@ -175,12 +196,16 @@ def train_beside_another(data: str, out: str, overrides: list[str], at_step: int
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "WORLD", "RANK", "LOCAL", "MASTER"))
     }
+    subprocess.run(command, env=environment, check=True, timeout=120, stdout=subprocess.DEVNULL)
 
-    def start_again() -> None:
-        subprocess.run(command, env=environment, check=True, timeout=120, stdout=subprocess.DEVNULL)
 
-    with in_step(at_step, 0, start_again):
-        return train_run(data, out, overrides)
+def flip(file: str) -> None:
+    """Change one bit of a file."""
+    if dist.get_rank() == 0:
+        content = bytearray(Path(file).read_bytes())
+        content[len(content) // 2] ^= 1
+        Path(file).write_bytes(content)
+    dist.barrier()
 
 
 def train_file(

@@ -46,13 +46,16 @@ class Checkpoints:
     def __init__(self, owner: Owner, keep: int, runtime: Runtime) -> None:
         """The newest `keep` stay. What earlier owners of the run did not finish is removed."""
         self._owner, self._run, self._keep = owner, Path(owner.run), keep
-        if runtime.is_main:
-            for left in (self._run / "checkpoints").glob(".step-*.partial"):
-                shutil.rmtree(left, ignore_errors=True)
+        on_main(runtime, self._remove_unfinished)
         # A group of its own: what ranks tell each other to write would get between what they tell each other to train.
         self._runtime = replace(runtime, group=dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT))
         self._thread = ThreadPoolExecutor(1, "escm2rec-checkpoint")
         self._writing: Future[None] | None = None
+
+    def _remove_unfinished(self) -> None:
+        self._owner.check()  # a later start's are its own
+        for left in (self._run / "checkpoints").glob(".step-*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def save(self, step: int, progress: dict[str, Any], module: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
         """Begin to write `checkpoints/step-N`; waits for the one before. RunError when that could not be written.

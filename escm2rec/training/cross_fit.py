@@ -65,7 +65,8 @@ def _propensities(config: Config, data: DataPath, folder: Path, runtime: Runtime
     if on_main(runtime, lambda: (folder / MANIFEST).exists()):
         return folder / LOGITS
     unmeasured = {"evaluate_every_steps": None, "keep_best": None, "early_stopping": None}  # a CVR is not trained here
-    training = config.training.model_copy(update=unmeasured)
+    half_of_steps = {"warmup_steps": config.training.warmup_steps // 2}
+    training = config.training.model_copy(update=unmeasured | half_of_steps)
     alone = config.model_copy(update={"objective": CTR_ONLY, "choice": ChoiceConfig(), "training": training})
     for half in (0, 1):
         train_one(alone, data, folder / f"half-{half}", runtime, resume=True, overwrite=False, half=half)

@@ -68,8 +68,10 @@ class TrainingMetrics:
     def record(self, step: int, epoch: int, more: Mapping[str, float] | None = None) -> Future[dict[str, Any]]:
         """The record of the steps since the last one (on rank 0; hardly one elsewhere) and of `more`, and a new start.
 
-        It comes later: AUCs take as long as many steps of a GPU, and nothing waits for them.
+        It comes later: AUCs take as long as many steps of a GPU, and nothing waits for them. Without a step since, it is of `more` alone.
         """
+        if not self.steps:
+            return self._thread.submit(_completed, {"step": step, "epoch": epoch, "rows": 0, **(more or {})}, None)
         losses = {f"loss_{name}": float(torch.stack(values).double().mean()) for name, values in self._losses.items()}
         report, pseudo_labels, num_rows = self._reduced()
         self._warn_of_floor(report, step)

@@ -22,7 +22,7 @@ REPORTS = ("report.json", "report.html")
 FREE_SETTINGS = tuple(
     f"training.{name}"
     for name in (
-        *("epochs", "checkpoint_every", "keep_checkpoints", "early_stopping", "log_every"),
+        *("epochs", "checkpoint_every", "keep_checkpoints", "evaluate_every", "keep_best", "early_stopping", "log_every"),
         *("max_skipped_steps", "prefetch_batches", "decode_threads", "sharding"),
     )
 )

@@ -10,6 +10,7 @@ from escm2rec.errors import ConfigError, DataError
 from escm2rec.paths import DataPath
 from escm2rec.reader.dataset import Dataset
 from escm2rec.training.build import build_objective
+from escm2rec.training.calendar import Calendar
 from escm2rec.training.run import Run, start_run
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ def start(config: Config, data: DataPath, out: Path, resume: bool, overwrite: bo
     build_objective(config.objective, 0.5)
     if not dataset.manifest["splits"].get("validation", {}).get("rows"):
         _refuse_without_validation(config, data)
+    _check_best(config, dataset)
+    _check_steps(config, dataset)
     _warn_of_labels(dataset.split_counts("train"))
     return dataset, start_run(out, config, dataset, resume, overwrite, warm_start)
 
@@ -47,6 +50,43 @@ def _refuse_without_validation(config: Config, data: DataPath) -> None:
                 f"{what} the validation split, and {data} has no rows in it",
                 f"give data.split a share for validation and preprocess again, or set {instead}",
             )
+
+
+def _check_best(config: Config, dataset: Dataset) -> None:
+    """DataError when the validation split has not what the metric of `keep_best` needs: after a training it would be late to say so."""
+    metric = config.training.keep_best
+    if metric is None:
+        return
+    rows, clicks, conversions = (dataset.split_counts("validation")[name] for name in ("rows", "clicks", "conversions"))
+    positives, of = {"ctr": (clicks, rows), "cvr": (conversions, clicks), "ctcvr": (conversions, rows)}[metric.partition("_")[0]]
+    if of == 0 or (metric.endswith("auc") and positives in (0, of)):
+        raise DataError(
+            f"training.keep_best: {metric} cannot be had of the validation split, which has {positives:,} positives among {of:,}",
+            "choose another metric, or give data.split a larger share for validation and preprocess again",
+        )
+
+
+def _check_steps(config: Config, dataset: Dataset) -> None:
+    """ConfigError for a warm-up that does not end, and warnings of what never comes, by the number of steps."""
+    training, propensity = config.training, config.objective.propensity
+    steps = training.epochs * -(-dataset.split_counts("train")["rows"] // training.global_batch_size)
+    total = Calendar(steps, propensity.calibration_every_steps if propensity.calibration != "none" else None).total
+    if training.warmup_steps >= total:
+        raise ConfigError(
+            f"training.warmup_steps is {training.warmup_steps}, and the training has {total} steps",
+            "warm up over fewer, or train for more epochs or in smaller batches",
+        )
+    measurements = 0 if training.evaluate_every_steps is None else -(-steps // training.evaluate_every_steps)
+    if training.early_stopping is not None and training.early_stopping >= measurements:
+        logger.warning(
+            "training.early_stopping (%d) never stops: there are %d measurements in %d steps", training.early_stopping, measurements, steps
+        )
+    if training.gradient_accumulation_steps > steps:
+        logger.warning(
+            "training.gradient_accumulation_steps (%d): all but the tables is stepped once, there are %d steps",
+            training.gradient_accumulation_steps,
+            steps,
+        )
 
 
 def _check_features(config: Config, dataset: Dataset) -> None:

@@ -20,7 +20,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from escm2rec.config import Config
 from escm2rec.disk import telling_of_disk
 from escm2rec.errors import ConfigError, DataError, RunError, StopError
-from escm2rec.folder import MANIFEST, read_manifest, write_json
+from escm2rec.folder import MANIFEST, RUN_CONFIG, read_manifest, write_json
 from escm2rec.objectives.objective import Phase, Stage
 from escm2rec.paths import DataPath
 from escm2rec.progress import Progress
@@ -33,7 +33,14 @@ from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.agreement import Agreement, Clock, StopRequest, heeding_sigterm
 from escm2rec.training.build import BaseRates, build_model, build_objective, shard
 from escm2rec.training.calendar import Calendar
-from escm2rec.training.checkpoint import Checkpoints, checkpoint_of, last_good_checkpoint, latest_checkpoint, load_checkpoint
+from escm2rec.training.checkpoint import (
+    Checkpoints,
+    checkpoint_of,
+    damage,
+    last_good_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+)
 from escm2rec.training.divergence import Divergence
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
 from escm2rec.training.optimizer import DenseOptimizer, TableSteps, combined_optimizer, rate_factor
@@ -115,12 +122,8 @@ class Trainer:
         self.held_out = self._held_out_reader(dataset) if calibration != "none" else None
         self.validation = Validation(dataset, training, runtime) if training.evaluate_every_steps is not None else None
         self.best: Best | None = None
+        self.is_measured = False  # the model as it is
         self.total_steps = self.calendar.total
-        if training.warmup_steps >= self.total_steps:
-            raise ConfigError(
-                f"training.warmup_steps is {training.warmup_steps}, and the training has {self.total_steps} steps",
-                "warm up over fewer, or train for more epochs or in smaller batches",
-            )
         self.warm_up_steps = math.ceil(config.objective.propensity.warmup_fraction * self.total_steps)
         self.step = 0  # steps done, over all epochs; the reader is further ahead
         self.divergence = Divergence(out, runtime, training.max_skipped_steps)
@@ -138,15 +141,16 @@ class Trainer:
             raise ConfigError(f"{folder} is past the {self.total_steps} steps of training.epochs", "ask for as many epochs or more")
         self.step, self.warm_up_steps = progress["step"], progress["warm_up_steps"]
         self.divergence.skipped = progress.get("skipped_steps", 0)  # checkpoints of before have no count
-        if (best := progress.get("best")) is not None:
-            self.best = on_main(self.runtime, lambda: self._best_that_is_there(Best(**best)))
+        self.is_measured = progress.get("is_measured", False)
+        if (best := progress.get("best")) is not None and best["metric"] == self.config.training.keep_best:
+            self.best = self._whole(Best(**best))
 
-    def _best_that_is_there(self, best: Best) -> Best | None:
-        """None, and a warning, when its checkpoint is gone: a better one took its place, and was damaged."""
-        if (checkpoint_of(self.out, best.step) / MANIFEST).is_file():
-            return best
-        logger.warning("the checkpoint of step %d, the best by %s, is gone: the best is looked for anew", best.step, best.metric)
-        return None
+    def _whole(self, best: Best) -> Best | None:
+        """None, and a warning, when its checkpoint is damaged or gone: a better one may have taken its place, and been damaged."""
+        said = damage(checkpoint_of(self.out, best.step), self.runtime) if best.step != self.step else None
+        if said is not None and self.runtime.is_main:
+            logger.warning("the best by %s is looked for anew, the checkpoint of step %d is not whole: %s", best.metric, best.step, said)
+        return best if said is None else None
 
     @property
     def is_over(self) -> bool:
@@ -159,10 +163,12 @@ class Trainer:
         """Train to the end, log, save, and finish the run, with a profile if asked for; RunError as soon as it has another owner."""
         started, first_step = time.perf_counter(), self.step
         record: dict[str, Any] = {}
-        if self.is_over and (finished := on_main(self.runtime, self._finished)) is not None:
+        finished = on_main(self.runtime, self._finished) if self.is_over else None
+        if finished is not None and (self.best is not None or "best" not in finished):  # else its checkpoint is not whole
+            self._tell_finished(profiles)
             return finished
         rows_left = self._rows(self.total_steps) - self._rows(self.step)
-        on_main(self.runtime, self._prepare)
+        on_main(self.runtime, lambda: self._prepare(owner))
         if self.objective.estimator.weighs and not self.objective.given and self.warm_up_steps >= self.total_steps:
             logger.warning(
                 "all %d steps are warm-up: the base CTR stays the propensity; train on more, or in smaller batches", self.total_steps
@@ -235,7 +241,8 @@ class Trainer:
                 raise
             if not calibrates and not output.skipped:
                 metrics.add(output)
-            measures = self.validation is not None and not calibrates and self._is_measured()
+                self.is_measured = False
+            measures = not calibrates and self._is_to_be_measured()
             every = training.checkpoint_every_steps
             stops |= stops_now
             wants |= stops or is_due or (every is not None and self.step % every == 0)
@@ -244,7 +251,7 @@ class Trainer:
             found = self._measure(pipeline) if measures else {}
             wants |= self.is_over or (measures and self.best is not None and self.best.step == self.step)
             saves = wants and not self.dense.holds_gradients
-            if metrics.steps and (saves or measures or self.step % training.log_every_steps == 0):
+            if measures or (metrics.steps and (saves or self.step % training.log_every_steps == 0)):
                 epoch = (self.calendar.trained(self.step) - 1) // self.reader.num_steps
                 told = {"skipped_steps": divergence.skipped, **self._calibration(), **found}
                 records.append(metrics.record(self.step, epoch, told))
@@ -257,6 +264,8 @@ class Trainer:
                 profile.step()
         metrics.close()
         agreement.close()
+        if self.validation is not None:
+            self.validation.close()
 
     def _keep(self, checkpoints: Checkpoints, saves: bool, stops: bool) -> None:
         """Save, if it is time; StopError when that was the last step of one that is asked to end."""
@@ -264,6 +273,7 @@ class Trainer:
         if saves:
             progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
             progress["skipped_steps"] = self.divergence.skipped
+            progress["is_measured"] = self.is_measured
             if self.best is not None:
                 progress["best"] = self.best.as_json()
             checkpoints.save(self.step, progress, self.module, self.optimizer)
@@ -292,17 +302,20 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
 
-    def _is_measured(self) -> bool:
-        """Whether the model is measured after the step that was done last, one that trained."""
+    def _is_to_be_measured(self) -> bool:
+        """Whether the model is, after the step that was done last; not again where no step has moved it since."""
         every = self.config.training.evaluate_every_steps
-        return every is not None and (self.step == self.total_steps or self.calendar.trained(self.step) % every == 0)
+        if every is None or self.is_measured:
+            return False
+        return self.step == self.total_steps or self.calendar.trained(self.step) % every == 0
 
     def _measure(self, pipeline: TrainPipelineSparseDist[Batch, StepOutput]) -> dict[str, float]:
         """The figures of the validation split, under their names in records; what is best is known after it."""
         assert self.validation is not None
         pipeline.detach()  # `progress` attaches the model again, with the batches that are on their way
         with self.dense.averaged():
-            found = self.validation.measure(self.module, self.optimizer)
+            found = self.validation.measure(self.module, self.optimizer, self.step)
+        self.is_measured = True
         if (metric := self.config.training.keep_best) is not None:
             self.best = on_main(self.runtime, lambda: Best.after(self.best, metric, self.step, found))
         if self.runtime.is_main:
@@ -318,13 +331,21 @@ class Trainer:
             "the best so far" if self.best.since == 0 else f"best {self.best.value:.5f} after step {self.best.step}"
         )
 
-    def _prepare(self) -> None:
+    def _prepare(self, owner: Owner) -> None:
+        owner.check()  # to find and load a checkpoint takes long: what a later start wrote meanwhile stays
         go_on(self.out, self.step)
+        write_json(self.out / RUN_CONFIG, self.config.model_dump(mode="json"))  # what may change on resumption may have
         write_json(self.out / "plan.json", self.plan)
 
     def _finish(self, owner: Owner, summary: dict[str, Any]) -> None:
         owner.check()
         finish_run(self.out, summary)
+
+    def _tell_finished(self, profiles: bool) -> None:
+        if self.runtime.is_main and self.step < self.total_steps:
+            logger.warning("stopped early after step %d of %d: raise training.early_stopping to train further", self.step, self.total_steps)
+        if self.runtime.is_main and profiles:
+            logger.warning("nothing is left to train, so there is nothing to profile")
 
     def _finished(self) -> dict[str, Any] | None:
         """What the finished run says of itself; None when it is not finished."""
