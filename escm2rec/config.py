@@ -744,7 +744,10 @@ class TrainingConfig(Section):
         if self.communication == "half" and self.precision == "bfloat16":
             raise ValueError("communication: half does not go with precision: bfloat16, whose tables hand on two bytes a number already")
         if self.evaluate_every_steps is not None and self.evaluate_every_steps % self.gradient_accumulation_steps:
-            raise ValueError("evaluate_every_steps must be a multiple of gradient_accumulation_steps")
+            raise ValueError(
+                f"evaluate_every_steps ({self.evaluate_every_steps}) must be a multiple of gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}): between two of its steps there is no model to keep"
+            )
         return self
 
     @property

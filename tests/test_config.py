@@ -181,7 +181,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "measured amid a step": (
         {"training": {"evaluate_every_steps": 10, "gradient_accumulation_steps": 4}},
-        "training: evaluate_every_steps must be a multiple of gradient_accumulation_steps",
+        "training: evaluate_every_steps (10) must be a multiple of gradient_accumulation_steps (4): between two",
     ),
     "infinite": ({"training": {"dense_learning_rate": float("inf")}}, "training.dense_learning_rate: Input should be a finite number"),
     "no width": ({"model": {"tower_hidden": [8, 0]}}, "model.tower_hidden.1: Input should be greater than or equal to 1 (got 0)"),

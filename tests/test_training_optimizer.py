@@ -100,8 +100,9 @@ def test_a_step_that_waits_holds_gradients() -> None:
 
 
 def test_gradients_are_clipped_to_a_norm_over_all() -> None:
-    seen, _ = stepped([[3.0, 4.0], [0.3, 0.4]], [0, 1], clip_gradient_norm=1.0)
-    assert seen[1] == pytest.approx(adamw([[0.6, 0.8], [0.3, 0.4]]))
+    seen, optimizer = stepped([[0.3, 0.4], [3.0, 4.0]], [0, 1], clip_gradient_norm=1.0)
+    assert seen[1] == pytest.approx(adamw([[0.3, 0.4], [0.6, 0.8]]))
+    assert float(optimizer.gradient_norm or 0) == pytest.approx(5.0), "what it was"
 
 
 def test_the_moving_average_follows_its_definition_and_comes_and_goes() -> None:

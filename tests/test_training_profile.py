@@ -55,7 +55,7 @@ def test_the_table_tells_the_rank_that_takes_most() -> None:
         {**dict.fromkeys(PARTS, 1.0), "wait": 3.0, "total": 10.0, "kernels": 0.0},
     ]
     lines = table_of(summary_of(ranks) | {"steps": 20, "rows_per_s": 12_345.6, "unprofiled_ms": 7.5}).splitlines()
-    assert lines[0] == "milliseconds a step, of 20 steps on 2 rank(s), 12,346 rows/s, 7.50 before it was profiled"
+    assert lines[0] == "milliseconds a step, of 20 steps on 2 rank(s), 12,346 rows/s, 7.50 ms a step before it was profiled"
     told = {line.split()[0]: line.split()[1:] for line in lines[2:]}
     assert list(told) == [*PARTS, "total"]
     assert told["wait"] == ["2.00", "22%", "1.00", "3.00", "1"]

@@ -59,6 +59,7 @@ def test_measuring_moves_nothing(runs: dict[str, Any]) -> None:
         }
     assert [record["step"] for record in measured if "validation_ctr_auc" in record] == list(range(4, STEPS + 1, 4))
     assert measured[3]["validation_rows"] == 700
+    assert {(record["sparse_learning_rate"], record["dense_learning_rate"]) for record in measured} == {(0.6, 0.01)}
 
 
 @pytest.mark.parametrize("name", ["measured", "stopped"])
@@ -92,6 +93,10 @@ def test_a_resumed_run_knows_its_best_and_holds_no_half_step(runs: dict[str, Any
     for name in (name for name in expected if name.startswith(("loss_", "validation_"))):
         assert seen[name] == expected[name], f"{name}, bit for bit"
     assert runs["again"] == runs["resumed"], "it is over: nothing is trained, nothing changed"
+    assert (runs["again"]["stopped_early"], runs["again"]["planned_steps"]) == (True, STEPS)
+    said = (runs["folder"] / "ranks" / "stderr").read_text()
+    how = f"stopped early after step {runs['stopped']['steps']} of {STEPS}: nothing was done; a higher training.early_stopping would train"
+    assert said.count(how) == 1
 
 
 def test_best_of_losses_is_the_least_and_of_aucs_the_greatest() -> None:

@@ -435,7 +435,7 @@ def test_a_moving_average_is_what_is_taken_and_goes_on(folder: Path) -> None:
             "checkpoint {}/damaged/checkpoints/step-6 is damaged: ",
             "start from another run, or leave --warm-start out",
         ),
-        ("itself", "ConfigError", "the output folder {0}/source is or holds the input {0}/source", "choose another --out"),
+        ("itself", "ConfigError", "--warm-start {0}/source: a run cannot begin with itself", "train into another --out; --resume goes on"),
         ("another", "ConfigError", "--warm-start {0}/split: {0}/warm-1 began with {0}/source, and goes on", "leave --warm-start out"),
         ("began cold", "ConfigError", "--warm-start {0}/source: {0}/source began without one, and goes on", "leave --warm-start out"),
         (

@@ -17,11 +17,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from escm2rec.errors import RunError
 from escm2rec.reader.batch import Batch
 from escm2rec.sharding.runtime import Runtime
+from escm2rec.training.run import DIVERGED
 from escm2rec.training.step import StepOutput
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "diverged"
 AHEAD = 4  # batches that the pipeline may have taken beyond the step that is looked at, and that step's own
 
 
@@ -80,7 +80,7 @@ class Divergence:
         losses = landing.losses()  # of the global batch: alike on all ranks
         if all(map(math.isfinite, losses.values())):
             return
-        found, kept = self._found(step, output, losses), f"{self._run / FOLDER} holds its batches and those of the step before"
+        found, kept = self._found(step, output, losses), f"{self._run / DIVERGED} holds its batches and those of the step before"
         if not output.skipped or self.skipped >= self._allowed:
             raise self._error(found, kept)
         self.skipped += 1
@@ -111,7 +111,7 @@ class Divergence:
         return error
 
     def _keep(self, step: int) -> None:
-        folder = self._run / FOLDER
+        folder = self._run / DIVERGED
         folder.mkdir(exist_ok=True)
         for each in (step - 1, step):
             if each in self._batches:

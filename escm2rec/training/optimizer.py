@@ -38,6 +38,7 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         self._training = training
         self._trains, self._completes, self._done = True, True, 0
         self._is_skipped, self._summed = is_skipped, 0  # how many steps the gradients are of
+        self.gradient_norm: Tensor | None = None  # before the last step clipped it
         self.holds_gradients = False  # that wait for those of the next steps: a checkpoint would lose them
         for parameter in self._parameters:
             self.state[parameter] = {
@@ -76,7 +77,7 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         if summed > 1:
             torch._foreach_div_(gradients, summed)
         if self._training.clip_gradient_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._training.clip_gradient_norm)
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._training.clip_gradient_norm)
         super().step(closure)
         if self._training.ema_decay is not None:
             decay = min(self._training.ema_decay, (1 + self._done) / (EMA_WARM_UP + self._done))

@@ -194,7 +194,7 @@ def summary_of(ranks: list[dict[str, float]]) -> dict[str, Any]:
 
 def table_of(found: dict[str, Any]) -> str:
     """What `profile.json` holds, for people."""
-    unprofiled = f", {found['unprofiled_ms']:.2f} before it was profiled" if found["unprofiled_ms"] is not None else ""
+    unprofiled = f", {found['unprofiled_ms']:.2f} ms a step before it was profiled" if found["unprofiled_ms"] is not None else ""
     lines = [
         f"milliseconds a step, of {found['steps']} steps on {found['world_size']} rank(s), {found['rows_per_s']:,.0f} rows/s{unprofiled}",
         f"  {'':<10}{'median':>9}{'share':>7}{'least':>9}{'most':>9}  of rank",

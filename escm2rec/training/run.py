@@ -18,6 +18,7 @@ from escm2rec.training.build import BaseRates
 from escm2rec.training.checkpoint import latest_checkpoint, remove_checkpoints_after
 
 METRICS = "metrics.jsonl"
+DIVERGED = "diverged"  # batches of losses that were not finite
 REPORTS = ("report.json", "report.html")
 FREE_SETTINGS = tuple(
     f"training.{name}"
@@ -69,8 +70,9 @@ class Run:
 def start_run(out: Path, config: Config, dataset: Dataset, resume: bool, overwrite: bool, warm_start: Path | None = None) -> Run | None:
     """Make the run folder, or check that it can be resumed with this config, data set and source.
 
-    A run that was started and has no checkpoint yet holds nothing to lose: the same command starts it anew. Returns the run that it is to
-    begin with: `warm_start`, or that which a start without a checkpoint named. None where there is none, and once there is a checkpoint.
+    A run that was started and has no checkpoint yet holds nothing to lose but bad batches that it kept: the same command starts it anew.
+    Returns the run that it is to begin with: `warm_start`, or that which a start without a checkpoint named. None where there is none, and
+    once there is a checkpoint.
     """
     refuse_overlap(out, [dataset.path])
     if resume and (latest_checkpoint(out) is not None or (out / PROPENSITY).is_dir()):
@@ -80,6 +82,8 @@ def start_run(out: Path, config: Config, dataset: Dataset, resume: bool, overwri
         return None if begun_with is None or latest_checkpoint(out) is not None else Run.open(begun_with)
     source = open_source(out, warm_start or (_source_of(out) if resume else None))
     with new_folder(out, "run", overwrite or _has_only_started(out)) as folder:
+        if resume and (out / DIVERGED).is_dir():  # what a start without a checkpoint kept of its bad batches
+            copy_folder(out / DIVERGED, folder / DIVERGED)
         copy_folder(dataset.path / "vocabulary", folder / "vocabulary")
         dataset.schema.save(folder / "schema.json")
         write_json(folder / RUN_CONFIG, config.model_dump(mode="json"))
@@ -92,7 +96,11 @@ def open_source(out: Path, warm_start: Path | None) -> Run | None:
     """The run that a new one at `out` is to begin with; DataError when it is no finished run, ConfigError when `out` is or holds it."""
     if warm_start is None:
         return None
-    refuse_overlap(out, [warm_start])
+    if out.resolve() in (warm_start.resolve(), *warm_start.resolve().parents):
+        raise ConfigError(
+            f"--warm-start {warm_start}: a run cannot begin with itself, and {out} is or holds it",
+            "train into another --out; --resume goes on with a run",
+        )
     return Run.open(warm_start)
 
 
@@ -153,7 +161,7 @@ def _check_resumable(out: Path, config: Config, dataset: Dataset) -> None:
     if different:
         raise ConfigError(
             f"{out} was trained with another config: {', '.join(different[:5])} differ(s)",
-            "resume with the config of the run, or train into another --out",
+            "resume with the config of the run, or train into another --out (docs/training.md lists what may change)",
         )
     if Schema.load(out / "schema.json").hash() != dataset.schema.hash():
         raise DataError(f"{out} was trained on a data set of another schema than {dataset.path}", "resume with the data set of the run")

@@ -167,6 +167,9 @@ class Trainer:
         if finished is not None and (self.best is not None or "best" not in finished):  # else its checkpoint is not whole
             self._tell_finished(profiles)
             return finished
+        if self.runtime.is_main:
+            ranks = f"{self.runtime.world_size} rank(s), {self.runtime.device.type}"
+            logger.info("trains steps %d to %d on %s", first_step + 1, self.total_steps, ranks)
         rows_left = self._rows(self.total_steps) - self._rows(self.step)
         on_main(self.runtime, lambda: self._prepare(owner))
         if self.objective.estimator.weighs and not self.objective.given and self.warm_up_steps >= self.total_steps:
@@ -199,11 +202,12 @@ class Trainer:
         summary = {
             "objective": self.objective.kind,
             "steps": self.step,
+            "planned_steps": self.total_steps,
             "skipped_steps": self.divergence.skipped,
             "epochs": self.config.training.epochs,
             "world_size": self.runtime.world_size,
             "checkpoint": str(checkpoint.relative_to(self.out)),
-            **({"best": self.best.as_json()} if self.best is not None else {}),
+            **({"best": self.best.as_json(), "stopped_early": self.step < self.total_steps} if self.best is not None else {}),
             "base_ctr": self.rates.ctr,
             "base_cvr": self.rates.cvr,
             "schema_hash": self.schema_hash,
@@ -253,7 +257,7 @@ class Trainer:
             saves = wants and not self.dense.holds_gradients
             if measures or (metrics.steps and (saves or self.step % training.log_every_steps == 0)):
                 epoch = (self.calendar.trained(self.step) - 1) // self.reader.num_steps
-                told = {"skipped_steps": divergence.skipped, **self._calibration(), **found}
+                told = {"skipped_steps": divergence.skipped, **self._rates(), **self._calibration(), **found}
                 records.append(metrics.record(self.step, epoch, told))
             while records and (saves or records[0].done()):
                 yield records.popleft().result()
@@ -342,10 +346,16 @@ class Trainer:
         finish_run(self.out, summary)
 
     def _tell_finished(self, profiles: bool) -> None:
-        if self.runtime.is_main and self.step < self.total_steps:
-            logger.warning("stopped early after step %d of %d: raise training.early_stopping to train further", self.step, self.total_steps)
-        if self.runtime.is_main and profiles:
-            logger.warning("nothing is left to train, so there is nothing to profile")
+        if not self.runtime.is_main:
+            return
+        early = self.step < self.total_steps
+        how = "stopped early" if early else "was finished"
+        more = "a higher training.early_stopping" if early else "more training.epochs"
+        logger.warning(
+            "%s %s after step %d of %d: nothing was done; %s would train further", self.out, how, self.step, self.total_steps, more
+        )
+        if profiles:
+            logger.warning("nothing was trained, so there is nothing to profile")
 
     def _finished(self) -> dict[str, Any] | None:
         """What the finished run says of itself; None when it is not finished."""
@@ -377,6 +387,14 @@ class Trainer:
         """Rows that have trained when so many steps are done."""
         epochs, steps = divmod(self.calendar.trained(step), self.reader.num_steps)
         return epochs * self.reader.num_rows + self.reader.row_at(steps)
+
+    def _rates(self) -> dict[str, float]:
+        """Learning rates of the last step, and the norm that its gradients had before they were clipped, for the record."""
+        training, norm = self.config.training, self.dense.gradient_norm
+        factor = rate_factor(self.step - 1, self.total_steps, training)
+        rates = {"sparse": training.sparse_learning_rate, "dense": training.dense_learning_rate}
+        found = {f"{name}_learning_rate": rate * factor for name, rate in rates.items()}
+        return found if norm is None else {**found, "dense_gradient_norm": float(norm)}
 
     def _calibration(self) -> dict[str, float]:
         """The propensity's slope and shift, for the record."""
