@@ -196,6 +196,20 @@ def test_a_resumed_run_goes_on_as_if_undisturbed(data: Path, runs: Runs, tmp_pat
                 assert seen[name] == pytest.approx(want[name], abs=1e-5)
 
 
+def test_three_ranks_go_on_as_if_undisturbed_too(data: Path, tmp_path: Path) -> None:
+    """Bit for bit: two ranks add alike in any order, three do not, and the order goes by the place of a gradient in its buffer."""
+    settings = [*OBJECTIVES["escm2-ips-dcn_v2"], "model.tower_hidden=[64]"]
+    told: dict[str, Any] = {"data": str(data), "out": str(tmp_path / "told"), "overrides": settings}
+    alone = ("tests.training_calls:train_run", {**told, "out": str(tmp_path / "alone")})
+    run_ranks(3, [alone, ("tests.training_calls:train_until_told", {**told, "at_step": 6, "of_rank": 1})], tmp_path / "first")
+    run_ranks(3, [("tests.training_calls:train_run", {**told, "resume": True})], tmp_path / "again")
+    undisturbed, resumed = _records(tmp_path / "alone"), _records(tmp_path / "told")
+    assert len(undisturbed) == NUM_STEPS
+    for expected, seen in zip(undisturbed, resumed, strict=True):
+        losses = {name: value for name, value in expected.items() if name.startswith("loss_")}
+        assert {name: seen[name] for name in losses} == losses, expected["step"]
+
+
 def test_a_run_that_is_told_to_end_goes_on_as_if_undisturbed(data: Path, runs: Runs, tmp_path: Path) -> None:
     """SIGTERM of rank 1 after step 6: both save step 8, when both know of it, say so, and end; resumed, the run is that of nobody told."""
     settings = OBJECTIVES["escm2-ips"]

@@ -66,7 +66,7 @@ def test_a_skipped_step_is_no_part_of_the_mean_and_alone_steps_nothing() -> None
     skipped = [False, True, True, True, True, False]
     gradients: list[list[float]] = [[1.0, 2.0], [], [], [], [], [7.0, 5.0]]
     now = iter(skipped)
-    optimizer = DenseOptimizer({"w": parameter}, training(gradient_accumulation_steps=2, ema_decay=0.05), lambda: next(now))
+    optimizer = DenseOptimizer({"w": parameter}, training(gradient_accumulation_steps=2, ema_decay=0.05), None, lambda: next(now))
     seen = []
     for number, gradient in enumerate(gradients):
         optimizer.expect(number, is_last=False)

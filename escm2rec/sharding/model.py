@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.optimizers import PartialRowWiseAdam
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -53,16 +53,14 @@ def shard_model(
     learning_rate: float,
     local_batch_size: int,
     forced: Mapping[str, str],
-    holds_parts: bool,
     in_bfloat16: bool,
     in_half_bytes: bool = False,
 ) -> ShardedModel:
     """Shard `module`, whose tables are on the meta device and whose dense part is alike on all ranks.
 
-    Tables take `optimizer` inside the backward pass; ConfigError where this device has none such. `holds_parts` says that some steps
-    leave a part of the dense parameters without gradients (any step may leave all of them); `in_bfloat16` that tables on a GPU hand on
-    what they pool in bfloat16, and are handed gradients in it (they add in float32); FBGEMM's tables on a CPU cannot.
-    With `in_half_bytes` ranks send each other 16 bits for a number.
+    Tables take `optimizer` inside the backward pass; ConfigError where this device has none such. `in_bfloat16` says that tables on a GPU
+    hand on what they pool in bfloat16, and are handed gradients in it (they add in float32); FBGEMM's tables on a CPU cannot. With
+    `in_half_bytes` ranks send each other 16 bits for a number.
     """
     embeddings = [parameter for name, parameter in module.named_parameters() if ".embedding_bags." in name]
     kind, on_cpu = OPTIMIZERS[optimizer]
@@ -81,9 +79,9 @@ def shard_model(
         device=runtime.device,
         plan=plan,
         sharders=sharders(in_bfloat16, HALF_BYTES if in_half_bytes else None),
-        # The stock wrapper's static graph refuses steps of different parts. Looking for unused ones costs a walk of the graph a step.
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=holds_parts),
+        init_data_parallel=False,  # the dense part is each rank's own: `DenseOptimizer` averages its gradients
     )
+    sharded.module.to(runtime.device)
     initialise_tables(sharded, seed, init_std)
     return ShardedModel(sharded, plan)
 

@@ -141,8 +141,8 @@ def build_model(
     return Escm2Model(schema.tables, embeddings, head)
 
 
-def shard(module: nn.Module, schema: Schema, config: Config, holds_parts: bool, runtime: Runtime) -> ShardedModel:
-    """Shard a module that holds the model over the ranks of this job, as the config says; `holds_parts` as in `shard_model`."""
+def shard(module: nn.Module, schema: Schema, config: Config, runtime: Runtime) -> ShardedModel:
+    """Shard a module that holds the model over the ranks of this job, as the config says."""
     training = config.training
     return shard_model(
         module,
@@ -154,7 +154,6 @@ def shard(module: nn.Module, schema: Schema, config: Config, holds_parts: bool, 
         learning_rate=training.sparse_learning_rate,
         local_batch_size=training.global_batch_size // runtime.world_size,
         forced=training.sharding,
-        holds_parts=holds_parts,
         in_bfloat16=training.in_bfloat16,
         in_half_bytes=training.communication == "half",
     )

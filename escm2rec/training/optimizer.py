@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -24,19 +25,30 @@ EMA_WARM_UP = 10  # the first averages follow the weights at once: of t steps th
 class DenseOptimizer(KeyedOptimizerWrapper):
     """AdamW for what is no table: after every so many steps, by the mean of their gradients, clipped, with a moving average kept.
 
+    The mean is over the ranks of `group` too (None: there is one), whose parameters are alike: their gradients are summed in one buffer, in
+    the order of the parameters. DistributedDataParallel lays its buffers out anew after the first step; which rank is added first depends
+    on the place in a buffer, so of three ranks or more a resumed training would not be the undisturbed one.
+
     A step that `is_skipped` when its gradients would be there has none: the mean is of the others, and of none nothing is stepped.
 
     The state is made now, as AdamW's first step would: lazily made, it could not be restored before that step, and a tower not yet
     stepped would have none to save. The average, `ema`, is part of it.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], training: TrainingConfig, is_skipped: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        training: TrainingConfig,
+        group: dist.ProcessGroup | None = None,
+        is_skipped: Callable[[], bool] = lambda: False,
+    ) -> None:
         rate, decay = training.dense_learning_rate, training.dense_weight_decay
         self._parameters = list(parameters.values())
         # Fused: one kernel for all of them on a GPU, one pass on a CPU.
         super().__init__(parameters, lambda each: torch.optim.AdamW(each, lr=rate, weight_decay=decay, fused=True))
         self._training = training
         self._trains, self._completes, self._done = True, True, 0
+        self._group = group
         self._is_skipped, self._summed = is_skipped, 0  # how many steps the gradients are of
         self.gradient_norm: Tensor | None = None  # before the last step clipped it
         self.holds_gradients = False  # that wait for those of the next steps: a checkpoint would lose them
@@ -73,15 +85,24 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         summed, self._summed = self._summed, 0
         if not summed:
             return
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        if summed > 1:
-            torch._foreach_div_(gradients, summed)
+        self._average([parameter.grad for parameter in self._parameters if parameter.grad is not None], summed)
         if self._training.clip_gradient_norm is not None:
             self.gradient_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._training.clip_gradient_norm)
         super().step(closure)
         if self._training.ema_decay is not None:
             decay = min(self._training.ema_decay, (1 + self._done) / (EMA_WARM_UP + self._done))
             torch._foreach_lerp_([self.state[each]["ema"] for each in self._parameters], self._parameters, 1 - decay)
+
+    def _average(self, gradients: list[Tensor], summed: int) -> None:
+        """Sums of so many steps' gradients to their mean over steps and ranks, in place; ranks have them of the same parameters."""
+        ranks = 1 if self._group is None else dist.get_world_size(self._group)
+        if ranks > 1:
+            buffer = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(buffer, group=self._group)
+            parts = torch.split(buffer, [gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+        if ranks * summed > 1:
+            torch._foreach_div_(gradients, ranks * summed)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -37,8 +37,8 @@ PART_OF = {
     r"## optimizer|## zero_grad": "optimizer",
     r"c10d::|cuda\w*Synchronize": "wait",
 }
-# Ranges of Python code that waits for a collective, unless an operator runs in them; DDP waits at the end of a backward pass.
-WAITING = r"## \w+ wait\(\)|(All2All|ReduceScatter|AllGather)\w*$|## backward"
+# Ranges of Python code that waits for a collective, unless an operator runs in them.
+WAITING = r"## \w+ wait\(\)|(All2All|ReduceScatter|AllGather)\w*$|## (backward|optimizer)"
 ON_THREAD = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
 
 
@@ -55,7 +55,7 @@ class Profile:
     sparse     ids to the ranks of their tables, look-ups, and what they pool back
     dense      towers and loss, forward
     backward   the backward pass; tables are stepped in it
-    optimizer  AdamW, and gradients cleared
+    optimizer  dense gradients summed over the ranks, AdamW, gradients cleared
     wait       for other ranks, or for the GPU
     other      metrics, logs, checkpoints, and what is between
 

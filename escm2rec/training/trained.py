@@ -27,7 +27,7 @@ class TrainedModel:
         training = run.config.training
         model = build_model(run.schema, run.config.model, run.config.objective, run.rates, training.seed, training.in_bfloat16)
         self._runtime = runtime
-        self._module: DistributedModelParallel = shard(ModelOnly(model), run.schema, run.config, False, runtime).module
+        self._module: DistributedModelParallel = shard(ModelOnly(model), run.schema, run.config, runtime).module
         if (said := damage(run.checkpoint, runtime)) is not None:
             raise DataError(
                 f"checkpoint {run.checkpoint} is damaged: {said}", "train with --resume goes on from one before, if there is one"

@@ -96,10 +96,10 @@ class Trainer:
         model = TrainingModel(
             build_model(dataset.schema, config.model, config.objective, self.rates, training.seed, training.in_bfloat16), self.loss
         )
-        sharded = shard(model, dataset.schema, config, self.objective.alternates, runtime)
+        sharded = shard(model, dataset.schema, config, runtime)
         self.module: DistributedModelParallel = sharded.module
         self.plan = {"world_size": runtime.world_size, **plan_as_json(sharded.plan)}
-        self.dense = DenseOptimizer(dense_parameters(self.module), training, lambda: self.loss.skipped)
+        self.dense = DenseOptimizer(dense_parameters(self.module), training, runtime.group, lambda: self.loss.skipped)
         self.table_steps = TableSteps(self.module, training.sparse_optimizer)
         self.optimizer = combined_optimizer(self.module, self.dense)
         self.learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
