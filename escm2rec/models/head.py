@@ -37,9 +37,10 @@ class Escm2Head(nn.Module):
     propensity      reads them detached always
     counterfactual  trains them, as CTR and CVR do
 
-    A loss of a detached logit alone leaves the gradients of everything else, the inputs' included, None; a loss without it
-    leaves those of its task None: under DistributedDataParallel (`train` needs none) pass `find_unused_parameters=True` where such
-    losses are used. `keeps_inputs` hands the inputs on with the predictions. With `in_bfloat16` layers multiply in bfloat16 (`torch.autocast`); their weights stay float32.
+    A loss of a detached logit alone leaves the gradients of everything else, the inputs' included, None; a loss without it leaves those
+    of its task None: under DistributedDataParallel (`train` needs none) pass `find_unused_parameters=True` where such losses are used.
+    `keeps_inputs` hands the inputs on with the predictions. With `in_bfloat16` layers multiply in bfloat16 (`torch.autocast`); their
+    weights stay float32.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ def reduce_terms(terms: Mapping[str, LossTerm], sums: Tensor, world_size: int) -
     """The loss to call backward on, and each term's global, unscaled value (detached).
 
     loss = sum_k scale_k f_k(S_k), with f_k the term and S_k the sums over all ranks. By the chain rule a rank's part of the
-    gradient is scale_k (df_k / dS_k) . dS_k(rank), where df_k / dS_k is a number that all ranks share. `DenseOptimizer` and TorchRec average
+    gradient is scale_k (df_k / dS_k) . dS_k(rank), where df_k / dS_k is a number that all ranks share. The optimizers average
     gradients over ranks, so each rank's is taken times world_size: of a mean it is world_size sum(losses) / denominator, of a
     squared mean world_size 2 S S(rank). The loss that is returned has the global value on every rank.
 
