@@ -70,7 +70,13 @@ def test_no_file_names_a_host() -> None:
 
 
 def test_every_list_is_there() -> None:
-    assert sorted(file.name for file in REQUIREMENTS.glob("*.txt")) == ["common.txt", "cpu.txt", "cuda.txt", "dev.txt"]
+    assert sorted(file.name for file in REQUIREMENTS.glob("*.txt")) == [
+        "common.txt",
+        "cpu.txt",
+        "cuda.txt",
+        "dev.txt",
+        "torchx_nightly.txt",
+    ]
 
 
 @pytest.mark.parametrize(("name", "fbgemm"), [("cpu.txt", FBGEMM_CPU), ("cuda.txt", FBGEMM_CUDA)])
