@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from escm2rec.errors import RunError
+from escm2rec.errors import ConfigError, RunError
 from escm2rec.models.embeddings import PooledEmbeddings
 from escm2rec.schema import Feature
 from escm2rec.sharding.initialise import _fill, initialise_tables
-from escm2rec.sharding.planner import ALL_TYPES, plan_as_json, plan_tables
+from escm2rec.sharding.planner import ALL_TYPES, plan_as_json, plan_tables, refuse_empty_shards
 
 STD = 0.5
 MEMORY = 2**30
@@ -48,6 +48,16 @@ def test_tables_that_fit_nowhere_are_told() -> None:
         RunError, match=r"fits 2 rank\(s\) of 1\.0 GiB each: the weights of the tables alone take 143,051\.1 GiB\nhint: use more ranks"
     ):
         plan_tables(model(rows=10**11), NAMES, {}, 2, 2, "cpu", MEMORY, 64)
+
+
+def test_a_rank_that_would_hold_no_row_is_told() -> None:
+    plans = [plan_as_json(plan_tables(model(rows=5), NAMES, {"tags": "row_wise"}, ranks, ranks, "cpu", MEMORY, 64)) for ranks in (3, 4)]
+    refuse_empty_shards(plans[0]["tables"])  # 2, 2 and 1
+    with pytest.raises(
+        ConfigError, match="row_wise cuts the 5 rows of table 'tags' over 4 ranks and leaves rank 3 none, which cannot be"
+    ) as told:
+        refuse_empty_shards(plans[1]["tables"])
+    assert str(told.value.hint).startswith("name another type for it, such as {tags: table_wise}")
 
 
 def test_a_shard_holds_its_part_of_the_table() -> None:

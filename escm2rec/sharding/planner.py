@@ -14,7 +14,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan
 
-from escm2rec.errors import RunError
+from escm2rec.errors import ConfigError, RunError
 
 # data_parallel is left out: its tables are not fused, so they would need another optimizer.
 ALL_TYPES = ["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard"]
@@ -78,6 +78,22 @@ def plan_tables(
             f"the weights of the tables alone take {weights / 2**30:,.1f} GiB",
             "use more ranks, smaller tables (max_size, hash_size, model.embedding_dim) or other training.sharding",
         ) from error
+
+
+def refuse_empty_shards(tables: dict[str, Any]) -> None:
+    """ConfigError when a plan, as `plan_as_json` gives it, leaves a rank no row of a table that it cuts by rows.
+
+    FBGEMM's tables on cores can predict so, and not be trained.
+    """
+    for table, planned in tables.items():
+        empty = [shard["rank"] for shard in planned["shards"] if shard["size"][0] == 0]
+        if empty:
+            rows = sum(shard["size"][0] for shard in planned["shards"] if shard["offset"][1] == 0)
+            cut = f"{planned['sharding_type']} cuts the {rows} rows of table {table!r} over {len(planned['ranks'])} ranks"
+            raise ConfigError(
+                f"training.sharding: {cut} and leaves rank {empty[0]} none, which cannot be trained on cores",
+                f"name another type for it, such as {{{table}: table_wise}}, or use fewer ranks",
+            )
 
 
 def plan_as_json(plan: ShardingPlan) -> dict[str, Any]:

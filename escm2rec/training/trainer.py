@@ -28,7 +28,7 @@ from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.sharding.model import dense_parameters
-from escm2rec.sharding.planner import plan_as_json
+from escm2rec.sharding.planner import plan_as_json, refuse_empty_shards
 from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.agreement import Agreement, Clock, StopRequest, heeding_sigterm
 from escm2rec.training.build import BaseRates, build_model, build_objective, shard
@@ -99,6 +99,8 @@ class Trainer:
         sharded = shard(model, dataset.schema, config, runtime)
         self.module: DistributedModelParallel = sharded.module
         self.plan = {"world_size": runtime.world_size, **plan_as_json(sharded.plan)}
+        if runtime.device.type == "cpu":
+            refuse_empty_shards(self.plan["tables"])
         self.dense = DenseOptimizer(dense_parameters(self.module), training, runtime.group, lambda: self.loss.skipped)
         self.table_steps = TableSteps(self.module, training.sparse_optimizer)
         self.optimizer = combined_optimizer(self.module, self.dense)
