@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from escm2rec.preprocess import ragged
-from escm2rec.preprocess.ragged import gather, offsets_of
+from escm2rec.preprocess.ragged import gather, held_in, offsets_of
 from escm2rec.preprocess.spill import MappedBatch, write_batch
 
 
@@ -31,6 +31,15 @@ def test_gathered_rows_are_those_of_a_loop(
     assert taken.dtype == values.dtype
     assert taken.tolist() == [value for row in rows for value in values[offsets[row] : offsets[row + 1]]]
     assert places.tolist() == [0, *np.cumsum([lengths[row] for row in rows])]
+
+
+@settings(deadline=None)
+@given(values=st.lists(st.one_of(st.none(), st.integers(0, 9)), max_size=40), start=st.integers(0, 20), count=st.integers(0, 40))
+def test_held_places_are_those_of_arrow(values: list[int | None], start: int, count: int) -> None:
+    for kind in (pa.int64(), pa.string()):
+        array = pa.array([value if value is None else str(value) for value in values], pa.string()).cast(kind).slice(start, count)
+        assert held_in(array).tolist() == array.is_valid().to_pylist()
+    assert held_in(pa.nulls(3)).tolist() == [False] * 3
 
 
 def test_a_batch_in_place_holds_no_file_open_and_its_copies_stay(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from escm2rec.errors import DataError
 from escm2rec.preprocess import external, preprocess, read, value_counts, vocabulary
 from escm2rec.preprocess.stable_hash import hash64
 from escm2rec.preprocess.value_counts import ValueCounter, count_values, spill_largest
-from escm2rec.preprocess.vocabulary import Vocabulary, fit_vocabulary, write_lookup
+from escm2rec.preprocess.vocabulary import HashedValues, Vocabulary, fit_vocabulary, write_lookup
 from escm2rec.schema import Feature
 from tests.preprocess_logs import made, table_config, write_parquet
 
@@ -142,6 +142,28 @@ def test_values_are_found_and_others_share_rows_by_hash(
     values = asked.tolist()
     assert found.tolist() == [rows.get(value, shared) for value, shared in zip(values, hashes, strict=True)]
     assert sum(value in rows for value in values) >= 40
+
+
+@pytest.mark.parametrize("low", [-(2**63), 2**63 - 40], ids=["the least numbers", "the largest numbers"])
+def test_a_dense_vocabulary_at_an_end_of_int64_finds_its_values_alone(tmp_path: Path, low: int) -> None:
+    """The number before the least one is no int64, and differences of numbers at both ends are none either."""
+    known = list(range(low, low + 40, 3))
+    asked = np.array([*known, low + 1, -(2**63), 2**63 - 1, -1, 0, 1], np.int64)
+    vocabulary = looked_up(fitted(tmp_path / "fitted", [known], None, oov_rows=5), tmp_path / "lookup", "int64", 5)
+    assert (tmp_path / "lookup" / "v.dense").is_file()
+    rows = {value: row for value, _, row in expected([known], 1, None, 5)}
+    shared = (hash64(asked) % np.uint64(5)).tolist()
+    assert vocabulary.rows(asked).tolist() == [rows.get(value, other) for value, other in zip(asked.tolist(), shared, strict=True)]
+
+
+@pytest.mark.parametrize("dense_span", [vocabulary.DENSE_SPAN, 0])
+def test_narrow_numbers_are_found_as_wide_ones_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense_span: int) -> None:
+    monkeypatch.setattr(vocabulary, "DENSE_SPAN", dense_span)
+    asked = np.array([*range(-20, 20, 3), 2**31 - 1, -(2**31), 1, 2], np.int64)
+    found = looked_up(fitted(tmp_path / "fitted", [list(range(-20, 20, 3))], None, oov_rows=5), tmp_path / "lookup", "int64", 5)
+    assert found.rows(asked.astype(np.int32)).tolist() == found.rows(asked).tolist()
+    hashed = HashedValues(Feature(name="h", kind="categorical", column="h", encoding="hash", num_embeddings=7))
+    assert hashed.rows(asked.astype(np.int32)).tolist() == hashed.rows(asked).tolist()
 
 
 def test_a_vocabulary_without_values_shares_all(tmp_path: Path) -> None:

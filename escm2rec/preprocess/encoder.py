@@ -16,6 +16,7 @@ from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawColumn
 from escm2rec.preprocess.ragged import Float64s, Int64s, Ragged, concat_rows
 from escm2rec.preprocess.shares import held
+from escm2rec.preprocess.spill import from_arrow, scalars_of
 from escm2rec.preprocess.transforms import cut
 from escm2rec.preprocess.vocabulary import Lookup, open_lookup, value_type_of
 from escm2rec.schema import Feature, Schema
@@ -59,15 +60,25 @@ class Encoder:
                     f"{where}: column {feature.column!r} holds {value_type_of(raw.values)} values, it was trained on {feature.value_type}",
                     "encode logs of the format that the data set was made from",
                 )
-        return self.stored(columns)
-
-    def stored(self, columns: Mapping[str, RawColumn]) -> dict[str, Encoded]:
-        """The same of columns that `spill` stored, whose strings are hashes."""
         return {feature.name: self.encode(feature, columns[feature.name]) for feature in self.schema.features}
 
     def encode(self, feature: Feature, raw: RawColumn) -> Encoded:
         """One such column."""
         return encode(feature, raw, self._rows.get(feature.name))
+
+    def stored(self, batch: pa.RecordBatch) -> dict[str, Encoded]:
+        """The same of columns that `spill` stored, whose strings are hashes."""
+        return {feature.name: self._stored(feature, batch) for feature in self.schema.features}
+
+    def _stored(self, feature: Feature, batch: pa.RecordBatch) -> Encoded:
+        lookup = self._rows.get(feature.name)
+        if feature.kind != "categorical" or lookup is None:
+            return self.encode(feature, from_arrow(feature, batch))
+        values, missing = scalars_of(batch[feature.name])
+        rows = lookup.rows(values)
+        if missing is not None:
+            rows[missing] = NO_VALUE
+        return rows
 
     def table(self, rows: Rows, places: Int64s, common: Mapping[str, Encoded]) -> tuple[pa.Table, dict[str, Int64s]]:
         """The rows at these places, joined with the encoded common records; and what `shares.held` counts of each feature."""

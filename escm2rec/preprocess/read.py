@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 
 from escm2rec.config import KEPT_PREFIX, SPLITS, AliccpSource
@@ -24,7 +25,7 @@ from escm2rec.preprocess.ragged import Int64s, Ragged, UInt64s, offsets_of
 from escm2rec.preprocess.records import SPILL_BYTES, CommonRecords, RecordWriter, common_tasks, index_records, open_records
 from escm2rec.preprocess.rejections import NO_SPLIT, Rejected, Rejection
 from escm2rec.preprocess.sources import Opener
-from escm2rec.preprocess.spill import hashed, narrow, one_batch, take, to_arrow, values_of, write_batch
+from escm2rec.preprocess.spill import hashed, narrow, numbered, one_batch, take, to_arrow, values_of, write_batch
 from escm2rec.preprocess.splits import TRAIN, Splitter, split_column
 from escm2rec.preprocess.stable_hash import fnv1a64, row_hash, splitmix64
 from escm2rec.preprocess.steps import Job
@@ -209,16 +210,13 @@ class _Reader:
             raise DataError(str(error), "use one type in all files, or do not keep the column") from error
         self._waiting, self._bytes = [], 0
         places = self._places(batch)
-        training = places < self._job.buckets
         order = np.argsort(places, kind="stable")
-        name = f"{self._number:05d}-{self._spills}"
+        name, training = f"{self._number:05d}-{self._spills}", int((places < self._job.buckets).sum())
         columns: dict[str, pa.Array] = {}
         for column in batch.schema.names:
-            array = batch[column]
-            self._count(column, array, training)
-            columns[column] = take(column, array if column.startswith(KEPT_PREFIX) else narrow(hashed(array)), order)
-        self._training_rows += int(training.sum())
-        self._count_records(columns, int(training.sum()), name)
+            columns[column] = self._ordered(column, batch[column], order, training)
+        self._training_rows += training
+        self._count_records(columns, training, name)
         self._kept_types |= {
             column: str(array.type) for column, array in columns.items() if column.startswith(KEPT_PREFIX) and array.null_count < len(array)
         }
@@ -227,26 +225,37 @@ class _Reader:
         self._spills += 1
         spill_largest(self._counters.values(), self._job.memory_bytes // 8)
 
+    def _ordered(self, name: str, array: pa.Array, order: Int64s, training: int) -> pa.Array:
+        """A column in the order of its rows; those of training, which come first, counted."""
+        if name.startswith(KEPT_PREFIX):
+            return take(name, array, order)
+        numbers, words = numbered(array)
+        ordered = take(name, narrow(numbers), order)
+        if name in self._counters:
+            self._counters[name].add(_counted(ordered.slice(0, training), words))
+        return ordered if words is None else hashed(ordered, words)
+
     def _places(self, batch: pa.RecordBatch) -> Any:
         """Split and bucket of each row, in one number: the buckets of training come first."""
         keys, splits = batch["key"].to_numpy().view(np.uint64), batch[LABEL + "split"].to_numpy()
         places = bucket_of(keys, self._job.buckets) + splits.astype(np.int64) * self._job.buckets
         return places.astype(np.uint16) if len(SPLITS) * self._job.buckets < 1 << 16 else places  # sorted by radix
 
-    def _count(self, name: str, array: pa.Array, training: Any) -> None:
-        """Values of the training rows of a column."""
-        if name not in self._counters:
-            return
-        if not training.all():
-            array = take(name, array, np.flatnonzero(training))
-        numbers = pa.types.is_floating(array.type)  # to go into buckets
-        self._counters[name].add(count_numbers(array.to_numpy()) if numbers else count_values(values_of(array)))
-
     def _count_records(self, columns: dict[str, pa.Array], training: int, name: str) -> None:
         """How often training rows, which come first, point at each common record."""
         if "record" in columns:
             records, times = np.unique(columns["record"].slice(0, training).to_numpy(), return_counts=True)
             np.save(self._folder / f"times-{name}.npy", np.stack([records.astype(np.int64), times.astype(np.int64)]))
+
+
+def _counted(array: pa.Array, words: pa.Array | None) -> pl.DataFrame:
+    """How often each value of a column occurs: a number, or the word at a place."""
+    if pa.types.is_floating(array.type):  # to go into buckets
+        return count_numbers(array.to_numpy())
+    counts = count_values(values_of(array))
+    if words is None:
+        return counts
+    return counts.with_columns(pl.Series("value", words.take(counts["value"].to_arrow())))
 
 
 def check_type(name: str, found: dict[str, str], known: dict[str, dict[str, str]]) -> None:

@@ -104,6 +104,8 @@ class BadRows:
 
     def mark(self, where: Bools, reason: Reason, column: str, seen: Callable[[Int64s], list[str]]) -> None:
         """Mark the rows where `where` holds; `seen` gives the offending text of rows by position in the block."""
+        if not where.any():  # as a rule
+            return
         rows = np.flatnonzero(where & ~self.mask)
         if not len(rows):
             return

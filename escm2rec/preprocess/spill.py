@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from escm2rec.config import KEPT_PREFIX
 from escm2rec.preprocess.block import RawColumn
-from escm2rec.preprocess.ragged import Int64s, Ragged, gather, offsets_of
-from escm2rec.preprocess.stable_hash import distinct, hash64
+from escm2rec.preprocess.ragged import Array, Bools, Int64s, Ragged, gather, held_in, offsets_of
+from escm2rec.preprocess.stable_hash import hash64
 from escm2rec.schema import Feature
 
 LIBC = ctypes.CDLL(None)
@@ -51,35 +51,42 @@ def _scalars(column: Ragged) -> pa.Array:
     if len(values) == len(column):
         return values
     held = column.lengths > 0
+    if isinstance(column.values, np.ndarray):
+        spread = np.zeros(len(column), np.int64)
+        spread[held] = column.values
+        return pa.array(spread, mask=~held)
     places = np.cumsum(held) - 1
     return values.take(pa.array(np.where(held, places, 0), mask=~held))
 
 
 def from_arrow(feature: Feature, columns: Any) -> RawColumn:
-    """The raw column of a feature from a batch of such columns, int64 values."""
+    """The raw column of a feature from a batch of such columns."""
     array = columns[feature.name]
     if feature.kind == "numeric":
         numbers: RawColumn = array.to_numpy()
         return numbers
     if feature.kind == "categorical":
-        held = array.is_valid().to_numpy(zero_copy_only=False)
-        return Ragged(_int64(array.drop_null() if array.null_count else array), offsets_of(held))
+        held = held_in(array)
+        return Ragged((array.drop_null() if array.null_count else array).to_numpy(), offsets_of(held))
     offsets = array.offsets.to_numpy()
     weights = None
     if feature.kind == "weighted_list":
         weights = columns[feature.name + WEIGHTS].flatten().to_numpy()
-    return Ragged(_int64(array.flatten()), offsets - offsets[0], weights)
+    return Ragged(array.flatten().to_numpy(), offsets - offsets[0], weights)
 
 
-def _int64(values: pa.Array) -> Int64s:
-    numbers: Int64s = values.to_numpy().astype(np.int64)
-    return numbers
+def scalars_of(array: pa.Array) -> tuple[Array, Bools | None]:
+    """The numbers of a categorical column of `to_arrow`, 0 where there is none; and where that is, if anywhere."""
+    if not array.null_count:
+        return array.to_numpy(), None
+    return array.fill_null(0).to_numpy(), ~held_in(array)
 
 
-def values_of(array: pa.Array) -> Any:
-    """All values of a column of `to_arrow`, flat and without null: int64 numbers, or Arrow strings."""
+def values_of(array: pa.Array) -> Array:
+    """All numbers of a column of `to_arrow`, flat and without null."""
     flat = array.flatten() if pa.types.is_large_list(array.type) else array.drop_null() if array.null_count else array
-    return flat if pa.types.is_large_string(flat.type) else _int64(flat)
+    numbers: Array = flat.to_numpy()
+    return numbers
 
 
 def one_batch(batches: list[dict[str, pa.Array]]) -> pa.RecordBatch:
@@ -129,17 +136,22 @@ def narrow(array: pa.Array) -> pa.Array:
     return array.cast(pa.int32()) if low is None or (low >= INT32.min and high <= INT32.max) else array
 
 
-def hashed(array: pa.Array) -> pa.Array:
-    """Strings, or lists of them, as the 64 bits of their hashes (int64): all that a lookup needs. Numbers as they are."""
+def numbered(array: pa.Array) -> tuple[pa.Array, pa.Array | None]:
+    """Strings, or lists of them, as their places (int32) among the distinct ones, which come second. Numbers as they are, and None."""
     if pa.types.is_large_list(array.type):
-        return (
-            pa.LargeListArray.from_arrays(array.offsets, hashed(array.values)) if pa.types.is_large_string(array.type.value_type) else array
-        )
+        places, words = numbered(array.values)
+        return (array, None) if words is None else (pa.LargeListArray.from_arrays(array.offsets, places), words)
     if not pa.types.is_large_string(array.type):
-        return array
-    words, index = distinct(array.fill_null("") if array.null_count else array)
-    hashes = hash64(words).view(np.int64)[index]
-    return pa.array(hashes, mask=array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None)
+        return array, None
+    coded = pc.dictionary_encode(array)
+    return coded.indices, coded.dictionary
+
+
+def hashed(places: pa.Array, words: pa.Array) -> pa.Array:
+    """Such places as the 64 bits of the hashes of their strings (int64): all that a lookup needs."""
+    if pa.types.is_large_list(places.type):
+        return pa.LargeListArray.from_arrays(places.offsets, hashed(places.values, words))
+    return pa.array(hash64(words).view(np.int64)).take(places)
 
 
 def take(name: str, array: pa.Array, rows: Int64s) -> pa.Array:

@@ -16,11 +16,12 @@ from escm2rec.config import ImpressionTable
 from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawColumn
 from escm2rec.preprocess.digits import MAX_FLOAT32, MAX_INT64, parse_decimals
-from escm2rec.preprocess.ragged import Bools, Float64s, Int64s, Ragged, offsets_of
+from escm2rec.preprocess.ragged import Bools, Float64s, Int64s, Ragged, held_in, offsets_of
 from escm2rec.preprocess.rejections import INT64, NULL_IN_LIST, NUMBER, PAIR, TEXT, UNEQUAL, BadRows, values_at
 from escm2rec.preprocess.transforms import clipped, cut
 from escm2rec.schema import Feature
 
+RowsOf = Callable[[], Int64s]  # whose row each value of a column is, for the rare case that one is wrong
 KIND_OR_COLUMN = "set the feature's kind or column to what the file holds"
 
 
@@ -83,15 +84,15 @@ def raw_column(feature: Feature, columns: Callable[[str], TableColumn], source: 
     if feature.kind == "numeric":
         found = numbers_of(column)
         numbers = clipped(feature, found)
-        held = column.array.is_valid().to_numpy(zero_copy_only=False)
+        held = held_in(column.array)
         wrong = held & ~((np.abs(found) <= MAX_FLOAT32) & ((numbers > -1) if feature.log1p else True))
         column.bad.mark(wrong, NUMBER, column.name, values_at(column.array))
         return numbers
     if feature.kind == "categorical":
         if column.is_list or pt.is_struct(column.array.type):
             raise column.wrong_type("one value a row")
-        held = column.array.is_valid().to_numpy(zero_copy_only=False)
-        values = _values(column, column.array.drop_null(), np.flatnonzero(held))
+        held = held_in(column.array)
+        values = _values(column, column.array.drop_null(), lambda: np.flatnonzero(held))
         return Ragged(values, offsets_of(held))
     if column.is_csv:
         if feature.weights_column is not None:
@@ -123,7 +124,7 @@ def numbers_of(column: TableColumn, hint: str = KIND_OR_COLUMN) -> Float64s:
     return numbers
 
 
-def _values(column: TableColumn, flat: pa.Array, rows: Int64s) -> Any:
+def _values(column: TableColumn, flat: pa.Array, rows: RowsOf) -> Any:
     """Values without null as int64 (numpy) or strings (Arrow); `rows` says whose each is."""
     kind = flat.type
     if pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind):
@@ -136,7 +137,7 @@ def _values(column: TableColumn, flat: pa.Array, rows: Int64s) -> Any:
         if pt.is_uint64(kind):
             where = _rows_with(numbers > MAX_INT64, rows, len(column.array))
             column.bad.mark(where, INT64, column.name, values_at(column.array))
-        return numbers.astype(np.int64)
+        return numbers.astype(np.int64, copy=False)
     if pt.is_null(kind) and not len(flat):
         return np.empty(0, dtype=np.int64)
     raise column.wrong_type("whole numbers or strings", _of_no_ids(kind))
@@ -151,7 +152,7 @@ def _of_no_ids(kind: pa.DataType) -> str:
     return KIND_OR_COLUMN
 
 
-def _utf8(column: TableColumn, flat: pa.Array, rows: Int64s) -> pa.Array:
+def _utf8(column: TableColumn, flat: pa.Array, rows: RowsOf) -> pa.Array:
     """The strings; Parquet does not check that they are UTF-8, so rows with others are marked, and those are then empty."""
     try:
         flat.validate(full=True)
@@ -163,16 +164,17 @@ def _utf8(column: TableColumn, flat: pa.Array, rows: Int64s) -> pa.Array:
     wrong[at] = True
 
     def seen(places: Int64s) -> list[str]:
-        return [repr(raw[first]) for first in at[np.searchsorted(rows[at], places)]]
+        return [repr(raw[first]) for first in at[np.searchsorted(rows()[at], places)]]
 
     column.bad.mark(_rows_with(wrong, rows, len(column.array)), TEXT, column.name, seen)
     return pc.if_else(pa.array(wrong), pa.scalar("", pa.large_string()), flat)
 
 
-def _rows_with(wrong: Bools, rows: Int64s, count: int) -> Bools:
+def _rows_with(wrong: Bools, rows: RowsOf, count: int) -> Bools:
     """Which rows own a wrong value."""
     where = np.zeros(count, dtype=np.bool_)
-    where[rows[wrong]] = True
+    if wrong.any():
+        where[rows()[wrong]] = True
     return where
 
 
@@ -180,7 +182,7 @@ def _csv_list(feature: Feature, column: TableColumn, source: ImpressionTable) ->
     count = len(column.array)
     parts = pc.split_pattern(column.array, source.list_separator)
     lengths = pc.fill_null(pc.list_value_length(parts), 0).to_numpy(zero_copy_only=False)
-    flat, rows = parts.flatten(), np.repeat(np.arange(count), lengths)
+    flat = parts.flatten()
     if feature.kind == "list":
         return Ragged(flat.cast(pa.large_string()), offsets_of(lengths))
     at = pc.split_pattern(flat, source.weight_separator, max_splits=1, reverse=True)
@@ -190,7 +192,7 @@ def _csv_list(feature: Feature, column: TableColumn, source: ImpressionTable) ->
     values = both.take(pa.array(firsts)).cast(pa.large_string())
     weights = parse_decimals(both.take(pa.array(firsts + pair)))
     wrong = ~(pair & (np.abs(weights) <= MAX_FLOAT32))
-    column.bad.mark(_rows_with(wrong, rows, count), PAIR, column.name, values_at(column.array))
+    column.bad.mark(_rows_with(wrong, lambda: np.repeat(np.arange(count), lengths), count), PAIR, column.name, values_at(column.array))
     return Ragged(values, offsets_of(lengths), weights)
 
 
@@ -198,7 +200,10 @@ def _parquet_list(feature: Feature, column: TableColumn, weights: TableColumn | 
     if not column.is_list:
         raise column.wrong_type("a list a row")
     lengths, flat = _flatten(column)
-    rows = np.repeat(np.arange(len(lengths)), lengths)
+
+    def rows() -> Int64s:
+        return np.repeat(np.arange(len(lengths)), lengths)
+
     if feature.kind == "list":
         return Ragged(_values(column, _without_null(column, flat, rows), rows), offsets_of(lengths))
     if weights is None:
@@ -219,7 +224,8 @@ def _parquet_list(feature: Feature, column: TableColumn, weights: TableColumn | 
             weight_flat = _fitted(weight_flat, lengths, weight_lengths)
     if not (pt.is_integer(weight_flat.type) or pt.is_floating(weight_flat.type) or pt.is_null(weight_flat.type)):
         raise weight_column.wrong_type("weights that are numbers")
-    numbers = pc.fill_null(weight_flat.cast(pa.float64(), safe=False), float("nan")).to_numpy(zero_copy_only=False)
+    floats = weight_flat if pt.is_float32(weight_flat.type) else weight_flat.cast(pa.float64(), safe=False)
+    numbers = (floats.fill_null(float("nan")) if floats.null_count else floats).to_numpy()
     wrong = _rows_with(~(np.abs(numbers) <= MAX_FLOAT32), rows, len(lengths))
     column.bad.mark(wrong, NUMBER, weight_column.name, values_at(weight_column.array))
     return Ragged(_values(column, _without_null(column, flat, rows), rows), offsets_of(lengths), numbers)
@@ -235,7 +241,7 @@ def _flatten(column: TableColumn) -> tuple[Int64s, pa.Array]:
     return lengths, flat.dictionary_decode() if pt.is_dictionary(flat.type) else flat
 
 
-def _without_null(column: TableColumn, flat: pa.Array, rows: Int64s) -> pa.Array:
+def _without_null(column: TableColumn, flat: pa.Array, rows: RowsOf) -> pa.Array:
     """The values, rows with a null among them marked; the null is then any value."""
     if not flat.null_count:
         return flat

@@ -33,10 +33,12 @@ def count_values(values: Any, times: Int64s | None = None) -> pl.DataFrame:
         return pl.DataFrame({"value": pl.from_arrow(counted.field("values")), "count": pl.from_arrow(counted.field("counts"))})
     low, high = int(values.min()), int(values.max())
     if high - low < max(1024, 4 * len(values)):
-        counts = np.bincount(values - low, weights=times)
+        counts = np.bincount(values - np.int64(low), weights=times)
         held = np.flatnonzero(counts)
         return pl.DataFrame({"value": held + low, "count": counts[held].astype(np.int64)})
-    frame = pl.DataFrame({"value": values, "count": np.ones(len(values), dtype=np.int64) if times is None else times})
+    frame = pl.DataFrame(
+        {"value": values.astype(np.int64, copy=False), "count": np.ones(len(values), dtype=np.int64) if times is None else times}
+    )
     return frame.group_by("value").agg(pl.col("count").sum())
 
 
@@ -60,7 +62,7 @@ class ValueCounter:
             self._merge()
 
     def _merge(self) -> None:
-        total = pl.concat(self._parts).group_by("value").agg(pl.col("count").sum())
+        total = _summed(self._parts)
         self._parts, self._merged, self._waiting = [total], len(total), 0
         self.bytes = int(total.estimated_size())
 
@@ -104,8 +106,7 @@ class ValueCounter:
 
     def _total(self) -> pl.DataFrame:
         parts = [pl.DataFrame(pl.from_arrow(pq.read_table(run))) for run in self.runs]
-        parts = parts or [pl.DataFrame(schema={"value": pl.Int64, "count": pl.Int64})]
-        return pl.concat(parts).group_by("value").agg(pl.col("count").sum())
+        return _summed(parts or [pl.DataFrame(schema={"value": pl.Int64, "count": pl.Int64})])
 
     def _tables(self, counts: pl.DataFrame) -> Iterator[pa.Table]:
         if len(counts):
@@ -117,6 +118,11 @@ class ValueCounter:
         reader = runs.scanner(batch_readahead=1, fragment_readahead=1).to_reader()
         for table in query(sql, reader, self._folder / f"{self._name}.sort", memory_bytes, TABLE_ROWS):
             yield table.cast(runs.schema)
+
+
+def _summed(parts: list[pl.DataFrame]) -> pl.DataFrame:
+    """Counts, each of distinct values, added up."""
+    return pl.concat(parts).group_by("value").agg(pl.col("count").sum()) if len(parts) > 1 else parts[0]
 
 
 def spill_largest(counters: Iterable[ValueCounter], limit: int) -> None:

@@ -32,6 +32,12 @@ ValueType = Literal["int64", "string"]
 SORT_ROWS = 1 << 22  # sorted in memory up to this, on disk beyond
 DENSE_SPAN = 1 << 22  # a table over the range of the values is used up to this, or 4 entries a value
 SORTED = {"keys": np.int64, "rows": np.int32}
+HEAD = 2  # slots of 4 bytes before the rows
+
+
+def _int64(values: Any) -> Int64s:
+    numbers: Int64s = values.astype(np.int64, copy=False)
+    return numbers
 
 
 def value_type_of(values: Any) -> ValueType:
@@ -78,7 +84,7 @@ def write_lookup(path: Path, feature: Feature, folder: Path, memory_bytes: int) 
         low, high, count = _range_of(path)
         span = high - low + 1 if count else 0
         if span <= max(DENSE_SPAN, 4 * count):
-            _write_dense(path, stem.with_name(f"{feature.name}.dense.{low}"), low, span)
+            _write_dense(path, stem.with_name(f"{feature.name}.dense"), low, span)
             return
     _write_sorted(path, stem, memory_bytes)
 
@@ -91,26 +97,25 @@ class Vocabulary:
         self._oov_rows = np.uint64(feature.oov_rows)
         self._strings = feature.value_type == "string"
         self._dense: Any = None
-        for path in folder.glob(f"{feature.name}.dense.*"):
-            self._low, self._dense = int(path.suffix[1:]), read_column(path, np.int32)
-            self._span = len(self._dense) - 1
-        if self._dense is None:
+        if (path := folder / f"{feature.name}.dense").is_file():
+            held = np.asarray(read_column(path, np.int32))
+            self._before, self._dense = held[:HEAD].view(np.int64)[0], held[HEAD:]
+        else:
             self._keys, self._rows = (read_column(folder / f"{feature.name}.{what}", kind) for what, kind in SORTED.items())
 
     def rows(self, values: Any) -> Int32s:
-        """Table row of each int64 or string value; of strings, their hashes (`hash64` as int64) will do."""
+        """Table row of each whole number or string; of strings, their hashes (`hash64` as int64) will do."""
         if not len(values):
             return np.empty(0, dtype=np.int32)
         if isinstance(values, pa.Array):
             words, index = distinct(values)
             return self._by_key(hash64(words).view(np.int64), None)[index]
         if self._strings:
-            return self._by_key(values, None)
+            return self._by_key(_int64(values), None)
         if self._dense is None:
-            return self._by_key(values, values)
-        # Below the range wraps to a huge unsigned number: one comparison finds both ends, and the last slot says -1.
-        places = np.minimum((values - np.int64(self._low)).view(np.uint64), np.uint64(self._span)).view(np.int64)
-        return self._with_shared(self._dense[places], values, None)
+            return self._by_key(_int64(values), values)
+        # What is below the range, or above it by more than int64 holds, becomes negative: the first slot and the last say -1.
+        return self._with_shared(self._dense.take(values - self._before, mode="clip"), values, None)
 
     def _by_key(self, keys: Int64s, values: Any) -> Int32s:
         if not len(self._keys):
@@ -128,7 +133,7 @@ class Vocabulary:
         """Rows with -1 replaced by a shared one: by the hash of the values, or by `hashes` of strings, where there are no values."""
         missing = np.flatnonzero(rows < 0)
         if len(missing):
-            hashed = hash64(values[missing]) if values is not None else np.asarray(hashes)[missing].view(np.uint64)
+            hashed = hash64(_int64(values[missing])) if values is not None else np.asarray(hashes)[missing].view(np.uint64)
             rows[missing] = (hashed % self._oov_rows).astype(np.int32)
         return rows
 
@@ -151,13 +156,15 @@ def _range_of(path: Path) -> tuple[int, int, int]:
 
 
 def _write_dense(path: Path, file: Path, low: int, span: int) -> None:
-    """The row of each value from `low` on, -1 where there is none, and one slot more."""
+    """The number before `low`, by int64's rules, in HEAD slots; then the row of each value from it to one past the last; -1 for none."""
+    before = np.array([low], np.int64) - 1
     with file.open("wb") as column:  # written, not mapped: on a full disk the process would die of a page that has no place
-        for start in range(0, span + 1, TABLE_ROWS):
-            np.full(min(TABLE_ROWS, span + 1 - start), -1, np.int32).tofile(column)
-    dense: Any = np.memmap(file, dtype=np.int32, mode="r+")
+        before.tofile(column)
+        for start in range(0, span + 2, TABLE_ROWS):
+            np.full(min(TABLE_ROWS, span + 2 - start), -1, np.int32).tofile(column)
+    dense: Any = np.memmap(file, dtype=np.int32, mode="r+", offset=before.nbytes)
     for batch in _tables(path, ["value", "row"]):
-        dense[batch["value"].to_numpy() - low] = batch["row"].to_numpy()
+        dense[batch["value"].to_numpy() - before] = batch["row"].to_numpy()
     dense.flush()
 
 
@@ -195,13 +202,13 @@ class HashedValues:
         self._strings = feature.value_type == "string"
 
     def rows(self, values: Any) -> Int32s:
-        """Table row of each int64 or string value; of strings, their hashes (`hash64` as int64) will do."""
+        """Table row of each whole number or string; of strings, their hashes (`hash64` as int64) will do."""
         if isinstance(values, pa.Array):
             if not len(values):
                 return np.empty(0, dtype=np.int32)
             words, index = distinct(values)
             return (hash64(words) % self._num_rows).astype(np.int32)[index]
-        hashes = values.view(np.uint64) if self._strings else hash64(values)
+        hashes = _int64(values).view(np.uint64) if self._strings else hash64(_int64(values))
         return (hashes % self._num_rows).astype(np.int32)
 
 

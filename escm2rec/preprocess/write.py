@@ -19,7 +19,7 @@ from escm2rec.preprocess.merge import rows_of, sorted_rows
 from escm2rec.preprocess.ragged import Int64s, offsets_of
 from escm2rec.preprocess.read import LABEL, records_of
 from escm2rec.preprocess.records import encode_records
-from escm2rec.preprocess.spill import MappedBatch, from_arrow, holds, one_batch, read_batch, write_batch
+from escm2rec.preprocess.spill import MappedBatch, holds, one_batch, read_batch, write_batch
 from escm2rec.preprocess.spilled import read_rows
 from escm2rec.preprocess.steps import Job
 from escm2rec.preprocess.vocabulary import open_lookup
@@ -133,7 +133,7 @@ def _buckets(job: Job, part: Part) -> Iterator[tuple[pa.RecordBatch, Int64s]]:
 def _rows(encoder: Encoder, batch: pa.RecordBatch, kept_types: pa.Schema) -> Rows:
     """Encoded rows of a bucket."""
     names = batch.schema.names
-    features = encoder.stored({feature.name: from_arrow(feature, batch) for feature in encoder.schema.features})
+    features = encoder.stored(batch)
     labels = {name.removeprefix(LABEL): batch[name].to_numpy() for name in names if name.startswith(LABEL)}
     found = {field.name: batch[field.name] for field in kept_types}
     found |= {field.name: pa.nulls(len(batch), field.type) for field in kept_types if found[field.name].type != field.type}
