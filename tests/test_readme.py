@@ -87,6 +87,7 @@ def test_figures_are_those_of_the_results() -> None:
     known = {path.stem for path in (ROOT / "docs" / "results").glob("*.json")}
     assert known == {
         "train",
+        "first_step",
         "train_gpu",
         "preprocess",
         "preprocess_xeon",
@@ -133,6 +134,7 @@ def test_figures_are_those_of_the_results() -> None:
     assert single >= 1.5e6
     assert mix >= 0.9e6
     _check_training(results["train"]["results"], results["train_gpu"]["results"])
+    _check_first_step(results["first_step"]["results"])
     assert min(each["mb_per_s"] for each in text["whole"]) >= 20
     means = results["hillstrom"]["mean_calibration"]
     assert f"CTR {means['ctr']:.3f}, CVR {means['cvr_clicked']:.3f}, CTCVR {means['ctcvr']:.3f}" in README
@@ -157,13 +159,23 @@ def _check_training(on_cores: list[dict[str, Any]], on_gpu: list[dict[str, Any]]
     assert [each["ranks"] for each in on_cores] == [1, 2]
     for each in on_cores:
         ranks = f"{each['ranks']} rank{'s' * (each['ranks'] > 1)}"
+        rows = round(statistics.median(each["parquet_rows_per_s"]), -3)
+        assert f"{each['parquet_of_bare']:.2f} on {ranks} ({rows:,} rows/s)" in README
         assert f"{each['parquet_of_metrics']:.2f} on {ranks}" in README
         assert f"{each['metrics_of_bare']:.2f} on {ranks}" in README
         assert f"{statistics.median(each['checkpoint_s']):.1f} s on {ranks}" in README
-        assert each["parquet_of_metrics"] >= 0.95
+        assert each["parquet_of_bare"] >= 0.95
         assert (1 - each["metrics_of_bare"]) + each["checkpoint_share_of_5_min"] < 0.03 + 0.005  # to the digits that are kept
     for each in on_gpu:
         assert f"{each['kernels_ms_a_step']:.1f} of {each['step_ms']:.1f} ms in {each['precision']}" in README
+
+
+def _check_first_step(measured: list[dict[str, Any]]) -> None:
+    assert [each["ranks"] for each in measured] == [1, 2]
+    for how in ("fresh", "resumed"):
+        one, two = (round(each[f"{how}_s"], 1) for each in measured)
+        assert f"{one} s on 1 rank, {two} s on 2 ranks by torchrun" in README or f"resumed {one} s and {two} s" in README
+        assert max(one, two) < 10
 
 
 def test_the_study_of_the_docs_is_the_full_preset_of_this_code() -> None:
