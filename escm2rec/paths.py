@@ -1,4 +1,4 @@
-"""Where a data set lies: a local folder, or a folder of an object store by an fsspec URL such as `s3://bucket/set`."""
+"""Where a data set or the copy of a run lies: a local folder, or a folder of an object store by an fsspec URL such as `s3://bucket/set`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ COPY_BYTES = 8 << 20  # asked of a store at a time
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file or folder of an fsspec file system, read by the few methods of `pathlib.Path` that a data set needs.
+    """A file or folder of an fsspec file system, read by the few methods of `pathlib.Path` that a data set needs, and written as a copy is.
 
-    DataError where the store does not let itself be read, FileNotFoundError where `read_text` and `open` find no file.
+    DataError where the store does not let itself be read or written, FileNotFoundError where `read_text` and `open` find no file.
     """
 
     fs: Any
@@ -75,6 +75,33 @@ class RemotePath:
         with telling(self, absent=False):
             return RemoteFile(self, self.fs.open(self.path, "rb"))
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below it, by the name that leads there from here, as the store has them now."""
+        start = len(self.path.rstrip("/")) + 1
+        with telling(self):
+            self.fs.invalidate_cache()  # other ranks write there too
+            found = self.fs.find(self.path, detail=True)
+        return {path[start:]: int(known["size"]) for path, known in found.items() if path[start:]}
+
+    def fetch(self, to: Path) -> None:
+        """The file, to a local one."""
+        with telling(self):
+            self.fs.get_file(self.path, str(to))
+
+    def put(self, source: Path) -> None:
+        """Make it the copy of a local file; one that is cut off may leave a part of it on a local disk, where stores leave nothing."""
+        with telling(self, doing="write"):
+            self.fs.put_file(str(source), self.path)
+
+    def remove(self) -> None:
+        """Remove the file, or the folder with all that is in it."""
+        with telling(self, doing="remove"):
+            if "file" in self.fs.protocol:
+                self.fs.rm(self.path, recursive=True)
+            else:  # file by file: `rm` would read the path as a pattern, and remove a bucket with its last file
+                for path in self.fs.find(self.path):
+                    self.fs.rm_file(path)
+
 
 class RemoteFile:
     """A file of a store. What the store says is told where it is said: what whoever reads it says then is of what it holds."""
@@ -121,9 +148,19 @@ def data_path(place: str | DataPath) -> DataPath:
     return Path(path) if "file" in fs.protocol else RemotePath(fs, path)
 
 
+def store_path(place: str) -> RemotePath:
+    """A folder to write to, local ones too; ConfigError as of `data_path`."""
+    path = data_path(place)
+    if isinstance(path, RemotePath):
+        return path
+    import fsspec
+
+    return RemotePath(fsspec.filesystem("file", auto_mkdir=True), str(path.absolute()))
+
+
 @contextmanager
-def telling(place: RemotePath, absent: bool = True) -> Iterator[None]:
-    """DataError where a store does not let itself be read: each has errors of its own, for no answer and for no right to.
+def telling(place: RemotePath, absent: bool = True, doing: str = "read") -> Iterator[None]:
+    """DataError where a store does not let itself be read or written: each has errors of its own, for no answer and for no right to.
 
     That a file is not there is told only with `absent`.
     """
@@ -133,7 +170,7 @@ def telling(place: RemotePath, absent: bool = True) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and not absent:
             raise
         hint = "check its address, and the credentials and endpoint that the package of this protocol finds (s3fs: AWS_* variables)"
-        raise DataError(f"cannot read {place}: {type(error).__name__}: {error}", hint) from error
+        raise DataError(f"cannot {doing} {place}: {type(error).__name__}: {error}", hint) from error
 
 
 def not_read(what: str, error: Exception, damaged: str = "cannot be read") -> DataError:

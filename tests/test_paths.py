@@ -14,14 +14,14 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
-from moto.server import ThreadedMotoServer
 
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.inspection.held import held_by
-from escm2rec.paths import DataPath, RemotePath, copy_folder, data_path
+from escm2rec.paths import DataPath, RemotePath, copy_folder, data_path, store_path
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from tests.encoded import write_dataset
+from tests.s3_server import s3_server
 
 ROWS = 900
 
@@ -47,23 +47,9 @@ def url(local: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def bucket(local: Path) -> Iterator[str]:
     """The same data set in a bucket of a server that speaks S3."""
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patched:
-        host, port = server.get_host_and_port()
-        told = {
-            "ENDPOINT_URL": f"http://{host}:{port}",
-            "ACCESS_KEY_ID": "key",
-            "SECRET_ACCESS_KEY": "secret",
-            "DEFAULT_REGION": "us-east-1",
-        }
-        for name, value in told.items():
-            patched.setenv(f"AWS_{name}", value)
-        store = fsspec.filesystem("s3", skip_instance_cache=True)
-        store.mkdir("logs")
-        store.put(str(local), "logs/set", recursive=True)
+    with s3_server("logs"):
+        fsspec.filesystem("s3").put(str(local), "logs/set", recursive=True)
         yield "s3://logs/set"
-    server.stop()
 
 
 def _read(data: str | DataPath, threads: int = 1) -> list[tuple[list[int], list[int]]]:
@@ -229,3 +215,39 @@ def test_a_protocol_that_is_not_known_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot open nosuch://bucket/set: Protocol not known: nosuch") as refused:
         Dataset.open("nosuch://bucket/set")
     assert "install the fsspec package of that protocol" in refused.value.hint
+
+
+@pytest.mark.parametrize("kind", ["file", "memory", "s3"])
+def test_what_is_put_on_a_store_is_listed_fetched_and_removed(kind: str, bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"a checkpoint")
+    memory = f"memory://{uuid.uuid4().hex}"
+    place = store_path({"file": str(tmp_path / "store"), "memory": memory, "s3": "s3://written"}[kind])
+    if kind == "s3":
+        place.fs.mkdir("written")
+    assert place.sizes() == {}
+    names = ["step-2/.index", "step-20/part", "plain"]
+    for name in names:
+        (place / name).put(tmp_path / "source")
+    assert place.sizes() == dict.fromkeys(names, 12)
+    if kind == "s3":  # by another process, which this one's listings do not know of
+        type(place.fs)(skip_instance_cache=True).pipe_file("written/step-2/theirs", b"1")
+        names.append("step-2/theirs")
+    assert place.sizes().keys() == set(names)
+    (place / "step-2/.index").fetch(tmp_path / "fetched")
+    assert (tmp_path / "fetched").read_bytes() == b"a checkpoint"
+    (place / "step-2").remove()
+    (place / "plain").remove()
+    assert place.sizes() == {"step-20/part": 12}
+    (place / "step-20").remove()
+    assert place.sizes() == {}
+    assert kind != "s3" or place.exists(), "the bucket stays"
+    with pytest.raises(DataError, match=rf"^cannot read {place}/plain: FileNotFoundError"):
+        (place / "plain").fetch(tmp_path / "fetched")
+
+
+def test_a_store_that_takes_nothing_is_told(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"a checkpoint")
+    with pytest.raises(DataError, match=r"^cannot write s3://nowhere/at/all: FileNotFoundError: The specified bucket does not exist"):
+        (store_path("s3://nowhere/at") / "all").put(tmp_path / "source")
+    with pytest.raises(DataError, match=rf"^cannot write file://{tmp_path}/source/all: "):
+        (store_path(str(tmp_path / "source")) / "all").put(tmp_path / "source")
