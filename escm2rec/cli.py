@@ -140,6 +140,12 @@ def train(
     warm_start: Annotated[
         Path | None, typer.Option("--warm-start", help="Begin with what this finished run learned.", metavar="RUN", show_default=False)
     ] = None,
+    copy_to: Annotated[
+        str | None,
+        typer.Option(
+            "--copy-to", help="Keep the run at this fsspec URL too; --resume may fetch it from there.", metavar="URL", show_default=False
+        ),
+    ] = None,
 ) -> Result:
     """Train a model on a data set.
 
@@ -152,7 +158,7 @@ def train(
     from escm2rec.paths import data_path
     from escm2rec.training.train import train
 
-    return train(load_config(config, overrides), data_path(data), out, resume, overwrite, profile, warm_start)
+    return train(load_config(config, overrides), data_path(data), out, resume, overwrite, profile, warm_start, copy_to)
 
 
 @app.command()

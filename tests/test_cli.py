@@ -123,13 +123,13 @@ CALLS: list[tuple[str, str, list[str], Callable[[Config], list[Any]]]] = [
         "train",
         "escm2rec.training.train",
         ["--config", "CONFIG", "--data", "d", "--out", "o", "--resume", "--profile"],
-        lambda config: [config, Path("d"), Path("o"), True, False, True, None],
+        lambda config: [config, Path("d"), Path("o"), True, False, True, None, None],
     ),
     (
         "train",
         "escm2rec.training.train",
-        ["--config", "CONFIG", "--data", "d", "--out", "o", "--warm-start", "r"],
-        lambda config: [config, Path("d"), Path("o"), False, False, False, Path("r")],
+        ["--config", "CONFIG", "--data", "d", "--out", "o", "--warm-start", "r", "--copy-to", "s3://b/r"],
+        lambda config: [config, Path("d"), Path("o"), False, False, False, Path("r"), "s3://b/r"],
     ),
     (
         "evaluate",

@@ -56,7 +56,7 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
     "train": (
         [
             *("--config", "c.yaml", "--data", "d", "--out", "a b", "--set", "training.epochs=2,model.tower_hidden=[8,4]"),
-            *("--resume", "true", "--profile", "True", "--warm_start", "r"),
+            *("--resume", "true", "--profile", "True", "--warm_start", "r", "--copy_to", "s3://b/r"),
         ],
         [
             "--config",
@@ -73,6 +73,8 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
             "--profile",
             "--warm-start",
             "r",
+            "--copy-to",
+            "s3://b/r",
         ],
     ),
     "evaluate": (

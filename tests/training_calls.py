@@ -20,7 +20,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from escm2rec.config import load_config
+from escm2rec.errors import DataError
 from escm2rec.evaluation.evaluate import evaluate
+from escm2rec.paths import RemotePath, store_path
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
@@ -38,9 +40,36 @@ from escm2rec.training.warm_start import take_from
 from tests.encoded import config
 
 
-def train_run(data: str, out: str, overrides: list[str], resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train_run(
+    data: str, out: str, overrides: list[str], resume: bool = False, overwrite: bool = False, copy_to: str | None = None
+) -> dict[str, Any]:
     """Train with the tests' config."""
-    return train(config(*overrides), Path(data), Path(out), resume, overwrite)
+    return train(config(*overrides), Path(data), Path(out), resume, overwrite, copy_to=copy_to)
+
+
+def train_on_failing_store(data: str, out: str, overrides: list[str], copy_to: str, name: str, of_rank: int) -> dict[str, Any]:
+    """`train_run` whose copy of one file fails on a rank."""
+    put = RemotePath.put
+
+    def put_or_fail(self: RemotePath, source: Path) -> None:
+        if str(self).endswith(name) and dist.get_rank() == of_rank:
+            raise DataError(f"cannot write {self}: ConnectionError: gone")
+        put(self, source)
+
+    RemotePath.put = put_or_fail  # type: ignore[method-assign]
+    try:
+        return train_run(data, out, overrides, copy_to=copy_to)
+    finally:
+        RemotePath.put = put  # type: ignore[method-assign]
+
+
+def lose(run: str, copy: str, step: int) -> None:
+    """Let a run vanish, and its copy be what it is when a training ends between the files and the manifest of a checkpoint."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(run)
+        for name in ("manifest.json", f"checkpoints/step-{step}/manifest.json"):
+            (store_path(copy) / name).remove()
+    dist.barrier()
 
 
 def keep(source: str, to: str) -> None:
@@ -209,11 +238,17 @@ def flip(file: str) -> None:
 
 
 def train_file(
-    config_file: str, data: str, out: str, overrides: list[str] | None = None, warm_start: str | None = None, **arguments: bool
+    config_file: str,
+    data: str,
+    out: str,
+    overrides: list[str] | None = None,
+    warm_start: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train with a config file."""
     source = None if warm_start is None else Path(warm_start)
-    return train(load_config(config_file, overrides or []), Path(data), Path(out), **arguments, warm_start=source)
+    return train(load_config(config_file, overrides or []), Path(data), Path(out), resume, overwrite, warm_start=source)
 
 
 def begin(config_file: str, data: str, out: str, overrides: list[str], warm_start: str | None = None) -> None:

@@ -121,6 +121,21 @@ def on_main(runtime: Runtime, work: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def on_each(runtime: Runtime, work: Callable[[], None]) -> None:
+    """Do `work` on every rank; what the first of them raises is raised everywhere, when all have ended."""
+    told: list[Escm2Error | None] = [None] * runtime.world_size
+    mine: Escm2Error | None = None
+    try:
+        work()
+    except Exception as error:
+        mine = error if isinstance(error, Escm2Error) else RunError(f"rank {runtime.rank} failed: {type(error).__name__}: {error}")
+    dist.all_gather_object(told, mine, group=runtime.group)
+    failure = next(filter(None, told), None)
+    if failure is not None:
+        failure.told_by_rank_0 = not runtime.is_main
+        raise failure
+
+
 def _runtime() -> Runtime:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -43,9 +43,9 @@ class Checkpoints:
     Used as a context: what is being written is whole when it ends, however it ends.
     """
 
-    def __init__(self, owner: Owner, keep: int, runtime: Runtime) -> None:
-        """The newest `keep` stay. What earlier owners of the run did not finish is removed."""
-        self._owner, self._run, self._keep = owner, Path(owner.run), keep
+    def __init__(self, owner: Owner, keep: int, runtime: Runtime, then: Callable[[], None] | None = None) -> None:
+        """The newest `keep` stay. What earlier owners of the run did not finish is removed. `then` is done when one is whole."""
+        self._owner, self._run, self._keep, self._then = owner, Path(owner.run), keep, then
         on_main(runtime, self._remove_unfinished)
         # A group of its own: what ranks tell each other to write would get between what they tell each other to train.
         self._runtime = replace(runtime, group=dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT))
@@ -105,7 +105,7 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
             best = progress.get("best")
-            for old in _checkpoints(self._run)[: -self._keep]:
+            for old in whole_checkpoints(self._run)[: -self._keep]:
                 if best is None or old.name != f"step-{best['step']}":
                     shutil.rmtree(old, ignore_errors=True)
 
@@ -118,6 +118,8 @@ class Checkpoints:
             raise RunError(f"cannot write checkpoint {partial}: {_cause(error)}; {free_space(self._run)}", hint) from error
         files = self._gathered(_files_of(partial, self._runtime.rank))
         on_main(self._runtime, finish)
+        if self._then is not None:
+            self._then()
 
     def _gathered(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         every: list[dict[str, Any]] = [{}] * self._runtime.world_size
@@ -157,7 +159,7 @@ def _files_of(folder: Path, rank: int) -> dict[str, Any]:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint of the highest step, if there is one."""
-    folders = _checkpoints(run)
+    folders = whole_checkpoints(run)
     return folders[-1] if folders else None
 
 
@@ -168,8 +170,8 @@ def checkpoint_of(run: Path, step: int) -> Path:
 
 def remove_checkpoints_after(run: Path, step: int) -> None:
     """Remove the complete checkpoints of later steps."""
-    for folder in _checkpoints(run):
-        if _step_of(folder) > step:
+    for folder in whole_checkpoints(run):
+        if step_of(folder) > step:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -178,7 +180,7 @@ def last_good_checkpoint(run: Path, runtime: Runtime) -> Path | None:
 
     Newer ones that are damaged are told of. DataError when every one is.
     """
-    folders = on_main(runtime, lambda: _checkpoints(run))
+    folders = on_main(runtime, lambda: whole_checkpoints(run))
     for folder in reversed(folders):
         said = damage(folder, runtime)
         if said is None:
@@ -265,10 +267,12 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _checkpoints(run: Path) -> list[Path]:
+def whole_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints, in the order of their steps."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if (path / MANIFEST).is_file()]
-    return sorted(folders, key=_step_of)
+    return sorted(folders, key=step_of)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))

@@ -21,6 +21,7 @@ from escm2rec.paths import DataPath
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.sharding.runtime import Runtime, on_main
+from escm2rec.training.copies import Copies
 from escm2rec.training.run import PROPENSITY, Run
 from escm2rec.training.trained import TrainedModel
 from escm2rec.training.trainer import train_one
@@ -38,6 +39,7 @@ def train_objective(
     overwrite: bool,
     profiles: bool = False,
     warm_start: Path | None = None,
+    copies: Copies | None = None,
 ) -> dict[str, Any]:
     """Train the config's objective, its propensity cross-fitted first where the config says so; called by all ranks alike, see `train`.
 
@@ -45,10 +47,12 @@ def train_objective(
     never start warm: the source may have seen the clicks that they must not know.
     """
     if not config.objective.propensity.cross_fit:
-        return train_one(config, data, out, runtime, resume, overwrite, profiles=profiles, warm_start=warm_start)
+        return train_one(config, data, out, runtime, resume, overwrite, profiles=profiles, warm_start=warm_start, copies=copies)
     on_main(runtime, lambda: _check_halves(data))
     made = partial(_propensities, config, data, out / PROPENSITY, runtime)
-    return train_one(config, data, out, runtime, resume, overwrite, propensities=made, profiles=profiles, warm_start=warm_start)
+    return train_one(
+        config, data, out, runtime, resume, overwrite, propensities=made, profiles=profiles, warm_start=warm_start, copies=copies
+    )
 
 
 def _check_halves(data: DataPath) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from escm2rec.errors import RunError
+from escm2rec.paths import DataPath, RemotePath
 from escm2rec.sharding.runtime import Runtime, on_main
 
 FILE = ".owner"
@@ -34,9 +35,7 @@ class Owner:
 
         def write() -> Owner:
             mine = cls(str(run), uuid.uuid4().hex, *_launch())
-            held = _held(run)
-            if held is not None and held.launch != mine.launch and held.began > mine.began:
-                raise mine._taken()
+            mine._give_way(run)
             partial = run / f"{FILE}.{mine.token}"
             try:
                 partial.write_text(json.dumps(asdict(mine)), encoding="utf-8")
@@ -47,23 +46,37 @@ class Owner:
 
         return on_main(runtime, write)
 
-    def check(self) -> None:
-        """RunError when another start took the run since, or it was replaced. To be called before anything is written there."""
-        held = _held(Path(self.run))
-        if held is None or held.token != self.token:
-            raise self._taken()
+    def claim(self, copy: RemotePath) -> None:
+        """Be the owner of a copy of the run too; called by rank 0 alone, RunError as in `take`."""
+        self._give_way(copy)
+        (copy / FILE).put(Path(self.run) / FILE)
 
-    def _taken(self) -> RunError:
+    def check(self, copy: RemotePath | None = None) -> None:
+        """RunError when another start took the run (or the copy) since, or it was replaced.
+
+        To be called before anything is written there.
+        """
+        place = Path(self.run) if copy is None else copy
+        held = _held(place)
+        if held is None or held.token != self.token:
+            raise self._taken(place)
+
+    def _give_way(self, place: DataPath) -> None:
+        held = _held(place)
+        if held is not None and held.launch != self.launch and held.began > self.began:
+            raise self._taken(place)
+
+    def _taken(self, place: DataPath) -> RunError:
         return RunError(
-            f"{self.run} was taken over by a later start of this training, or replaced: this one ends, and writes nothing more",
+            f"{place} was taken over by a later start of this training, or replaced: this one ends, and writes nothing more",
             "is the job running twice? the later one goes on",
         )
 
 
-def _held(run: Path) -> Owner | None:
+def _held(place: DataPath) -> Owner | None:
     try:
-        return Owner(**json.loads((run / FILE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        return Owner(**json.loads((place / FILE).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):  # no JSON: half of what a copy on a local disk was to be
         return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from escm2rec.config import Config, parse_config
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.folder import MANIFEST, RUN_CONFIG, new_folder, read_manifest, refuse_overlap, write_json, write_manifest
-from escm2rec.paths import copy_folder
+from escm2rec.paths import DataPath, copy_folder
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
 from escm2rec.training.build import BaseRates
@@ -76,11 +76,11 @@ def start_run(out: Path, config: Config, dataset: Dataset, resume: bool, overwri
     """
     refuse_overlap(out, [dataset.path])
     if resume and (latest_checkpoint(out) is not None or (out / PROPENSITY).is_dir()):
-        _check_resumable(out, config, dataset)
-        begun_with = _source_of(out)
+        check_resumable(out, config, dataset)
+        begun_with = source_of(out)
         refuse_other_source(out, begun_with, warm_start)
         return None if begun_with is None or latest_checkpoint(out) is not None else Run.open(begun_with)
-    source = open_source(out, warm_start or (_source_of(out) if resume else None))
+    source = open_source(out, warm_start or (source_of(out) if resume else None))
     with new_folder(out, "run", overwrite or _has_only_started(out)) as folder:
         if resume and (out / DIVERGED).is_dir():  # what a start without a checkpoint kept of its bad batches
             copy_folder(out / DIVERGED, folder / DIVERGED)
@@ -104,7 +104,7 @@ def open_source(out: Path, warm_start: Path | None) -> Run | None:
     return Run.open(warm_start)
 
 
-def refuse_other_source(out: Path, begun_with: Path | None, asked: Path | None) -> None:
+def refuse_other_source(out: DataPath, begun_with: Path | None, asked: Path | None) -> None:
     """ConfigError when a run that goes on is asked for with another source than it began with; without one it goes on."""
     if asked is None or asked.resolve() == begun_with:
         return
@@ -144,9 +144,9 @@ def finish_run(out: Path, content: dict[str, Any]) -> None:
     write_manifest(out, "run", content)
 
 
-def _source_of(out: Path) -> Path | None:
-    """The run that the one at `out` began with; None where there is none."""
-    path = out / WARM_START
+def source_of(run: DataPath) -> Path | None:
+    """The run that a run began with; None where there is none."""
+    path = run / WARM_START
     return Path(json.loads(path.read_text(encoding="utf-8"))["run"]) if path.is_file() else None
 
 
@@ -155,16 +155,17 @@ def _has_only_started(out: Path) -> bool:
     return started and not (out / PROPENSITY).is_dir()
 
 
-def _check_resumable(out: Path, config: Config, dataset: Dataset) -> None:
-    before, now = _read_config(out).model_dump(mode="json"), config.model_dump(mode="json")
+def check_resumable(run: DataPath, config: Config, dataset: Dataset) -> None:
+    """ConfigError or DataError when a run was not trained with such a config, or on such a data set."""
+    before, now = _read_config(run).model_dump(mode="json"), config.model_dump(mode="json")
     different = [key for key in differences(before, now) if not key.startswith(FREE_SETTINGS)]
     if different:
         raise ConfigError(
-            f"{out} was trained with another config: {', '.join(different[:5])} differ(s)",
+            f"{run} was trained with another config: {', '.join(different[:5])} differ(s)",
             "resume with the config of the run, or train into another --out (docs/training.md lists what may change)",
         )
-    if Schema.load(out / "schema.json").hash() != dataset.schema.hash():
-        raise DataError(f"{out} was trained on a data set of another schema than {dataset.path}", "resume with the data set of the run")
+    if Schema.load(run / "schema.json").hash() != dataset.schema.hash():
+        raise DataError(f"{run} was trained on a data set of another schema than {dataset.path}", "resume with the data set of the run")
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
@@ -175,7 +176,7 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
     return [] if before == now else [path]
 
 
-def _read_config(path: Path) -> Config:
+def _read_config(path: DataPath) -> Config:
     try:
         tree = json.loads((path / RUN_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

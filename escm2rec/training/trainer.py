@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from escm2rec.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
 )
+from escm2rec.training.copies import Copies
 from escm2rec.training.divergence import Divergence
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
 from escm2rec.training.optimizer import DenseOptimizer, TableSteps, combined_optimizer, rate_factor
@@ -66,6 +68,7 @@ def train_one(
     propensities: Callable[[], Path] | None = None,
     profiles: bool = False,
     warm_start: Path | None = None,
+    copies: Copies | None = None,
 ) -> dict[str, Any]:
     """Train the config's objective on the training split of `data`, or a half of it, and leave a run at `out`; see `train`.
 
@@ -75,12 +78,16 @@ def train_one(
     dataset = replace(dataset, half=half)
     with telling_of_disk(out, "start again with --resume"):
         owner = Owner.take(out, runtime)  # before a checkpoint is chosen, which another start could remove
+        if copies is not None:
+            copies.take(owner)
         trainer = Trainer(config, dataset, out, runtime, None if propensities is None else propensities())
+        trainer.keep_copy = None if copies is None else partial(copies.bring, owner)
         if source is not None:
             take_from(source, config, dataset.schema, out, trainer.module, trainer.optimizer, runtime)
         if resume:
             trainer.resume()
-        return trainer.train(owner, profiles)
+        result = trainer.train(owner, profiles)
+        return result if copies is None else result | copies.finish(owner)
 
 
 class Trainer:
@@ -129,6 +136,7 @@ class Trainer:
         self.warm_up_steps = math.ceil(config.objective.propensity.warmup_fraction * self.total_steps)
         self.step = 0  # steps done, over all epochs; the reader is further ahead
         self.divergence = Divergence(out, runtime, training.max_skipped_steps)
+        self.keep_copy: Callable[[], None] | None = None  # after each checkpoint, in its thread
         self.schema_hash, self.data_identity = dataset.schema.hash(), dataset.identity("train")
 
     def resume(self) -> None:
@@ -187,7 +195,7 @@ class Trainer:
         with (
             MetricsLog(owner, self.runtime, first_step) as log,
             Progress("train", rows_left, self.runtime.is_main) as progress,
-            Checkpoints(owner, self.config.training.keep_checkpoints, self.runtime) as checkpoints,
+            Checkpoints(owner, self.config.training.keep_checkpoints, self.runtime, self.keep_copy) as checkpoints,
             heeding_sigterm() as request,
             self._profile() if profiles and self.step < self.total_steps else nullcontext() as profile,
         ):
