@@ -6,7 +6,8 @@ import zlib
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from escm2rec.sharding.shards import held, table_of
 
 CHUNK_ROWS = 65_536
 
@@ -17,13 +18,8 @@ def initialise_tables(model: nn.Module, seed: int, std: float) -> None:
     for name, value in model.state_dict().items():
         if ".embedding_bags." not in name:
             continue
-        table = name.split(".embedding_bags.")[1].removesuffix(".weight")
-        if isinstance(value, ShardedTensor):
-            for shard in value.local_shards():
-                row, column = shard.metadata.shard_offsets
-                _fill(shard.tensor, table, int(row), int(column), seed, std, int(value.size()[1]))
-        else:
-            _fill(value, table, 0, 0, seed, std, value.shape[1])
+        for part, (row, column) in held(value):
+            _fill(part, table_of(name), row, column, seed, std, int(value.size()[1]))
 
 
 def _fill(shard: Tensor, table: str, first_row: int, first_column: int, seed: int, std: float, dim: int) -> None:

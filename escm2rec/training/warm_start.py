@@ -31,6 +31,7 @@ from escm2rec.folder import write_json
 from escm2rec.schema import Feature, Schema
 from escm2rec.sharding.initialise import CHUNK_ROWS
 from escm2rec.sharding.runtime import Runtime, on_main
+from escm2rec.sharding.shards import held, table_of
 from escm2rec.training.build import BaseRates, build_model
 from escm2rec.training.checkpoint import damage
 from escm2rec.training.row_matches import read_matches, why_not, write_matches
@@ -107,8 +108,8 @@ def _take_table(begins: _Begins, was: Feature, now: Feature) -> int:
         return write_matches(was, begins.source.path / "vocabulary", now, begins.out / "vocabulary", path)
 
     matched = on_main(begins.runtime, write)
-    name = next(name for name in begins.model if TABLES in name and _feature_of(name) == now.name)
-    old = next(name for name in begins.stored.shapes if name.startswith("model.") and TABLES in name and _feature_of(name) == now.name)
+    name = next(name for name in begins.model if TABLES in name and table_of(name) == now.name)
+    old = next(name for name in begins.stored.shapes if name.startswith("model.") and TABLES in name and table_of(name) == now.name)
     _take_rows(begins.model[name], now, path, begins.stored, old, was)
     if _states_told(begins)["taken"] == "yes":
         for kind, state in begins.optimizer.get(f"tables.{name}", {}).items():
@@ -124,10 +125,6 @@ def _states_told(begins: _Begins) -> dict[str, str]:
     return {"taken": "yes"} if now in KEEPS_STATE else {"taken": "no", "reason": f"{now} begins anew, as AdamW does"}
 
 
-def _feature_of(name: str) -> str:
-    return name.split(TABLES)[1].removesuffix(".weight")
-
-
 def _counts(was: Feature | None, now: Feature | None, matched: int, reason: str | None) -> dict[str, Any]:
     rows, old = (0 if feature is None or not feature.is_table else feature.num_embeddings for feature in (now, was))
     told = {"rows": rows, "matched": matched, "new": rows - matched, "left": old - matched}
@@ -135,12 +132,12 @@ def _counts(was: Feature | None, now: Feature | None, matched: int, reason: str 
 
 
 @torch.no_grad()
-def _take_rows(target: ShardedTensor, now: Feature, path: Path, stored: StoredTensors, name: str, was: Feature) -> None:
+def _take_rows(target: Tensor | ShardedTensor, now: Feature, path: Path, stored: StoredTensors, name: str, was: Feature) -> None:
     """Copy the matched rows that this rank holds of a table, [rows, dim], or of an optimizer's state, [rows x column shards]."""
     share = was.num_embeddings / stored.shapes[name][0]  # of each of several states of a row in their mean
-    for shard in target.local_shards():
-        first, column = _place(shard.metadata.shard_offsets, now)
-        values = shard.tensor if shard.tensor.ndim == 2 else shard.tensor.unsqueeze(1)
+    for tensor, offsets in held(target):
+        first, column = _place(offsets, now)
+        values = tensor if tensor.ndim == 2 else tensor.unsqueeze(1)
         from_rows = read_matches(path, first, len(values))
         for part in stored.parts(name):
             old_first, old_column = _place(part.offsets, was)
