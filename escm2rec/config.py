@@ -664,7 +664,7 @@ class ObjectiveConfig(Section):
 
 # --- training -----------------------------------------------------------------------------------
 
-ShardingKind = Literal["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard"]
+ShardingKind = Literal["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard", "data_parallel"]
 
 
 BestBy = Literal["ctr_auc", "cvr_clicked_auc", "ctcvr_auc", "ctr_log_loss", "cvr_clicked_log_loss", "ctcvr_log_loss"]
@@ -732,15 +732,21 @@ class TrainingConfig(Section):
         description="So many steps whose loss is not finite are skipped, counted, and their batches kept, before the run ends; 0 ends it at the first one. Above 0 a GPU is waited for in each step.",
     )
     sharding: dict[str, ShardingKind] = Field(
-        {}, description="Sharding forced per feature's table ('*' for all); the planner chooses for the rest."
+        {},
+        description="Sharding forced per feature's table ('*' for all); the planner chooses for the rest. data_parallel: every rank holds all of it.",
     )
 
     @model_validator(mode="after")
-    def _measurements_serve(self) -> Self:
+    def _settings_go_together(self) -> Self:
         if self.keep_best is not None and self.evaluate_every_steps is None:
             raise ValueError("keep_best needs evaluate_every_steps: nothing is measured without it")
         if self.early_stopping is not None and self.keep_best is None:
             raise ValueError("early_stopping needs keep_best, which says what better is")
+        if self.sparse_optimizer in ("adam", "rowwise_adam") and "data_parallel" in self.sharding.values():
+            raise ValueError(
+                f"sharding: data_parallel does not go with sparse_optimizer: {self.sparse_optimizer}, which moves the rows that a batch looked up, "
+                "also where their gradient is 0: from gradients that are summed over ranks it is not known which; take another sharding, or rowwise_adagrad, adagrad or sgd"
+            )
         if self.communication == "half" and self.precision == "bfloat16":
             raise ValueError("communication: half does not go with precision: bfloat16, whose tables hand on two bytes a number already")
         if self.evaluate_every_steps is not None and self.evaluate_every_steps % self.gradient_accumulation_steps:

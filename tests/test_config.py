@@ -231,6 +231,10 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"sharding": {"usr": "row_wise"}}},
         "config: training.sharding names no table 'usr'; did you mean 'user'?",
     ),
+    "whole tables by adam": (
+        {"training": {"sharding": {"*": "data_parallel"}, "sparse_optimizer": "adam"}},
+        "training: sharding: data_parallel does not go with sparse_optimizer: adam, which moves the rows that a batch looked up",
+    ),
     "sharding of a number": ({"training": {"sharding": {"price": "row_wise"}}}, "config: training.sharding names no table 'price'"),
 }
 

@@ -38,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (name, rows) in enumerate(CANDIDATES.items(), start=1):
         pq.write_table(raw_table(rows, seed, users=300), root / "candidates" / name)
     preprocess(load_config(write_config(root / "config.yaml")).data, root / "logs", root / "data")
-    call = {"config_file": str(root / "config.yaml"), "data": str(root / "data"), "out": str(root / "run")}
+    sharding = "training.sharding={user: row_wise, tags: data_parallel}"
+    call = {"config_file": str(root / "config.yaml"), "data": str(root / "data"), "out": str(root / "run"), "overrides": [sharding]}
     (result,) = run_ranks(1, [("tests.training_calls:train_file", call)], root / "train")
     assert result["steps"] > 20
     return root

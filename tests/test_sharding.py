@@ -33,6 +33,9 @@ def test_a_forced_kind_is_planned_for_the_tables_that_ask(kind: str) -> None:
     plan = plan_as_json(plan_tables(model(), NAMES, {"tags": kind}, 4, 2, "cpu", MEMORY, 64))["tables"]
     assert {name: table["sharding_type"] for name, table in plan.items()} == {"user": "table_wise", "tags": kind, "history": "table_wise"}
     for name, table in plan.items():
+        if table["sharding_type"] == "data_parallel":  # each rank has all of it
+            assert (table["compute_kernel"], table["ranks"], table["shards"]) == ("dense", [0, 1, 2, 3], [])
+            continue
         covered = sum(rows * columns for rows, columns in (shard["size"] for shard in table["shards"]))
         assert covered == 1_000 * 128, name
         assert all(0 <= shard["rank"] < 4 for shard in table["shards"])
@@ -48,6 +51,16 @@ def test_tables_that_fit_nowhere_are_told() -> None:
         RunError, match=r"fits 2 rank\(s\) of 1\.0 GiB each: the weights of the tables alone take 143,051\.1 GiB\nhint: use more ranks"
     ):
         plan_tables(model(rows=10**11), NAMES, {}, 2, 2, "cpu", MEMORY, 64)
+
+
+def test_a_table_that_every_rank_holds_must_fit_on_each_with_its_gradients() -> None:
+    """Tables of 0.5 GiB each: three by three on two ranks of 2 GiB, which have room for one of them three times, and not for two."""
+    fits = plan_as_json(plan_tables(model(10**6), NAMES, {"tags": "data_parallel"}, 2, 2, "cpu", 2 * MEMORY, 64))["tables"]
+    assert fits["tags"]["ranks"] == [0, 1]
+    with pytest.raises(
+        RunError, match=r"tables alone take 1\.4 GiB, 1\.0 of them on every rank, with twice as much for gradients \(data_parallel\)\nhint"
+    ):
+        plan_tables(model(10**6), NAMES, {"tags": "data_parallel", "user": "data_parallel"}, 2, 2, "cpu", 2 * MEMORY, 64)
 
 
 def test_a_rank_that_would_hold_no_row_is_told() -> None:

@@ -197,8 +197,11 @@ def test_a_resumed_run_goes_on_as_if_undisturbed(data: Path, runs: Runs, tmp_pat
 
 
 def test_three_ranks_go_on_as_if_undisturbed_too(data: Path, tmp_path: Path) -> None:
-    """Bit for bit: two ranks add alike in any order, three do not, and the order goes by the place of a gradient in its buffer."""
-    settings = [*OBJECTIVES["escm2-ips-dcn_v2"], "model.tower_hidden=[64]"]
+    """Bit for bit: two ranks add alike in any order, three do not, and the order goes by the place of a gradient in its buffer.
+
+    Tables that every rank holds are summed so too.
+    """
+    settings = [*OBJECTIVES["escm2-ips-dcn_v2"], "model.tower_hidden=[64]", "training.sharding={user: data_parallel, tags: data_parallel}"]
     told: dict[str, Any] = {"data": str(data), "out": str(tmp_path / "told"), "overrides": settings}
     alone = ("tests.training_calls:train_run", {**told, "out": str(tmp_path / "alone")})
     run_ranks(3, [alone, ("tests.training_calls:train_until_told", {**told, "at_step": 6, "of_rank": 1})], tmp_path / "first")

@@ -22,6 +22,7 @@ SETTINGS = [
     "training.ema_decay=0.05",
     "training.learning_rate_decay=none",
     "training.checkpoint_every_steps=5",
+    "training.sharding={tags: data_parallel}",
 ]
 
 

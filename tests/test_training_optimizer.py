@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -131,34 +132,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_optimizer_of_tables_takes_the_same_steps_under_every_plan(data: Path, tmp_path: Path) -> None:
-    """On one rank and on two, rows split, and with split columns where the state is one an element or none; and each its own steps."""
-    plans = {"planner": [], "row_wise": ["training.sharding={'*': row_wise}"], "column_wise": ["training.sharding={'*': column_wise}"]}
-    losses: dict[tuple[str, str, int], float] = {}
-    for ranks in (1, 2):
+    """On one rank and more, rows split, whole on every rank, and with split columns where the state is one an element or none.
+
+    The dense part steps half as often, and tables do not; each optimizer takes its own steps.
+    """
+    settings = ["training.sparse_learning_rate=0.5", "training.warmup_steps=2", "training.gradient_accumulation_steps=2"]
+    plans = {1: ["planner", "row_wise", "column_wise", "data_parallel"], 3: ["data_parallel"]}
+    plans[2] = plans[1]
+    losses: dict[tuple[str, str, int], list[dict[str, float]]] = {}
+    for ranks in (1, 2, 3):
         calls, keys = [], []
         for kind in ("rowwise_adagrad", "adagrad", "sgd"):
-            for plan, settings in plans.items():
+            for plan in plans[ranks]:
                 if (kind, plan) == ("rowwise_adagrad", "column_wise"):
                     continue
                 keys.append((kind, plan, ranks))
-                overrides = [
-                    *settings,
-                    f"training.sparse_optimizer={kind}",
-                    "training.sparse_learning_rate=0.5",
-                    "objective.kind=escm2-ips",
-                ]
-                calls.append(
-                    (
-                        "tests.training_calls:train_run",
-                        {"data": str(data), "out": str(tmp_path / "-".join(map(str, keys[-1]))), "overrides": overrides},
-                    )
-                )
+                sharding = [] if plan == "planner" else [f"training.sharding={{'*': {plan}}}"]
+                overrides = [*settings, *sharding, f"training.sparse_optimizer={kind}", "objective.kind=escm2-ips"]
+                out = tmp_path / "-".join(map(str, keys[-1]))
+                calls.append(("tests.training_calls:train_run", {"data": str(data), "out": str(out), "overrides": overrides}))
         for key, result in zip(keys, run_ranks(ranks, calls, tmp_path / f"ranks-{ranks}"), strict=True):
-            losses[key] = result["last_metrics"]["loss_ctr"]
-    assert len(losses) == 16
-    for (kind, plan, ranks), loss in losses.items():
-        assert loss == pytest.approx(losses[(kind, "planner", 1)], abs=1e-5), (kind, plan, ranks)
-    assert len({round(loss, 5) for loss in losses.values()}) >= 3, "three optimizers, three trainings"
+            records = (json.loads(line) for line in (Path(result["run"]) / "metrics.jsonl").read_text().splitlines())
+            losses[key] = [{name: each[name] for name in each if name.startswith("loss_")} for each in records]
+    assert len(losses) == 25
+    for (kind, plan, ranks), seen in losses.items():
+        expected = losses[(kind, "planner", 1)]
+        assert len(seen) == len(expected) == 8
+        for step, (each, want) in enumerate(zip(seen, expected, strict=True), 1):
+            assert each == pytest.approx(want, abs=1e-5), (kind, plan, ranks, step)
+    assert len({round(each[-1]["loss_ctr"], 5) for each in losses.values()}) >= 3, "three optimizers, three trainings"
 
 
 def test_adam_of_tables_counts_the_steps_that_train(data: Path, tmp_path: Path) -> None:

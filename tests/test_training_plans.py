@@ -14,7 +14,7 @@ from escm2rec.training.column_shards import _shares
 from tests.encoded import TABLE_ROWS, write_dataset
 from tests.ranks import run_ranks
 
-NUM_STEPS = 20
+NUM_STEPS = 29
 SETTINGS = ["objective.kind=escm2-ips", "training.learning_rate_decay=none"]
 IN_TWO_SHARDS = "model.embedding_dim=256"  # TorchRec makes no column shard of less than 128
 CONVERTED = (
@@ -40,7 +40,11 @@ def test_a_run_goes_on_under_every_plan_on_2_then_1_then_3_ranks(data: Path, tmp
     """Told to end every three steps, and resumed under another plan: as no column is split, the steps are those of nobody told."""
     call: dict[str, Any] = {"data": str(data), "at_step": 1, "of_rank": 0, "resume": True}
     alone = {"data": str(data), "out": str(tmp_path / "undisturbed"), "overrides": [*SETTINGS, _under("row_wise")]}
-    legs = [(2, ["row_wise", "table_wise", "column_wise"]), (1, ["table_row_wise", "grid_shard"]), (3, ["table_column_wise", "row_wise"])]
+    legs = [
+        (2, ["row_wise", "table_wise", "column_wise", "data_parallel"]),
+        (1, ["table_row_wise", "data_parallel", "grid_shard"]),
+        (3, ["data_parallel", "table_column_wise", "row_wise"]),
+    ]
     assert {plan for _, plans in legs for plan in plans} == set(ALL_TYPES)
     step = 0
     for world_size, plans in legs:
@@ -57,7 +61,9 @@ def test_a_run_goes_on_under_every_plan_on_2_then_1_then_3_ranks(data: Path, tmp
         assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["sharding"] == {"*": plans[-1]}, (
             "what is evaluated by"
         )
-        assert "otherwise than this plan" not in (tmp_path / f"on-{world_size}" / "stderr").read_text()
+        said = (tmp_path / f"on-{world_size}" / "stderr").read_text()
+        assert "otherwise than this plan" not in said
+        assert "Sharding spec" not in said, "what TorchRec's planner says of data_parallel"
     assert step == NUM_STEPS
     undisturbed, seen = _records(tmp_path / "undisturbed"), _records(tmp_path / "run")
     assert len(undisturbed) == NUM_STEPS
@@ -81,10 +87,14 @@ def test_a_state_of_other_columns_is_converted_by_the_rule_and_told(data: Path, 
     def told(world_size: int) -> int:
         return (tmp_path / f"on-{world_size}" / "stderr").read_text().count(CONVERTED)
 
-    calls = [train("row_wise"), states("row_wise"), states("column_wise"), train("grid_shard"), states("grid_shard")]
-    _, whole, copied, _, split = run_ranks(2, calls, tmp_path / "on-2")
+    calls = [
+        *(train("row_wise"), states("row_wise"), states("data_parallel"), states("column_wise")),
+        *(train("grid_shard"), states("grid_shard")),
+    ]
+    _, whole, unsplit, copied, _, split = run_ranks(2, calls, tmp_path / "on-2")
     assert told(2) == 2, "by rank 0, of the two that found another split"
     assert {table: len(state) for table, state in whole.items()} == TABLE_ROWS
+    assert unsplit == whole
     assert copied == {table: state * 2 for table, state in whole.items()}
 
     halves = {table: (state[: TABLE_ROWS[table]], state[TABLE_ROWS[table] :]) for table, state in split.items()}
@@ -96,12 +106,12 @@ def test_a_state_of_other_columns_is_converted_by_the_rule_and_told(data: Path, 
     assert column_wise == split
     assert told(1) == 1
 
-    calls = [states("row_wise"), states("table_column_wise"), states("grid_shard"), train("table_row_wise")]
-    row_wise, *alike, resumed = run_ranks(3, calls, tmp_path / "on-3")
-    assert row_wise == table_wise
+    calls = [states("row_wise"), states("data_parallel"), states("table_column_wise"), states("grid_shard"), train("data_parallel")]
+    row_wise, data_parallel, *alike, resumed = run_ranks(3, calls, tmp_path / "on-3")
+    assert row_wise == data_parallel == table_wise
     assert alike == [split, split]
     assert f"after step 9 of {NUM_STEPS}" in resumed["message"]
-    assert told(3) == 2
+    assert told(3) == 3
     assert [record["step"] for record in _records(out)] == list(range(1, 10))
 
 
@@ -138,15 +148,19 @@ def test_a_shard_takes_from_others_by_the_columns_they_share(columns: tuple[int,
 
 
 def test_half_the_bytes_between_ranks_teach_nearly_the_same(data: Path, tmp_path: Path) -> None:
-    """Under plans that send by all-to-all and by reduce-scatter; the losses move, so it is at work, and hardly."""
+    """Under plans that send by all-to-all and by reduce-scatter; the losses move, so it is at work, and hardly.
+
+    Tables that every rank holds send nothing that they pool, and their gradients whole.
+    """
     calls: list[tuple[str, dict[str, Any]]] = []
-    for plan in ("table_wise", "row_wise"):
+    for plan in ("table_wise", "row_wise", "data_parallel"):
         for sends in ("full", "half"):
             overrides = [f"training.sharding={{'*': {plan}}}", f"training.communication={sends}"]
             calls.append(
                 ("tests.training_calls:train_run", {"data": str(data), "out": str(tmp_path / f"{plan}-{sends}"), "overrides": overrides})
             )
     results = [result["last_metrics"] for result in run_ranks(2, calls, tmp_path / "ranks")]
-    for full, half in (results[:2], results[2:]):
+    assert results[4]["loss_ctr"] == results[5]["loss_ctr"]
+    for full, half in (results[:2], results[2:4]):
         assert half["loss_ctr"] != full["loss_ctr"]
         assert half["loss_ctr"] == pytest.approx(full["loss_ctr"], abs=1e-4)

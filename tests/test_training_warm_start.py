@@ -46,7 +46,7 @@ OTHER_FEATURES: list[dict[str, Any]] = [
     {"name": "user_shop", "kind": "categorical", "cross": ["shop", "user"], "hash_size": 30},
 ]
 STILL = ["training.dense_learning_rate=1e-12", "training.sparse_learning_rate=1e-12"]
-ROW_WISE = "training.sharding={'*': row_wise}"
+MIXED = "training.sharding={'*': row_wise, tags: data_parallel, history: data_parallel}"
 SPLIT = ["model.embedding_dim=256", "training.sharding={'*': column_wise}"]
 CHOICE = ["objective={kind: escm2-ips, propensity: {cross_fit: true}}", "choice.objectives=[{kind: naive}]"]
 AVERAGED = ["training.sparse_optimizer=adagrad", "training.ema_decay=0.9"]
@@ -127,11 +127,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return "tests.training_calls:logits", {"run": str(folder / run), "data": str(folder / "before"), "split": "validation"}
 
     two = {
-        "source": train("before", "source", ROW_WISE, warm_start=None),
+        "source": train("before", "source", MIXED, warm_start=None),
         "split": train("before", "split", *SPLIT, warm_start=None),
         "averaged": train("before", "averaged", *AVERAGED, warm_start=None),
         "warm-2": train("before", "warm-2", *STILL),
-        "later-2": begin("later", "later-2", "training.sharding={user: row_wise}"),
+        "later-2": begin("later", "later-2", "training.sharding={user: row_wise, shop: data_parallel, history: data_parallel}"),
         "from-split-2": begin("before", "from-split-2", *SPLIT, warm_start="split"),
     }
     found = _run(2, two, folder)
@@ -144,7 +144,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "wider": begin("later", "wider", "model.embedding_dim=16", "objective.imputation.predicts=error"),
         "naive": begin("later", "naive", "objective.kind=naive", "model.tower_hidden=[4]"),
         "mmoe": begin("later", "mmoe", "model.backbone={kind: mmoe, hidden: [12]}"),
-        "from-split-1": begin("before", "from-split-1", SPLIT[0], warm_start="split"),
+        "from-split-1": begin("before", "from-split-1", SPLIT[0], "training.sharding={history: data_parallel}", warm_start="split"),
         "from-averaged": begin("before", "from-averaged", *AVERAGED, warm_start="averaged"),
         "from-adagrad": begin("before", "from-adagrad", warm_start="averaged"),
         "warm-1": train("before", "warm-1", *STILL),
@@ -156,7 +156,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "damaged": train("before", "none", warm_start="damaged"),
         "itself": train("before", "source", warm_start="source", overwrite=True),
         "another": train("before", "warm-1", *STILL, warm_start="split", resume=True),
-        "began cold": train("before", "source", ROW_WISE, resume=True),
+        "began cold": train("before", "source", MIXED, resume=True),
         "started": train("before", "started", *STILL, warm_start=None, resume=True),
         "orphan": train("before", "orphan", *STILL, "training.epochs=2", warm_start=None, resume=True),
         "choice": train("before", "choice", *CHOICE),
@@ -215,7 +215,7 @@ def _rows_by_value(folder: Path, feature: str, oov_rows: int) -> dict[Any, int]:
 
 @pytest.mark.parametrize("run", ["later-1", "later-2"])
 def test_rows_follow_their_values_and_new_ones_are_as_ever(folder: Path, run: str) -> None:
-    """On one rank and two, from a run of two whose tables were split by rows."""
+    """On one rank and two, from a run of two whose tables were split by rows, or whole on both."""
     source, warm, cold = _source(folder), _state(folder / run / "beginning"), _state(folder / "later-cold" / "beginning")
     told = _told(folder / run)["tables"]
     for feature, oov_rows in (("user", 1), ("shop", 2), ("tags", 1)):

@@ -28,6 +28,7 @@ from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.scoring.score import score
 from escm2rec.sharding.runtime import distributed_runtime, on_main
+from escm2rec.sharding.shards import held
 from escm2rec.training.metrics import TrainingMetrics
 from escm2rec.training.optimizer import TableSteps
 from escm2rec.training.owner import Owner
@@ -145,9 +146,11 @@ def table_states(data: str, out: str, overrides: list[str]) -> dict[str, list[fl
     with distributed_runtime() as runtime:
         trainer = Trainer(config(*overrides), Dataset.open(Path(data)), Path(out), runtime)
         trainer.resume()
-        states = [state for held in trainer.optimizer.state_dict()["state"].values() for state in held.items()]
-        tables = [(name.removesuffix(".momentum1"), state) for name, state in states if isinstance(state, ShardedTensor)]
-        mine = [(name, shard.metadata.shard_offsets[0], shard.tensor.tolist()) for name, state in tables for shard in state.local_shards()]
+        states = [state for each in trainer.optimizer.state_dict()["state"].values() for state in each.items()]
+        tables = [(name.removesuffix(".momentum1"), state) for name, state in states if name.endswith(".momentum1")]
+        if not runtime.is_main:  # which has those that every rank holds
+            tables = [(name, state) for name, state in tables if isinstance(state, ShardedTensor)]
+        mine = [(name, part.offsets[0], part.tensor.tolist()) for name, state in tables for part in held(state)]
         every: list[list[tuple[str, int, list[float]]]] = [[]] * runtime.world_size
         dist.all_gather_object(every, mine, group=runtime.group)
     found: dict[str, list[float]] = {}

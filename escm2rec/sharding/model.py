@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
@@ -58,9 +60,9 @@ def shard_model(
 ) -> ShardedModel:
     """Shard `module`, whose tables are on the meta device and whose dense part is alike on all ranks.
 
-    Tables take `optimizer` inside the backward pass; ConfigError where this device has none such. `in_bfloat16` says that tables on a GPU
-    hand on what they pool in bfloat16, and are handed gradients in it (they add in float32); FBGEMM's tables on a CPU cannot. With
-    `in_half_bytes` ranks send each other 16 bits for a number.
+    Tables take `optimizer` inside the backward pass, but for `whole_tables`, which take none here; ConfigError where this device has none
+    such. `in_bfloat16` says that tables on a GPU hand on what they pool in bfloat16, and are handed gradients in it (they add in float32);
+    FBGEMM's tables on a CPU cannot. With `in_half_bytes` ranks send each other 16 bits for a number.
     """
     embeddings = [parameter for name, parameter in module.named_parameters() if ".embedding_bags." in name]
     kind, on_cpu = OPTIMIZERS[optimizer]
@@ -79,13 +81,33 @@ def shard_model(
         device=runtime.device,
         plan=plan,
         sharders=sharders(in_bfloat16, HALF_BYTES if in_half_bytes else None),
-        init_data_parallel=False,  # the dense part is each rank's own: `DenseOptimizer` averages its gradients
+        init_data_parallel=False,  # what is no table is each rank's own: `DenseOptimizer` averages its gradients
     )
+    _unwrap(sharded)
     sharded.module.to(runtime.device)
     initialise_tables(sharded, seed, init_std)
     return ShardedModel(sharded, plan)
 
 
+def _unwrap(sharded: DistributedModelParallel) -> None:
+    """Free the tables that every rank holds whole of DistributedDataParallel: `WholeTables` averages their gradients."""
+    for module in sharded.modules():
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            lookups = module._lookups
+            module._lookups = [each.module if isinstance(each, DistributedDataParallel) else each for each in lookups]
+
+
+def whole_tables(sharded: ShardedModel) -> dict[str, torch.nn.Parameter]:
+    """The parameters of the tables that every rank holds whole."""
+    names = {
+        f"{path}.embedding_bags.{table}.weight"
+        for path, module in sharded.plan.plan.items()
+        for table, planned in module.items()
+        if planned.sharding_type == "data_parallel"
+    }
+    return {name: parameter for name, parameter in sharded.module.named_parameters() if name in names}
+
+
 def dense_parameters(module: nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters that a dense optimizer steps: all but the fused tables."""
+    """The parameters that a dense optimizer steps: all but the tables."""
     return {name: parameter for name, parameter in module.named_parameters() if ".embedding_bags." not in name}

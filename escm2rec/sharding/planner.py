@@ -15,9 +15,9 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan
 
 from escm2rec.errors import ConfigError, RunError
+from escm2rec.sharding.shards import table_of
 
-# data_parallel is left out: its tables are not fused, so they would need another optimizer.
-ALL_TYPES = ["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard"]
+ALL_TYPES = ["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard", "data_parallel"]
 # Types that split columns are only taken when asked for: row-wise Adagrad then keeps a state per column shard, which is another optimizer,
 # so the result would depend on the number of ranks.
 DEFAULT_TYPES = {"cpu": ["table_wise"], "cuda": ["table_wise", "row_wise", "table_row_wise"]}
@@ -30,7 +30,7 @@ class RowWiseSharder(EmbeddingBagCollectionSharder):
     """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """All fused sharding types, whatever the device."""
+        """All sharding types, whatever the device."""
         return ALL_TYPES
 
 
@@ -53,18 +53,24 @@ def plan_tables(
 ) -> ShardingPlan:
     """The sharding plan of a model whose tables are on the meta device.
 
-    `forced` gives a sharding type per table, '*' for all; `memory_bytes` is what each rank has. Raises RunError when no plan fits.
+    `forced` gives a sharding type per table, '*' for all; `memory_bytes` is what each rank has. Raises RunError when no plan fits. A table
+    of data_parallel is to fit on each rank, with its optimizer's state, and twice more for gradients.
     """
     constraints = {
-        table: ParameterConstraints(sharding_types=_types(table, forced, device), compute_kernels=_kernels()) for table in tables
+        table: ParameterConstraints(sharding_types=_types(table, forced, device), compute_kernels=_kernels(table, forced))
+        for table in tables
     }
+    named = ((name, each.numel() * 4) for name, each in model.named_parameters() if ".embedding_bags." in f".{name}")
+    weights = {table_of(f".{name}"): size for name, size in named}
+    whole = sum(size for table, size in weights.items() if _forced(table, forced) == "data_parallel")
+    room = max(0, memory_bytes - 2 * whole)  # beside their gradients, and the buffer that these are summed in: the planner counts neither
     planner = EmbeddingShardingPlanner(
         topology=Topology(
             world_size=world_size,
             local_world_size=local_world_size,
             compute_device=device,
-            hbm_cap=memory_bytes if device == "cuda" else None,
-            ddr_cap=memory_bytes if device == "cpu" else None,
+            hbm_cap=room if device == "cuda" else None,
+            ddr_cap=room if device == "cpu" else None,
         ),
         batch_size=local_batch_size,
         constraints=constraints,
@@ -72,10 +78,10 @@ def plan_tables(
     try:
         return planner.plan(model, sharders(in_bfloat16))
     except PlannerError as error:
-        weights = sum(parameter.numel() * 4 for name, parameter in model.named_parameters() if ".embedding_bags." in f".{name}")
+        on_every_rank = f", {whole / 2**30:,.1f} of them on every rank, with twice as much for gradients (data_parallel)" if whole else ""
         raise RunError(
             f"no sharding plan fits {world_size} rank(s) of {memory_bytes / 2**30:.1f} GiB each: "
-            f"the weights of the tables alone take {weights / 2**30:,.1f} GiB",
+            f"the weights of the tables alone take {sum(weights.values()) / 2**30:,.1f} GiB{on_every_rank}",
             "use more ranks, smaller tables (max_size, hash_size, model.embedding_dim) or other training.sharding",
         ) from error
 
@@ -113,9 +119,14 @@ def plan_as_json(plan: ShardingPlan) -> dict[str, Any]:
 
 
 def _types(table: str, forced: Mapping[str, str], device: str) -> list[str]:
-    kind = forced.get(table, forced.get("*"))
+    kind = _forced(table, forced)
     return DEFAULT_TYPES[device] if kind is None else [kind]
 
 
-def _kernels() -> list[str]:
-    return [EmbeddingComputeKernel.FUSED.value]
+def _kernels(table: str, forced: Mapping[str, str]) -> list[str]:
+    kernel = EmbeddingComputeKernel.DENSE if _forced(table, forced) == "data_parallel" else EmbeddingComputeKernel.FUSED
+    return [kernel.value]
+
+
+def _forced(table: str, forced: Mapping[str, str]) -> str | None:
+    return forced.get(table, forced.get("*"))

@@ -20,6 +20,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from escm2rec.sharding.shards import held, table_of
+
 Columns = list[tuple[int, int]]  # of each column shard, in order: first column, number of columns
 
 
@@ -57,16 +59,17 @@ class ColumnConversion(DefaultLoadPlanner):
         assert metadata is not None
         for name, weight in state_dict.get("model", {}).items() if "optimizer" in state_dict else ():
             saved = metadata.state_dict_metadata.get(f"model.{name}")
-            if not isinstance(weight, ShardedTensor) or not isinstance(saved, TensorStorageMetadata) or saved.size != weight.size():
+            if ".embedding_bags." not in name or not isinstance(saved, TensorStorageMetadata) or saved.size != weight.size():
                 continue  # no table, or another model's: that is told where its weights are read
             before = _columns((chunk.offsets, chunk.sizes) for chunk in saved.chunks)
-            now = _columns((shard.shard_offsets, shard.shard_sizes) for shard in weight.metadata().shards_metadata)
+            shards = weight.metadata().shards_metadata if isinstance(weight, ShardedTensor) else []
+            now = _columns((shard.shard_offsets, shard.shard_sizes) for shard in shards) or [(0, weight.size(1))]
             if before == now:
                 continue
             states = f"optimizer.state.tables.{name}."  # by the names of `combined_optimizer` and TorchRec
-            keys = [key for key, held in metadata.state_dict_metadata.items() if key.startswith(states) and _is_of_rows(held)]
+            keys = [key for key, known in metadata.state_dict_metadata.items() if key.startswith(states) and _is_of_rows(known)]
             if keys:
-                self.tables.append(name.split(".embedding_bags.")[1].removesuffix(".weight"))
+                self.tables.append(table_of(name))
             for key in keys:
                 if key in self.state_dict:  # this rank holds some of it
                     self._parts[key] = self.state_dict[key] = _parts(self.state_dict[key], weight.size(0), before, now)
@@ -95,14 +98,14 @@ def _columns(shards: Iterable[tuple[Any, Any]]) -> Columns:
     return sorted({(offsets[1], sizes[1]) for offsets, sizes in shards})
 
 
-def _parts(state: ShardedTensor, num_rows: int, before: Columns, now: Columns) -> Parts:
+def _parts(state: Tensor | ShardedTensor, num_rows: int, before: Columns, now: Columns) -> Parts:
     parts = Parts()
-    for shard in state.local_shards():
-        if not len(shard.tensor):
+    for tensor, offsets in held(state):
+        if not len(tensor):
             continue
-        place, row = divmod(shard.metadata.shard_offsets[0], num_rows)
+        place, row = divmod(offsets[0], num_rows)
         for number, share in _shares(now[place], before).items():
-            parts.append(Part(shard.tensor, share, number * num_rows + row, torch.empty_like(shard.tensor)))
+            parts.append(Part(tensor, share, number * num_rows + row, torch.empty_like(tensor)))
     return parts
 
 

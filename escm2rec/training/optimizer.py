@@ -1,4 +1,4 @@
-"""How parameters are stepped: tables inside the backward pass, everything else by AdamW, both by one schedule."""
+"""How parameters are stepped: fused tables inside the backward pass, everything else but tables by AdamW, both by one schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from escm2rec.config import SparseOptimizer, TrainingConfig
 from escm2rec.sharding.model import dense_parameters
@@ -85,24 +85,13 @@ class DenseOptimizer(KeyedOptimizerWrapper):
         summed, self._summed = self._summed, 0
         if not summed:
             return
-        self._average([parameter.grad for parameter in self._parameters if parameter.grad is not None], summed)
+        average([parameter.grad for parameter in self._parameters if parameter.grad is not None], self._group, summed)
         if self._training.clip_gradient_norm is not None:
             self.gradient_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._training.clip_gradient_norm)
         super().step(closure)
         if self._training.ema_decay is not None:
             decay = min(self._training.ema_decay, (1 + self._done) / (EMA_WARM_UP + self._done))
             torch._foreach_lerp_([self.state[each]["ema"] for each in self._parameters], self._parameters, 1 - decay)
-
-    def _average(self, gradients: list[Tensor], summed: int) -> None:
-        """Sums of so many steps' gradients to their mean over steps and ranks, in place; ranks have them of the same parameters."""
-        ranks = 1 if self._group is None else dist.get_world_size(self._group)
-        if ranks > 1:
-            buffer = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.all_reduce(buffer, group=self._group)
-            parts = torch.split(buffer, [gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
-        if ranks * summed > 1:
-            torch._foreach_div_(gradients, ranks * summed)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -120,6 +109,18 @@ class DenseOptimizer(KeyedOptimizerWrapper):
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
         torch._foreach_copy_(self._parameters, values)
+
+
+def average(gradients: list[Tensor], group: dist.ProcessGroup | None, summed: int = 1) -> None:
+    """Sums of so many steps' gradients to their mean over steps and ranks, in place; ranks have them of the same parameters."""
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if ranks > 1:
+        buffer = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(buffer, group=group)
+        parts = torch.split(buffer, [gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+    if ranks * summed > 1:
+        torch._foreach_div_(gradients, ranks * summed)
 
 
 class TableSteps:
@@ -142,9 +143,9 @@ class TableSteps:
             table.iter.fill_(done)
 
 
-def combined_optimizer(module: DistributedModelParallel, dense: DenseOptimizer) -> CombinedOptimizer:
-    """The optimizer of all of a sharded model."""
-    return CombinedOptimizer([("tables", module.fused_optimizer), ("dense", dense)])
+def combined_optimizer(module: DistributedModelParallel, whole: KeyedOptimizer, dense: DenseOptimizer) -> CombinedOptimizer:
+    """The optimizer of all of a sharded model; `whole` is of the tables that are not fused, named as the others."""
+    return CombinedOptimizer([("tables", module.fused_optimizer), ("tables", whole), ("dense", dense)])
 
 
 def load_averages(folder: Path, module: DistributedModelParallel) -> None:

@@ -54,8 +54,8 @@ class Profile:
     copy       that batch to the device
     sparse     ids to the ranks of their tables, look-ups, and what they pool back
     dense      towers and loss, forward
-    backward   the backward pass; tables are stepped in it
-    optimizer  dense gradients summed over the ranks, AdamW, gradients cleared
+    backward   the backward pass; tables are stepped in it, but those of data_parallel
+    optimizer  gradients of those and dense ones summed over the ranks, their steps, gradients cleared
     wait       for other ranks, or for the GPU
     other      metrics, logs, checkpoints, and what is between
 

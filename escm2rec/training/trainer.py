@@ -28,7 +28,7 @@ from escm2rec.progress import Progress
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
-from escm2rec.sharding.model import dense_parameters
+from escm2rec.sharding.model import dense_parameters, whole_tables
 from escm2rec.sharding.planner import plan_as_json, refuse_empty_shards
 from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.agreement import Agreement, Clock, StopRequest, heeding_sigterm
@@ -53,6 +53,7 @@ from escm2rec.training.start import start
 from escm2rec.training.step import Loss, StepOutput, TrainingModel
 from escm2rec.training.validation import Best, Validation
 from escm2rec.training.warm_start import take_from
+from escm2rec.training.whole_tables import WholeTables
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,8 @@ class Trainer:
             refuse_empty_shards(self.plan["tables"])
         self.dense = DenseOptimizer(dense_parameters(self.module), training, runtime.group, lambda: self.loss.skipped)
         self.table_steps = TableSteps(self.module, training.sparse_optimizer)
-        self.optimizer = combined_optimizer(self.module, self.dense)
+        whole = WholeTables(whole_tables(sharded), training, runtime.group)
+        self.optimizer = combined_optimizer(self.module, whole, self.dense)
         self.learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.reader = Reader(
             dataset,
