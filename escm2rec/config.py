@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -713,6 +714,12 @@ class TrainingConfig(Section):
     prefetch_batches: int = Field(4, ge=1, description="Batches read ahead by the background thread.")
     decode_threads: int = Field(1, ge=1, description="Threads that decode Parquet ahead of the batches; 1: the background thread itself.")
     log_every_steps: int = Field(50, ge=1, description="Steps between two lines of metrics.")
+    mlflow: str | None = Field(
+        None,
+        min_length=1,
+        description="Tracking URI of MLflow, such as an http address or a local folder: each line of metrics goes there too.",
+    )
+    mlflow_experiment: str | None = Field(None, min_length=1, description="Experiment of `mlflow` that the run is of; escm2rec by default.")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="Steps between checkpoints; the last step is always saved.")
     checkpoint_every_minutes: float | None = Field(None, gt=0, description="Minutes between checkpoints, beside those by steps.")
     keep_checkpoints: int = Field(2, ge=1, description="How many checkpoints stay: the newest ones.")
@@ -735,6 +742,17 @@ class TrainingConfig(Section):
         {},
         description="Sharding forced per feature's table ('*' for all); the planner chooses for the rest. data_parallel: every rank holds all of it.",
     )
+
+    @model_validator(mode="after")
+    def _mlflow_is_no_secret(self) -> Self:
+        if self.mlflow_experiment is not None and self.mlflow is None:
+            raise ValueError("mlflow_experiment needs mlflow, the tracking URI: nothing is logged there without it")
+        if self.mlflow is not None and "@" in urlsplit(self.mlflow).netloc:
+            raise ValueError(
+                "mlflow holds a user or password, and would be kept in RUN/config.json: give them by the environment "
+                "(MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:

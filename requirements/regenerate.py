@@ -18,6 +18,7 @@ CUDA_PACKAGES = ("cuda-", "nvidia-", "triton")
 # torchrec is left out for its fbgemm-gpu; what else it asks for stands here. torchx is frozen at 0.7.0.
 WANTED = ["torchx==0.7.0", "tensordict", "torchmetrics==1.0.3", "tqdm", "pyre-extensions", "tensorboard", "matplotlib", "setuptools"]
 WANTED += ["python-dateutil<3"]  # what s3fs asks for, by botocore
+WANTED += ["importlib-metadata<10"]  # what mlflow-skinny asks for
 WANTED_DEV = [
     "pytest",
     "pytest-timeout",
@@ -26,6 +27,7 @@ WANTED_DEV = [
     "mypy",
     "types-PyYAML",
     "kubernetes",
+    "mlflow-skinny",
     "ray",
     "s3fs",
     "moto",

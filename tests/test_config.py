@@ -171,6 +171,14 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"split": {"by": "column", "column": "s", "train": ["a", "b"], "test": ["b"]}}},
         "data.split: a value belongs to one split, found twice: b",
     ),
+    "an experiment of nothing": (
+        {"training": {"mlflow_experiment": "shoes"}},
+        "training: mlflow_experiment needs mlflow, the tracking URI: nothing is logged there without it",
+    ),
+    "a password in an address": (
+        {"training": {"mlflow": "https://me:secret@host:5000"}},
+        "training: mlflow holds a user or password, and would be kept in RUN/config.json: give them by the environment",
+    ),
     "best of nothing": (
         {"training": {"keep_best": "ctr_auc"}},
         "training: keep_best needs evaluate_every_steps: nothing is measured without it",

@@ -23,6 +23,7 @@ from escm2rec.evaluation import metrics
 from escm2rec.objectives.imputation import outside
 from escm2rec.objectives.propensity import PropensityReport, PropensitySums, propensity_report
 from escm2rec.sharding.runtime import Runtime
+from escm2rec.training.mlflow_log import MlflowLog
 from escm2rec.training.owner import Owner
 from escm2rec.training.step import StepOutput
 
@@ -170,10 +171,10 @@ def quality(rows: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> dict[str
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl` and TensorBoard events; does nothing off rank 0."""
+    """Appends records to `metrics.jsonl` and TensorBoard events, and has MLflow told, if it is to be; does nothing off rank 0."""
 
-    def __init__(self, owner: Owner, runtime: Runtime, first_step: int) -> None:
-        self._active, self._owner, run = runtime.is_main, owner, Path(owner.run)
+    def __init__(self, owner: Owner, runtime: Runtime, first_step: int, mlflow: MlflowLog | None = None) -> None:
+        self._active, self._owner, self._mlflow, run = runtime.is_main, owner, mlflow, Path(owner.run)
         if self._active:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -190,6 +191,8 @@ class MetricsLog:
         for name, value in record.items():
             if name not in ("step", "epoch"):
                 self._events.add_scalar(name, value, record["step"])
+        if self._mlflow is not None:
+            self._mlflow.write(record)
 
     def __enter__(self) -> Self:
         return self

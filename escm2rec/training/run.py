@@ -24,7 +24,7 @@ FREE_SETTINGS = tuple(
     f"training.{name}"
     for name in (
         *("epochs", "checkpoint_every", "keep_checkpoints", "evaluate_every", "keep_best", "early_stopping", "log_every"),
-        *("max_skipped_steps", "prefetch_batches", "decode_threads", "sharding"),
+        *("max_skipped_steps", "prefetch_batches", "decode_threads", "sharding", "mlflow"),
     )
 )
 """What may change when a run is resumed."""
@@ -131,12 +131,16 @@ def go_on(out: Path, step: int) -> None:
     remove_checkpoints_after(out, step)
 
 
-def last_record(out: Path) -> dict[str, Any]:
-    """The last record of metrics; empty when there is none."""
+def read_records(out: Path) -> list[dict[str, Any]]:
+    """The records of metrics so far."""
     metrics = out / METRICS
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    record: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return record
+    return [json.loads(line) for line in lines]
+
+
+def last_record(out: Path) -> dict[str, Any]:
+    """The last record of metrics; empty when there is none."""
+    return next(reversed(read_records(out)), {})
 
 
 def finish_run(out: Path, content: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from escm2rec.training.choice import train_and_choose
 from escm2rec.training.copies import copies_at
 from escm2rec.training.cross_fit import train_objective
 from escm2rec.training.idle import refuse_idle
+from escm2rec.training.mlflow_log import load_mlflow
 
 
 def train(
@@ -49,6 +50,8 @@ def train(
 
 
 def _check_options(config: Config, profile: bool, copy_to: str | None) -> None:
+    if config.training.mlflow is not None:
+        load_mlflow()
     for option, given in {"--profile": profile, "--copy-to": copy_to is not None}.items():
         if given and config.choice.objectives:
             raise ConfigError(

@@ -45,6 +45,7 @@ from escm2rec.training.checkpoint import (
 from escm2rec.training.copies import Copies
 from escm2rec.training.divergence import Divergence
 from escm2rec.training.metrics import MetricsLog, TrainingMetrics
+from escm2rec.training.mlflow_log import MlflowLog
 from escm2rec.training.optimizer import DenseOptimizer, TableSteps, combined_optimizer, rate_factor
 from escm2rec.training.owner import Owner
 from escm2rec.training.profile import Profile
@@ -173,16 +174,13 @@ class Trainer:
 
     def train(self, owner: Owner, profiles: bool = False) -> dict[str, Any]:
         """Train to the end, log, save, and finish the run, with a profile if asked for; RunError as soon as it has another owner."""
-        started, first_step = time.perf_counter(), self.step
-        record: dict[str, Any] = {}
         finished = on_main(self.runtime, self._finished) if self.is_over else None
         if finished is not None and (self.best is not None or "best" not in finished):  # else its checkpoint is not whole
             self._tell_finished(profiles)
             return finished
         if self.runtime.is_main:
             ranks = f"{self.runtime.world_size} rank(s), {self.runtime.device.type}"
-            logger.info("trains steps %d to %d on %s", first_step + 1, self.total_steps, ranks)
-        rows_left = self._rows(self.total_steps) - self._rows(self.step)
+            logger.info("trains steps %d to %d on %s", self.step + 1, self.total_steps, ranks)
         on_main(self.runtime, lambda: self._prepare(owner))
         if self.objective.estimator.weighs and not self.objective.given and self.warm_up_steps >= self.total_steps:
             logger.warning(
@@ -194,8 +192,17 @@ class Trainer:
                 self.calendar.training,
                 self.calendar.every,
             )
+        tells = self.config.training.mlflow is not None and self.runtime.is_main
+        with MlflowLog(owner, self.config) if tells else nullcontext() as mlflow:
+            return self._train(owner, profiles, mlflow)
+
+    def _train(self, owner: Owner, profiles: bool, mlflow: MlflowLog | None) -> dict[str, Any]:
+        """The steps that are left, and the finished run; what is worth knowing of it."""
+        started, first_step = time.perf_counter(), self.step
+        record: dict[str, Any] = {}
+        rows_left = self._rows(self.total_steps) - self._rows(self.step)
         with (
-            MetricsLog(owner, self.runtime, first_step) as log,
+            MetricsLog(owner, self.runtime, first_step, mlflow) as log,
             Progress("train", rows_left, self.runtime.is_main) as progress,
             Checkpoints(owner, self.config.training.keep_checkpoints, self.runtime, self.keep_copy) as checkpoints,
             heeding_sigterm() as request,
