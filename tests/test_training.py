@@ -99,6 +99,8 @@ def test_one_and_two_ranks_take_the_same_steps_under_every_plan(runs: Runs, obje
             losses = [name for name in expected if name.startswith("loss_")]
             assert [name for name in seen if name.startswith("loss_")] == losses
             assert losses
+            counts = ("lifetime_rows", "lifetime_clicks", "lifetime_conversions")
+            assert [seen[name] for name in counts] == [expected[name] for name in counts]
             for name in losses:
                 assert seen[name] == pytest.approx(expected[name], abs=1e-5), (plan, world_size, seen["step"], name)
                 compared += 1
@@ -153,7 +155,7 @@ def test_learned_weights_of_terms_move_and_are_told(runs: Runs) -> None:
 
 def test_every_row_is_trained_once_an_epoch(runs: Runs) -> None:
     for key, records in runs.items():
-        assert sum(record["rows"] for record in records) == NUM_STEPS * 256 - 37, key
+        assert sum(record["rows"] for record in records) == records[-1]["lifetime_rows"] == NUM_STEPS * 256 - 37, key
 
 
 def test_records_hold_what_the_method_asks_for(runs: Runs) -> None:
@@ -209,8 +211,8 @@ def test_three_ranks_go_on_as_if_undisturbed_too(data: Path, tmp_path: Path) -> 
     undisturbed, resumed = _records(tmp_path / "alone"), _records(tmp_path / "told")
     assert len(undisturbed) == NUM_STEPS
     for expected, seen in zip(undisturbed, resumed, strict=True):
-        losses = {name: value for name, value in expected.items() if name.startswith("loss_")}
-        assert {name: seen[name] for name in losses} == losses, expected["step"]
+        kept = {name: value for name, value in expected.items() if name.startswith(("loss_", "lifetime_"))}
+        assert {name: seen[name] for name in kept} == kept, expected["step"]
 
 
 def test_a_run_that_is_told_to_end_goes_on_as_if_undisturbed(data: Path, runs: Runs, tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_a_run_that_is_told_to_end_goes_on_as_if_undisturbed(data: Path, runs: R
     undisturbed = runs[("escm2-ips", "planner", 2)][-1]
     again = _records(tmp_path / "run")[-1]
     assert again["step"] == undisturbed["step"] == NUM_STEPS
-    for name in (name for name in undisturbed if name.startswith("loss_")):
+    for name in (name for name in undisturbed if name.startswith(("loss_", "lifetime_"))):
         assert again[name] == undisturbed[name], "bit for bit"
 
 
@@ -321,7 +323,7 @@ def test_a_killed_rank_is_started_again_and_the_run_is_the_undisturbed_one(data:
     assert json.loads(done.stdout)["steps"] == NUM_STEPS
     undisturbed, again = runs[("escm2-ips", "planner", 2)][-1], _records(tmp_path / "run")[-1]
     assert again["step"] == undisturbed["step"] == NUM_STEPS
-    for name in (name for name in undisturbed if name.startswith("loss_")):
+    for name in (name for name in undisturbed if name.startswith(("loss_", "lifetime_"))):
         assert again[name] == undisturbed[name], "bit for bit"
 
 

@@ -23,6 +23,7 @@ from escm2rec.evaluation import metrics
 from escm2rec.objectives.imputation import outside
 from escm2rec.objectives.propensity import PropensityReport, PropensitySums, propensity_report
 from escm2rec.sharding.runtime import Runtime
+from escm2rec.training.lifetime import Lifetime
 from escm2rec.training.mlflow_log import MlflowLog
 from escm2rec.training.owner import Owner
 from escm2rec.training.step import StepOutput
@@ -36,10 +37,12 @@ class TrainingMetrics:
     """Collects steps and turns them into records over the steps since the last one; all ranks call it alike.
 
     `weighs` says whether the objective weighs impressions by the propensity. If so, a floor that binds for most is told once, by rank 0.
+    `lifetime` is what an earlier start of the training had of it.
     """
 
-    def __init__(self, runtime: Runtime, weighs: bool) -> None:
+    def __init__(self, runtime: Runtime, weighs: bool, lifetime: list[list[float]] | None = None) -> None:
         self._runtime = runtime
+        self._lifetime = Lifetime(runtime, lifetime)
         self._may_warn = weighs and runtime.is_main
         self._may_warn_of_negative = runtime.is_main
         self._rows_by_rank = WINDOW_ROWS // runtime.world_size
@@ -55,7 +58,9 @@ class TrainingMetrics:
         """Take one step's output."""
         for name, value in output.losses.items():
             self._losses.setdefault(name, []).append(value)
-        self._rows.append(output.rows())
+        rows = output.rows()
+        self._lifetime.add(rows)
+        self._rows.append(rows)
         self._num_rows += output.num_rows
         while sum(part.shape[1] for part in self._rows) - self._rows[0].shape[1] >= self._rows_by_rank:
             self._rows.popleft()
@@ -84,13 +89,19 @@ class TrainingMetrics:
             more or {}
         )
         if self._runtime.is_main:
-            record |= losses | propensity
+            record |= losses | propensity | self._lifetime.figures()
             record |= {f"lambda_{name}": float(weight) for name, weight in self._term_weights.items()}
             if pseudo_labels is not None:
                 record["pseudo_labels_outside"], record["pseudo_labels_excess"] = pseudo_labels
                 record["least_loss_cvr"] = min((float(value) for value in self._losses.get("cvr", [])), default=0.0)
         self._restart()
         return self._thread.submit(_completed, record, rows if self._runtime.is_main else None)
+
+    @property
+    def lifetime(self) -> list[list[float]]:
+        """For a checkpoint: what each rank has added up, when the last record was made."""
+        table: list[list[float]] = self._lifetime.table.tolist()
+        return table
 
     def close(self) -> None:
         """When the last record is made."""
@@ -134,11 +145,13 @@ class TrainingMetrics:
         counts[0] = self._num_rows
         if self._pseudo_labels is not None:
             counts[1:] = self._pseudo_labels.double()
+        counts = torch.cat([counts, self._lifetime.placed()])
         dist.all_reduce(added, group=self._runtime.group)
         dist.all_reduce(counts, group=self._runtime.group)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._runtime.group)
         report = propensity_report(PropensitySums(added, largest))
-        return report, outside(counts[1:]) if self._pseudo_labels is not None else None, int(counts[0])
+        self._lifetime.share(counts[4:])
+        return report, outside(counts[1:4]) if self._pseudo_labels is not None else None, int(counts[0])
 
     def _gathered_rows(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         mine = torch.cat(list(self._rows), dim=1).cpu().numpy()

@@ -138,6 +138,7 @@ class Trainer:
         self.total_steps = self.calendar.total
         self.warm_up_steps = math.ceil(config.objective.propensity.warmup_fraction * self.total_steps)
         self.step = 0  # steps done, over all epochs; the reader is further ahead
+        self.lifetime: list[list[float]] | None = None  # sums over all rows that trained, of each rank
         self.divergence = Divergence(out, runtime, training.max_skipped_steps)
         self.keep_copy: Callable[[], None] | None = None  # after each checkpoint, in its thread
         self.schema_hash, self.data_identity = dataset.schema.hash(), dataset.identity("train")
@@ -155,6 +156,7 @@ class Trainer:
         self.step, self.warm_up_steps = progress["step"], progress["warm_up_steps"]
         self.divergence.skipped = progress.get("skipped_steps", 0)  # checkpoints of before have no count
         self.is_measured = progress.get("is_measured", False)
+        self.lifetime = progress.get("lifetime")
         if (best := progress.get("best")) is not None and best["metric"] == self.config.training.keep_best:
             self.best = self._whole(Best(**best))
 
@@ -246,7 +248,7 @@ class Trainer:
         """
         training = self.config.training
         agreement, clock = Agreement(2), Clock(training.checkpoint_every_minutes if self.runtime.is_main else None)
-        metrics = TrainingMetrics(self.runtime, self.objective.estimator.weighs)
+        metrics = TrainingMetrics(self.runtime, self.objective.estimator.weighs, self.lifetime)
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
         divergence, records = self.divergence, deque[Future[dict[str, Any]]]()
         batches = divergence.watch(self._batches(), self.step)
@@ -278,6 +280,7 @@ class Trainer:
                 epoch = (self.calendar.trained(self.step) - 1) // self.reader.num_steps
                 told = {"skipped_steps": divergence.skipped, **self._rates(), **self._calibration(), **found}
                 records.append(metrics.record(self.step, epoch, told))
+                self.lifetime = metrics.lifetime
             while records and (saves or records[0].done()):
                 yield records.popleft().result()
             if checkpoints is not None:
@@ -297,6 +300,7 @@ class Trainer:
             progress = {"step": self.step, "data": self.data_identity, "warm_up_steps": self.warm_up_steps}
             progress["skipped_steps"] = self.divergence.skipped
             progress["is_measured"] = self.is_measured
+            progress["lifetime"] = self.lifetime
             if self.best is not None:
                 progress["best"] = self.best.as_json()
             checkpoints.save(self.step, progress, self.module, self.optimizer)
