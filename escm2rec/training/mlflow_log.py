@@ -80,6 +80,8 @@ class MlflowLog:
         failed = "KILLED" if isinstance(error, StopError | KeyboardInterrupt) else "FAILED"
         self._told.put("FINISHED" if error is None else failed)
         self._thread.join(END_S)
+        if self._thread.is_alive():
+            self._warn(TimeoutError(f"no answer within {END_S} s of the end"))
 
     def _tell_all(self) -> None:
         waiting: list[Told] = []
