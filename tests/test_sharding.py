@@ -10,7 +10,7 @@ from escm2rec.errors import ConfigError, RunError
 from escm2rec.models.embeddings import PooledEmbeddings
 from escm2rec.schema import Feature
 from escm2rec.sharding.initialise import _fill, initialise_tables
-from escm2rec.sharding.planner import ALL_TYPES, plan_as_json, plan_tables, refuse_empty_shards
+from escm2rec.sharding.planner import ALL_TYPES, plan_as_json, plan_tables, refuse_empty_shards, warn_of_uncut_columns
 
 STD = 0.5
 MEMORY = 2**30
@@ -71,6 +71,18 @@ def test_a_rank_that_would_hold_no_row_is_told() -> None:
     ) as told:
         refuse_empty_shards(plans[1]["tables"])
     assert str(told.value.hint).startswith("name another type for it, such as {tags: table_wise}")
+
+
+def test_columns_that_are_to_be_split_and_are_not_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    wide = PooledEmbeddings(tables(), 256, torch.device("meta"))
+    for split, said in ((wide, False), (model(), True)):
+        caplog.clear()
+        forced = {"tags": "column_wise", "user": "grid_shard", "history": "row_wise"}
+        warn_of_uncut_columns(plan_as_json(plan_tables(split, NAMES, forced, 4, 2, "cpu", MEMORY, 64))["tables"])
+        told = (
+            "training.sharding: column_wise, grid_shard keeps all columns of tags, user together: TorchRec makes no piece of less than 128"
+        )
+        assert (told in caplog.text) is said
 
 
 def test_a_shard_holds_its_part_of_the_table() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +12,16 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fbgemm_qcomm_codec import QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.constants import MIN_CW_DIM
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan
 
 from escm2rec.errors import ConfigError, RunError
 from escm2rec.sharding.shards import table_of
 
+logger = logging.getLogger(__name__)
 ALL_TYPES = ["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard", "data_parallel"]
+BY_COLUMNS = ("column_wise", "table_column_wise", "grid_shard")
 # Types that split columns are only taken when asked for: row-wise Adagrad then keeps a state per column shard, which is another optimizer,
 # so the result would depend on the number of ranks.
 DEFAULT_TYPES = {"cpu": ["table_wise"], "cuda": ["table_wise", "row_wise", "table_row_wise"]}
@@ -100,6 +104,23 @@ def refuse_empty_shards(tables: dict[str, Any]) -> None:
                 f"training.sharding: {cut} and leaves rank {empty[0]} none, which cannot be trained on cores",
                 f"name another type for it, such as {{{table}: table_wise}}, or use fewer ranks",
             )
+
+
+def warn_of_uncut_columns(tables: dict[str, Any]) -> None:
+    """Tell, once, of the tables of such a plan that are to be split by columns and lie in one piece (by rows, in pieces of all columns)."""
+    uncut = {
+        table: planned["sharding_type"]
+        for table, planned in tables.items()
+        if planned["sharding_type"] in BY_COLUMNS and len({shard["offset"][1] for shard in planned["shards"]}) == 1
+    }
+    if uncut:
+        logger.warning(
+            "training.sharding: %s keeps all columns of %s together: TorchRec makes no piece of less than %d columns, so only a table of "
+            "twice as many or more (model.embedding_dim) is split by them",
+            ", ".join(sorted(set(uncut.values()))),
+            ", ".join(sorted(uncut)),
+            MIN_CW_DIM,
+        )
 
 
 def plan_as_json(plan: ShardingPlan) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.sharding.model import dense_parameters, whole_tables
-from escm2rec.sharding.planner import plan_as_json, refuse_empty_shards
+from escm2rec.sharding.planner import plan_as_json, refuse_empty_shards, warn_of_uncut_columns
 from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.agreement import Agreement, Clock, StopRequest, heeding_sigterm
 from escm2rec.training.build import BaseRates, build_model, build_objective, shard
@@ -110,6 +110,8 @@ class Trainer:
         self.plan = {"world_size": runtime.world_size, **plan_as_json(sharded.plan)}
         if runtime.device.type == "cpu":
             refuse_empty_shards(self.plan["tables"])
+        if runtime.is_main:
+            warn_of_uncut_columns(self.plan["tables"])
         self.dense = DenseOptimizer(dense_parameters(self.module), training, runtime.group, lambda: self.loss.skipped)
         self.table_steps = TableSteps(self.module, training.sparse_optimizer)
         whole = WholeTables(whole_tables(sharded), training, runtime.group)
