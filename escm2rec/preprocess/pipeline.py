@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -146,13 +146,10 @@ class _Maker:
             self._run("encode", encode_common, range(len(schema.features)), "features")
         shares = Shares(schema)
         splits: dict[str, dict[str, Any]] = {split: {**dict.fromkeys(COUNTS, 0), "files": []} for split in SPLITS}
-        parts = self._sort()
-        with Progress("write", sum(part.last - part.first for part in parts)) as progress:
-            for part, file in zip(parts, self._engine.map(partial(write, self._job), parts), strict=True):
-                weights, held = file.pop("weights"), file.pop("held")
-                shares.add(part.split, file["rows"], held)
-                _add_file(splits[part.split], file, weights)
-                progress.add(file["rows"], file["path"])
+        for part, file in self._write(self._sort()):
+            weights, held = file.pop("weights"), file.pop("held")
+            shares.add(part.split, file["rows"], held)
+            _add_file(splits[part.split], file, weights)
         for split in asked_splits(self._config.split):
             if not splits[split]["rows"] and splits["train"]["rows"]:
                 logger.warning("data.split asks for a %s split, and no usable row belongs to it", split)
@@ -218,7 +215,7 @@ class _Maker:
 
     # --- steps --------------------------------------------------------------------------------------
 
-    def _run(self, name: str, step: Callable[[Job, int], dict[str, Any]], numbers: range, unit: str) -> Iterator[dict[str, Any]]:
+    def _run(self, name: str, step: Callable[[Job, int], dict[str, Any]], numbers: Sequence[int], unit: str) -> Iterator[dict[str, Any]]:
         with Progress(name, len(numbers), unit=unit) as progress:
             results = []
             for result in self._engine.map(partial(step, self._job), numbers):
@@ -264,6 +261,16 @@ class _Maker:
             self._run("merge", merge, merges(self._job), "merges")
         return parts_of(self._job)
 
+    def _write(self, parts: list[Part]) -> list[tuple[Part, dict[str, Any]]]:
+        """Write all parts, the largest first; what each told, in their order."""
+        largest_first = sorted(parts, key=lambda part: part.first - part.last)
+        told: dict[Part, dict[str, Any]] = {}
+        with Progress("write", sum(part.last - part.first for part in parts)) as progress:
+            for part, file in zip(largest_first, self._engine.map(partial(write, self._job), largest_first), strict=True):
+                told[part] = file
+                progress.add(file["rows"], file["path"])
+        return [(part, told[part]) for part in parts]
+
     def _fit(self, told: list[dict[str, Any]]) -> Schema:
         """Fit every feature; the schema, written."""
         config, source = self._config, self._config.source
@@ -272,10 +279,9 @@ class _Maker:
             raise self._no_training_rows(told)
         if isinstance(source, AliccpSource):
             add_times(self._job)
-        fitted = self._run("fit", fit, range(len(config.features)), "features")
-        features = tuple(
-            Feature(**{**dict(Feature.of(feature)), **update}) for feature, update in zip(config.features, fitted, strict=True)
-        )
+        order = self._largest_first(told)
+        fitted = dict(zip(order, self._run("fit", fit, order, "features"), strict=True))
+        features = tuple(Feature(**{**dict(Feature.of(feature)), **fitted[number]}) for number, feature in enumerate(config.features))
         for feature in features:
             vocabulary = self._job.work / f"{feature.name}.parquet"
             if feature.encoding == "vocabulary":
@@ -289,6 +295,12 @@ class _Maker:
         schema = Schema(source=source, features=features, keep=tuple(config.keep), has_weight=has_weight, has_truth=has_truth)
         schema.save(self._folder / "schema.json")
         return schema
+
+    def _largest_first(self, told: list[dict[str, Any]]) -> list[int]:
+        """Features by the bytes of their counts, so that no process is left with the largest alone."""
+        runs = {feature.name: [run for each in told for run in each["runs"].get(feature.name, [])] for feature in self._config.features}
+        sizes = [sum((self._job.work / run).stat().st_size for run in each) for each in runs.values()]
+        return sorted(range(len(sizes)), key=lambda number: -sizes[number])
 
     def _no_training_rows(self, told: list[dict[str, Any]]) -> DataError:
         """What there was instead."""
