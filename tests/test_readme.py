@@ -93,6 +93,7 @@ def test_figures_are_those_of_the_results() -> None:
         "preprocess_xeon",
         "table",
         "table_xeon",
+        "table_16m",
         "table_100m",
         "layout",
         "reader",
@@ -110,11 +111,12 @@ def test_figures_are_those_of_the_results() -> None:
     assert f"{max(largest['peak_own_mb'])} MB of own memory in all processes at 4 M, {max(middle['peak_own_mb'])} MB at 1 M" in README
     assert f"{text['rowwise']['times']} times as fast as loops over rows" in README
     assert text["rowwise"]["times"] >= 10
-    assert largest["mb_per_s"] >= 3 * text["parse"]["python"]["mb_per_s"]  # which is 34 where 100 MB/s is asked for
+    where_100_is_asked_for = {"python": 34, "duckdb": 163, "polars": 186}  # MB/s that these parsers reach there
+    assert min(largest["mb_per_s"] / text["parse"][parser]["mb_per_s"] * rate for parser, rate in where_100_is_asked_for.items()) >= 100
     _check_other_machine(results)
     lists, singles = (results["table"]["shapes"][shape]["values_per_s_per_core"] / 1e6 for shape in ("lists", "single"))
     assert f"{lists:.1f} M of 15 ids, 4 numbers and 5 lists a row, {singles:.1f} M without the 4 long lists" in README
-    assert results["table"]["shapes"]["lists"]["share_of_plain"] > 0.25
+    assert lists >= 5
     many = results["table_100m"]["shapes"]["single"]
     assert (many["rows"], results["table_100m"]["distinct"], many["memory_gib"]) == (100_000_000, 20_000_000, 2.0)
     own, mapped = many["peak_own_mb"][0], many["peak_mapped_mb"][0]
