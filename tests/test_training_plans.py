@@ -73,6 +73,18 @@ def test_a_run_goes_on_under_every_plan_on_2_then_1_then_3_ranks(data: Path, tmp
         assert {name: record[name] for name in names} == pytest.approx({name: expected[name] for name in names}, abs=1e-5)
 
 
+def test_tables_without_a_state_go_on_under_other_plans(data: Path, tmp_path: Path) -> None:
+    """SGD's: a rank that begins to hold a table finds nothing of it in the checkpoint's optimizer, and is to look for nothing."""
+    call = {"data": str(data), "out": str(tmp_path / "run"), "at_step": 1, "of_rank": 0, "resume": True}
+    step = 0
+    for world_size, plans in ((1, ["table_wise"]), (2, ["table_wise", "data_parallel", "table_wise", "row_wise", "table_wise"])):
+        every = [{**call, "overrides": [*SETTINGS, "training.sparse_optimizer=sgd", _under(plan)]} for plan in plans]
+        told = [("tests.training_calls:train_until_told", each) for each in every]
+        for plan, result in zip(plans, run_ranks(world_size, told, tmp_path / f"on-{world_size}"), strict=True):
+            step += 3
+            assert f"after step {step} of {NUM_STEPS}" in result["message"], (plan, result)
+
+
 def test_a_state_of_other_columns_is_converted_by_the_rule_and_told(data: Path, tmp_path: Path) -> None:
     """From whole rows to two column shards, a copy; back, their mean, on any ranks; among plans that split alike, as it was, untold."""
     out, settings = tmp_path / "run", [*SETTINGS, IN_TWO_SHARDS]

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan
+from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from escm2rec.sharding.shards import held, table_of
@@ -52,6 +53,15 @@ class ColumnConversion(DefaultLoadPlanner):
         super().__init__()
         self.tables: list[str] = []
         self._parts: dict[str, Parts] = {}
+
+    def create_local_plan(self) -> LoadPlan:
+        """What this rank holds, as it is asked for.
+
+        The default takes a checkpoint for one of torch 2.3 where it has what this rank has not, and then asks for the state of tables
+        that step by SGD, which is empty.
+        """
+        assert self.metadata is not None
+        return create_default_local_load_plan(self.state_dict, self.metadata)
 
     def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         """Take the parts to be read in place of the states that they make."""
