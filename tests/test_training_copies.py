@@ -222,6 +222,11 @@ def test_another_run_is_not_replaced(data: Path, plain: Path, copy: Path, tmp_pa
     (notes / "notes.txt").write_text("mine")
     warm = shutil.copytree(plain, tmp_path / "warm")
     (warm / "warm_start.json").write_text(json.dumps({"run": str(plain)}))
+    halves = tmp_path / "halves"  # of a cross-fitted propensity, and no checkpoint yet
+    (halves / "propensity").mkdir(parents=True)
+    for name in ("config.json", "schema.json"):
+        shutil.copy(plain / name, halves / name)
+    (halves / "config.json").write_text(config(*MANY, "training.seed=1").model_dump_json())
     run = tmp_path / "run"
     resume, overwrite = {"resume": True}, {"overwrite": True}
     cases: list[tuple[str, list[str], Path, Path, str | Path, dict[str, Any]]] = [
@@ -233,6 +238,8 @@ def test_another_run_is_not_replaced(data: Path, plain: Path, copy: Path, tmp_pa
         (rf"{url} is the copy of another run than {warm}: they did not begin with the same", MANY, data, warm, url, resume),
         (rf"will not write to {notes.as_uri()}: it holds something, and no run", MANY, data, run, notes, overwrite),
         (rf"will not write to {notes.as_uri()}: it holds something, and no run", MANY, data, run, notes, resume),
+        (rf"{halves} was trained with another config: training.seed differ\(s\)", MANY, data, halves, url, resume),
+        (rf"--copy-to {plain} is or holds {plain}, which the training reads", MANY, data, run, plain, {**overwrite, "warm_start": plain}),
         (rf"--copy-to {run}/copy is, holds or lies in the run folder {run}", MANY, data, run, run / "copy", {}),
         (rf"--copy-to {tmp_path} is, holds or lies in the run folder {run}", MANY, data, run, tmp_path, {}),
         ("--copy-to is of one training, and choice.objectives asks for", [*MANY, "choice.objectives=[{kind: naive}]"], data, run, url, {}),
@@ -243,6 +250,7 @@ def test_another_run_is_not_replaced(data: Path, plain: Path, copy: Path, tmp_pa
             train(config(*settings), rows, out, copy_to=str(place), **more)
     assert _files(copy) == before
     assert _files(notes) == {"notes.txt": b"mine"}
+    assert (halves / "propensity").is_dir()
     assert not run.exists()
 
 

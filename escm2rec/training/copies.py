@@ -36,7 +36,7 @@ from escm2rec.training.checkpoint import (
 )
 from escm2rec.training.owner import FILE as OWNER
 from escm2rec.training.owner import Owner
-from escm2rec.training.run import REPORTS, check_resumable, refuse_other_source, source_of
+from escm2rec.training.run import PROPENSITY, REPORTS, check_resumable, refuse_other_source, source_of
 
 CHECKPOINTS = "checkpoints"
 
@@ -59,11 +59,14 @@ def copies_at(url: str | None, run: Path, keep: int, runtime: Runtime) -> Iterat
 
 
 def _refuse_overlap(place: RemotePath, run: Path) -> None:
-    if "file" not in place.fs.protocol:
-        return
-    copy, run = Path(place.path).resolve(), run.resolve()
-    if copy in (run, *run.parents) or run in copy.parents:
+    copy, run = _local(place), run.resolve()
+    if copy is not None and (copy in (run, *run.parents) or run in copy.parents):
         raise ConfigError(f"--copy-to {copy} is, holds or lies in the run folder {run}", "copy to another disk, or to a store")
+
+
+def _local(place: RemotePath) -> Path | None:
+    """A place on a disk of this machine; None on a store."""
+    return Path(place.path).resolve() if "file" in place.fs.protocol else None
 
 
 class Copies:
@@ -124,6 +127,7 @@ class Copies:
         self, config: Config, data: DataPath, resume: bool, overwrite: bool, warm_start: Path | None
     ) -> tuple[dict[str, int], dict[int, dict[str, Any]]]:
         """What the copy holds, and the manifests of its complete checkpoints by step: none where the training is not to go on with it."""
+        self._refuse_inputs(data, warm_start)
         held = self._place.sizes()
         if held and not held.keys() & {OWNER, RUN_CONFIG}:
             message = f"will not write to {self._place}: it holds something, and no run that escm2rec copied"
@@ -139,6 +143,12 @@ class Copies:
             self._refuse_another(config, Dataset.open(data), whole[max(whole)], warm_start)
         return held, whole
 
+    def _refuse_inputs(self, *inputs: DataPath | None) -> None:
+        copy = _local(self._place)
+        for path in inputs:
+            if copy is not None and isinstance(path, Path) and copy in (path.resolve(), *path.resolve().parents):
+                raise ConfigError(f"--copy-to {copy} is or holds {path}, which the training reads", "copy to another folder, or to a store")
+
     def _refuse_another(self, config: Config, dataset: Dataset, newest: dict[str, Any], warm_start: Path | None) -> None:
         """ConfigError or DataError where the copy, or the run folder, is of another training: one of the two is to replace the other."""
         check_resumable(self._place, config, dataset)
@@ -146,7 +156,7 @@ class Copies:
         if newest["progress"]["data"] != dataset.identity("train"):
             message = f"{self._place} was trained on other rows than the training split holds now"
             raise DataError(message, "resume with the data set of the run")
-        if latest_checkpoint(self._run) is None:
+        if latest_checkpoint(self._run) is None and not (self._run / PROPENSITY).is_dir():
             return
         check_resumable(self._run, config, dataset)
         if source_of(self._run) != source_of(self._place):
