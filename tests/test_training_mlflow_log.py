@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +166,31 @@ def test_what_a_store_did_not_take_is_sent_again(owner: Owner, tmp_path: Path, c
     gone, again = [record.getMessage() for record in caplog.records]
     assert gone.startswith(f"MLflow at {store} takes no records: ")
     assert again == f"MLflow at {store} takes records again, and has those that it lacked"
+
+
+def test_a_finished_run_tells_what_a_store_lacks(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was away at the end; it has all and is told nothing; it lost the run."""
+    monkeypatch.setattr(mlflow_log, "END_S", 1)
+    store, out = tmp_path / "store", tmp_path / "run"
+    store.write_text("in the way")
+    train(config(*settings(store)), data, out)
+    wait_for(lambda: not any(thread.name == "escm2rec-mlflow" for thread in threading.enumerate()))
+    store.unlink()
+    monkeypatch.setattr(mlflow_log, "END_S", 20)
+    ended = []
+    for _ in range(2):
+        assert train(config(*settings(store)), data, out, resume=True)["steps"] == NUM_STEPS
+        (run,) = runs_at(store)
+        assert run.info.status == "FINISHED"
+        assert records_at(store, run) == records_of(out)
+        ended.append((run.info.run_id, run.info.end_time))
+    assert ended[0] == ended[1]
+    shutil.rmtree(store / run.info.experiment_id / run.info.run_id)
+    train(config(*settings(store)), data, out, resume=True)
+    (again,) = runs_at(store)
+    assert again.info.run_id != ended[0][0]
+    assert (again.info.status, records_at(store, again)) == ("FINISHED", records_of(out))
+    assert json.loads((out / "mlflow.json").read_text())["run"] == again.info.run_id
 
 
 def test_a_start_that_lost_its_run_tells_nothing_more(owner: Owner, tmp_path: Path) -> None:

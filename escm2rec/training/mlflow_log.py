@@ -140,8 +140,10 @@ class MlflowRun:
     def __init__(self, mlflow: Any, folder: Path, config: Config) -> None:
         self._mlflow, self._client = mlflow, mlflow.MlflowClient(config.training.mlflow)
         self._id = self._found(folder, config)
-        there = self._client.get_run(self._id).data.params
-        missing = [mlflow.entities.Param(name, value[:LONGEST]) for name, value in parameters(config).items() if name not in there]
+        there = self._client.get_run(self._id)
+        self._status = there.info.status
+        given = there.data.params
+        missing = [mlflow.entities.Param(name, value[:LONGEST]) for name, value in parameters(config).items() if name not in given]
         self._client.log_batch(self._id, params=missing)
         self._steps = {metric.step for metric in self._client.get_metric_history(self._id, "epoch")}
 
@@ -149,8 +151,7 @@ class MlflowRun:
         experiment = config.training.mlflow_experiment or EXPERIMENT
         place = {"uri": config.training.mlflow, "experiment": experiment}
         kept: dict[str, str] = json.loads((folder / FILE).read_text(encoding="utf-8")) if (folder / FILE).is_file() else {}
-        if place.items() <= kept.items():
-            self._client.update_run(kept["run"], status="RUNNING")
+        if place.items() <= kept.items() and self._is_there(kept["run"]):
             return kept["run"]
         known = self._client.get_experiment_by_name(experiment)
         number = self._client.create_experiment(experiment) if known is None else known.experiment_id
@@ -158,15 +159,27 @@ class MlflowRun:
         write_json(folder / FILE, {**place, "run": made})
         return made
 
+    def _is_there(self, run: str) -> bool:
+        try:
+            self._client.get_run(run)
+        except self._mlflow.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False  # removed, or with a machine that had the folder
+        return True
+
     def tell(self, waiting: list[Told], status: str) -> None:
-        """Send the records of steps that it has none of, and the status, where there is one."""
+        """Send the records of steps that it has none of, and the status, where it is another."""
         new = [told for told in waiting if told.record["step"] not in self._steps]
+        if new and self._status != "RUNNING":
+            self._client.update_run(self._id, status="RUNNING")
+            self._status = "RUNNING"
         # Its epoch is the last that is sent of a record: where that is there, all of it is.
         numbers = [(name, value, told) for told in new for name, value in reversed(told.record.items()) if name != "step"]
         metrics = [self._mlflow.entities.Metric(name, value, told.at, told.record["step"]) for name, value, told in numbers]
         self._client.log_batch(self._id, metrics=metrics)
         self._steps.update(told.record["step"] for told in new)
-        if status:
+        if status and status != self._status:
             self._client.set_terminated(self._id, status)
 
 

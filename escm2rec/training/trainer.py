@@ -178,9 +178,11 @@ class Trainer:
 
     def train(self, owner: Owner, profiles: bool = False) -> dict[str, Any]:
         """Train to the end, log, save, and finish the run, with a profile if asked for; RunError as soon as it has another owner."""
+        tells = self.config.training.mlflow is not None and self.runtime.is_main
         finished = on_main(self.runtime, self._finished) if self.is_over else None
         if finished is not None and (self.best is not None or "best" not in finished):  # else its checkpoint is not whole
-            self._tell_finished(profiles)
+            with MlflowLog(owner, self.config) if tells else nullcontext():  # which may lack some of it
+                self._tell_finished(profiles)
             return finished
         if self.runtime.is_main:
             ranks = f"{self.runtime.world_size} rank(s), {self.runtime.device.type}"
@@ -196,7 +198,6 @@ class Trainer:
                 self.calendar.training,
                 self.calendar.every,
             )
-        tells = self.config.training.mlflow is not None and self.runtime.is_main
         with MlflowLog(owner, self.config) if tells else nullcontext() as mlflow:
             return self._train(owner, profiles, mlflow)
 
