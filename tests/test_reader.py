@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ from benchmarks.reader import data_loader, iter_batches, order, write_grouped_da
 from benchmarks.reference import reference_schema, write_reference_data
 from escm2rec.cells import with_lists
 from escm2rec.errors import DataError
+from escm2rec.reader import reader as reader_module
+from escm2rec.reader.batch import Batch
 from escm2rec.reader.columns import Columns, Slice, assemble, decode
 from escm2rec.reader.dataset import Dataset, RowGroup
 from escm2rec.reader.reader import Reader, read_ahead
@@ -35,11 +38,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def _row_ids(
-    dataset: Dataset, ranks: int, epoch: int = 0, lanes: int = 8, shuffle: bool = True, start: int = 0, batch: int = 100
+    dataset: Dataset, ranks: int, epoch: int = 0, lanes: int = 8, shuffle: bool = True, start: int = 0, batch: int = 100, seed: int = 0
 ) -> list[set[int]]:
     """Row ids of each global batch from place `start` on, and a check that the ranks share them out evenly."""
     readers = [
-        Reader(dataset, "train", batch, rank, ranks, lanes=lanes, shuffle=shuffle, extra_columns=("kept.row_id",)) for rank in range(ranks)
+        Reader(dataset, "train", batch, rank, ranks, seed=seed, lanes=lanes, shuffle=shuffle, extra_columns=("kept.row_id",))
+        for rank in range(ranks)
     ]
     steps: list[set[int]] = []
     for shares in zip(*(reader.batches(epoch, start) for reader in readers), strict=True):
@@ -92,6 +96,14 @@ def test_row_groups_are_permuted_each_in_its_own_way(dataset: Dataset) -> None:
 def test_epochs_differ_and_repeat(dataset: Dataset) -> None:
     assert _row_ids(dataset, 1, epoch=0) != _row_ids(dataset, 1, epoch=1)
     assert _row_ids(dataset, 1, epoch=1) == _row_ids(dataset, 1, epoch=1)
+
+
+def test_the_order_is_of_the_seed_whoever_reads(dataset: Dataset) -> None:
+    """Shared out by one rank or two."""
+    one, other = (_row_ids(dataset, 1, seed=seed) for seed in (1, 2))
+    assert one != other
+    assert _row_ids(dataset, 1, seed=1) == _row_ids(dataset, 2, seed=1) == one
+    assert sorted(row for step in one for row in step) == list(range(ROWS))
 
 
 def test_a_later_start_goes_on_with_the_same_batches(dataset: Dataset) -> None:
@@ -162,6 +174,48 @@ def test_threads_that_decode_change_nothing(dataset: Dataset, threads: int) -> N
         assert torch.equal(batch.features.values(), other.features.values())
         assert torch.equal(batch.features.lengths(), other.features.lengths())
         assert torch.equal(batch.click, other.click)
+
+
+def test_row_groups_are_decoded_side_by_side(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first three wait for each other."""
+    decode, met, decoding = Reader._decode, threading.Barrier(3, timeout=20), itertools.count()
+
+    def decode_together(self: Reader, group: RowGroup, epoch: int) -> Columns:
+        if next(decoding) < 3:
+            met.wait()
+        return decode(self, group, epoch)
+
+    monkeypatch.setattr(Reader, "_decode", decode_together)
+    assert sum(batch.num_rows for batch, _ in Reader(dataset, "train", 100, decode_threads=3).batches(0)) == ROWS
+
+
+@pytest.mark.parametrize("prefetch", [1, 5])
+def test_no_more_batches_than_asked_for_are_made_ahead(dataset: Dataset, prefetch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the one that was taken and the one that waits to be put among them."""
+    made = itertools.count(1)
+    counted: list[int] = []
+
+    def counting(*arguments: Any) -> Batch:
+        counted.append(next(made))
+        return assemble(*arguments)
+
+    monkeypatch.setattr(reader_module, "assemble", counting)
+    batches = Reader(dataset, "train", 100, prefetch=prefetch).epoch(0)
+    next(batches)
+    until = time.monotonic() + 20
+    while len(counted) < prefetch + 1 and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    assert prefetch + 1 <= len(counted) <= prefetch + 2
+    del batches
+
+
+def test_what_is_not_shuffled_lies_where_arrow_read_it() -> None:
+    """Ids of lists, without a copy: a batch is made of them in one pass."""
+    table = impressions(50, seed=3)
+    history = decode(table, schema(), labels=True, where="x").jagged["history"]
+    cells = table.column("history").chunk(0).buffers()[2]
+    assert np.shares_memory(history.values, np.frombuffer(cells, np.uint8))
 
 
 def test_an_error_of_a_decoding_thread_reaches_the_reader(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ class Copies:
         try:
             self._bring(owner)
         except DataError as error:
-            self._tell(logging.WARNING, f"{error.message}; it is tried again after the next checkpoint")
+            self._tell(logging.WARNING, f"{error.message}; it is tried again after the next checkpoint, or at the next start with --resume")
 
     def finish(self, owner: Owner) -> dict[str, str]:
         """The same of a finished run: where its copy is. RunError when that is not whole."""
@@ -253,6 +253,7 @@ class Copies:
 
     def _end(self, owner: Owner) -> None:
         """Remove the checkpoints that are not kept, those that a resumed run passed over among them; a finished run's manifest."""
+        self._check(owner)  # a later start may have replaced the run
         held, here = self._place.sizes(), [step_of(checkpoint) for checkpoint in whole_checkpoints(self._run)]
         there = {step_of(Path(folder)): f"{folder}/{MANIFEST}" in held for folder in _folders(held)}
         kept = {*here, *sorted(step for step, whole in there.items() if whole and step <= max(here))[-self._keep :]}
