@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -268,15 +269,34 @@ def cluster() -> Iterator[Any]:
         made.shutdown()
 
 
-def test_a_node_lost_on_ray_changes_nothing(job: list[str], undisturbed: dict[str, Any], tmp_path: Path, cluster: Any) -> None:
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    out = tmp_path / "out"
-    process = start(job, out, address=cluster.address)
-    read = tmp_path / ".out.partial" / "work" / "read-00000.json"
+def ray_workers() -> list[int]:
+    """Processes of Ray that run a task of preprocess."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if each.read_bytes().startswith(b"ray::_told"):
+                found.append(int(each.parent.name))
+    return found
+
+
+def until(there: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """Wait for something to be there while the job runs."""
     waited = time.monotonic()
-    while not read.exists() and process.poll() is None:
+    while not (found := there()):
+        assert process.poll() is None, "the job ended before"
         assert time.monotonic() - waited < TIMEOUT_S
-        time.sleep(0.02)
+        time.sleep(0.01)
+    return found
+
+
+def test_a_worker_and_a_node_lost_on_ray_change_nothing(job: list[str], undisturbed: dict[str, Any], tmp_path: Path, cluster: Any) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    out, work = tmp_path / "out", tmp_path / ".out.partial" / "work"
+    process = start(job, out, address=cluster.address)
+    pid, *_ = until(lambda: (work / "read-00000.json").exists() and ray_workers(), process)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: (work / "read-00003.json").exists(), process)
+    assert process.poll() is None
     cluster.remove_node(nodes[1], allow_graceful=False)
     said, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, said[-3000:]
