@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -72,7 +73,11 @@ def test_a_launch_is_that_of_torchrun_and_of_the_scheduler(monkeypatch: pytest.M
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     alone, began = owner._launch()
-    assert alone == f"{os.uname().nodename}:{os.getpid()}:{began}"
+    assert alone.startswith(f"{os.uname().nodename}:{os.getpid()}:")
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 0.4)  # the clock is set right: it is the same launch still
+    assert owner._launch() == (alone, pytest.approx(began - 0.4, abs=0.11))
+    monkeypatch.setattr(time, "time", now)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "train-1")
     launch, before = owner._launch()
     assert launch == "train-1:0"

@@ -88,17 +88,18 @@ def _launch() -> tuple[str, float]:
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     pid = os.getpid() if run_id is None else os.getppid()
-    began = _began(pid)
+    ticks, began = _began(pid)
     if run_id in (None, "none"):
-        return f"{os.uname().nodename}:{pid}:{began}", began
+        return f"{os.uname().nodename}:{pid}:{ticks}", began
     return f"{run_id}:{os.environ.get('SLURM_RESTART_COUNT', '0')}", began
 
 
-def _began(pid: int) -> float:
-    """When a process of this machine was started."""
+def _began(pid: int) -> tuple[float, float]:
+    """When a process of this machine was started: in ticks since the machine was, which stay, and in seconds since 1970, which move a
+    little as the clock is set right."""
     try:
         ticks = int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         up = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
     except OSError:  # no Linux
-        return time.time()
-    return round(time.time() - up + ticks / os.sysconf("SC_CLK_TCK"), 1)
+        return time.time(), time.time()
+    return ticks, round(time.time() - up + ticks / os.sysconf("SC_CLK_TCK"), 1)
