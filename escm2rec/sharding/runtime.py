@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import warnings
@@ -72,6 +74,10 @@ def distributed_runtime() -> Iterator[Runtime]:
         yield runtime
     finally:
         dist.destroy_process_group()
+        # gloo's threads live as long as the group, which models in cycles of references keep. One that lets go of its last tensor while
+        # Python ends aborts the process, its work done: https://github.com/pytorch/pytorch/issues/190489
+        atexit.unregister(gc.collect)
+        atexit.register(gc.collect)
 
 
 def _take_gpu() -> None:
