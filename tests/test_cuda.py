@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from escm2rec.reader.dataset import Dataset
+from escm2rec.reader.reader import Reader
 from tests.encoded import config, write_dataset
 from tests.ranks import run_ranks, train_on_ranks
 
@@ -117,6 +119,17 @@ def test_bfloat16_learns_what_float32_learns(data: Path, tmp_path: Path, objecti
     assert rounded != exact
     for seen, want in zip(rounded, exact, strict=True):
         assert seen == pytest.approx(want, rel=0.02)
+
+
+def test_batches_are_assembled_in_page_locked_memory(data: Path) -> None:
+    """A GPU copies from it beside its computation; from other memory it waits."""
+    for pinned in (True, False):
+        batch = next(Reader(Dataset.open(data), "train", 512, pin_memory=pinned).epoch(0))
+        keyed = [each for each in (batch.features, batch.weighted_features) if each is not None]
+        assert len(keyed) == 2
+        tensors = [batch.numeric, batch.click, batch.conversion, batch.weight, keyed[1].weights()]
+        tensors += [tensor for each in keyed for tensor in (each.values(), each.lengths())]
+        assert {tensor.is_pinned() for tensor in tensors} == {pinned}
 
 
 def test_more_ranks_than_gpus_are_refused(data: Path, tmp_path: Path) -> None:

@@ -72,10 +72,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [sys.executable, str(folder / "worker.py"), str(folder / "config.yaml"), str(folder / "logs")]
 
 
-def start(job: list[str], out: Path, few_bytes: int = 0, address: str | None = None) -> subprocess.Popen[str]:
+def start(job: list[str], out: Path, few_bytes: int = 0, address: str | None = None, **variables: str) -> subprocess.Popen[str]:
     """With less than `few_bytes` of input it is one process; with 0 it forks its workers."""
     command = [*job, str(out), str(few_bytes), *([address] if address else [])]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -115,8 +115,10 @@ def test_a_killed_job_is_taken_up(job: list[str], undisturbed: dict[str, Any], t
     """kill -9 at random moments of one job, again and again, until it ends: the same bytes, nothing beside them, no process left."""
     moments, killed, out = random.Random(0), 0, tmp_path / "out"
     lived: list[float] = []
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     while killed < KILLS:
-        process = start(job, out)
+        process = start(job, out, TMPDIR=str(temporary))
         lived.append(moments.uniform(0.3, 4.0))
         time.sleep(lived[-1])
         process.send_signal(signal.SIGKILL)
@@ -125,10 +127,11 @@ def test_a_killed_job_is_taken_up(job: list[str], undisturbed: dict[str, Any], t
         if out.exists():  # it came first, or was killed on its last step: another one
             assert content(out) == undisturbed
             shutil.rmtree(out)
-    if not out.exists():
-        run(job, out)
+    shutil.rmtree(out, ignore_errors=True)  # made by the last one that was killed
+    run(job, out, TMPDIR=str(temporary))
     assert content(out) == undisturbed
-    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "temporary"]
+    assert not list(temporary.iterdir()), "nor is one left among temporary files"
     if PROOF:
         seconds = [round(each, 2) for each in lived]
         record = {"machine": facts(), "kills": killed, "seconds_lived": seconds, "files_compared": len(undisturbed)}
@@ -258,9 +261,9 @@ def test_a_task_on_ray_gives_errors_as_values() -> None:
         _told(fail, ZeroDivisionError())
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A Ray cluster of a head without processors and two nodes with one each."""
+    """A Ray cluster of a head without processors, to which a test adds nodes."""
     utils = pytest.importorskip("ray.cluster_utils")
     made = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
@@ -302,3 +305,17 @@ def test_a_worker_and_a_node_lost_on_ray_change_nothing(job: list[str], undistur
     assert process.returncode == 0, said[-3000:]
     assert content(out) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_command_works_on_ray(job: list[str], tmp_path: Path, cluster: Any) -> None:
+    cluster.add_node(num_cpus=1)
+    made: list[dict[str, Any]] = []
+    for engine in ([], ["--engine", "ray", "--address", cluster.address]):
+        out = tmp_path / f"out-{len(made)}"
+        command = [sys.executable, "-m", "escm2rec", "preprocess", "--config", job[2], "--input", job[3], "--out", str(out), *engine]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        made.append(content(out))
+    assert made[0] == made[1]
+    assert "train/part-00000.parquet" in made[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-0", "out-1"]

@@ -63,6 +63,29 @@ def test_parts_and_row_groups_have_the_configured_rows(tmp_path: Path) -> None:
     assert result["splits"]["train"] == {"rows": 250, "clicks": 125, "conversions": 0}
 
 
+def test_rows_are_shuffled_over_the_whole_split(tmp_path: Path) -> None:
+    """A log in the order of its clicks, in two files: neither rows nor clicks lie as they lay, within a row group or between groups."""
+    rows = 20_000
+    source = tmp_path / "logs"
+    source.mkdir()
+    for part in range(2):
+        place = np.arange(part * rows // 2, (part + 1) * rows // 2)
+        write_parquet(source / f"{part}.parquet", {"c": place % 7, "row": place, "click": (place > 0.9 * rows).astype(int)})
+    out, _ = made(table_config(ONE, rows_per_file=8_000, rows_per_group=2_000, keep=["row"]), source, tmp_path / "out")
+    stored = [pq.read_table(path, columns=["kept.row", "click"]) for path in sorted((out / "train").iterdir())]
+    table = pa.concat_tables(stored)
+    place, click = table["kept.row"].to_numpy(), table["click"].to_numpy().astype(float)
+    assert sorted(place) == list(range(rows))
+    bound = 4 / rows**0.5  # four standard errors of a correlation of independent pairs
+    assert abs(np.corrcoef(place, np.arange(rows))[0, 1]) < bound, "with the order of the log"
+    for lag in (1, 2, 10, 100, 1_000):
+        assert abs(np.corrcoef(place[lag:], place[:-lag])[0, 1]) < bound, lag
+        assert abs(np.corrcoef(click[lag:], click[:-lag])[0, 1]) < bound, lag
+    groups = click.reshape(-1, 2_000).mean(1)
+    assert len(groups) == 10
+    assert abs(groups - click.mean()).max() < 4 * (0.1 * 0.9 / 2_000) ** 0.5, groups
+
+
 def test_the_manifest_describes_every_file(tmp_path: Path) -> None:
     out, result = made(table_config(ONE, rows_per_file=40, split=HASHED), numbered(tmp_path / "a.parquet", 100), tmp_path / "out")
     manifest = manifest_of(out)

@@ -48,6 +48,28 @@ def test_a_temporary_folder_with_a_long_name_is_no_hindrance(tmp_path: Path) -> 
     assert start_method("command", long) == "spawn"
 
 
+def test_a_command_removes_the_sockets_of_killed_ones_and_no_others(tmp_path: Path) -> None:
+    waits = 'from escm2rec.workers import ready_workers; ready_workers(); print("ready", flush=True); input()'
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    lives, killed = (
+        subprocess.Popen([sys.executable, "-c", waits], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    )
+    try:
+        for each in (lives, killed):
+            assert each.stdout is not None
+            assert each.stdout.readline() == "ready\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        killed.kill()
+        killed.wait(60)
+        assert start_method("command", tmp_path) == "forkserver"
+        assert len(list(tmp_path.iterdir())) == 1, "of the one that lives"
+    finally:
+        lives.communicate("\n", timeout=60)
+        killed.communicate(timeout=60)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_main_module_without_a_file_has_its_name_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     main = sys.modules["__main__"]
     for name, shown in (("<stdin>", None), (str(tmp_path), str(tmp_path))):
