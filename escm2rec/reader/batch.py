@@ -47,18 +47,5 @@ class Batch(Pipelineable):
             if part is not None:
                 part.record_stream(stream)
 
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, from which copies to a GPU run beside computation."""
-        return Batch(
-            None if self.features is None else self.features.pin_memory(),
-            None if self.weighted_features is None else self.weighted_features.pin_memory(),
-            self.numeric.pin_memory(),
-            self.click.pin_memory(),
-            self.conversion.pin_memory(),
-            self.weight.pin_memory(),
-            self.num_rows,
-            None if self.propensity_logit is None else self.propensity_logit.pin_memory(),
-        )
-
     def __len__(self) -> int:
         return self.click.shape[0]
