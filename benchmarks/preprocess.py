@@ -3,9 +3,10 @@
     python -m benchmarks.preprocess --impressions 1000000
 
 whole: raw text to data set, with data/aliccp.yaml, each time in processes of their own, whose peak memory together is told; also at a
-quarter and at four times the impressions, to see whether memory grows with them. rowwise: a quarter of the impressions by
-benchmarks/rowwise.py, which makes the same rows, and how many times as long it took. parse: every feature of every line to flat columns
-(line, field, id, value), best of `--repeats`. MB are 10^6 bytes of raw text.
+quarter and at four times the impressions, to see whether memory grows with them. scattered: the same impressions with the lines of each
+skeleton file permuted, so that those of a common record lie anywhere, and how many times as long it took. rowwise: a quarter of the
+impressions by benchmarks/rowwise.py, which makes the same rows, and how many times as long it took. parse: every feature of every line
+to flat columns (line, field, id, value), best of `--repeats`. MB are 10^6 bytes of raw text.
 """
 
 from __future__ import annotations
@@ -110,6 +111,16 @@ def whole_rate(logs: Path, out: Path, repeats: int) -> dict[str, Any]:
     }
 
 
+def scattered_rate(logs: Path, out: Path, repeats: int, whole: dict[str, Any]) -> dict[str, Any]:
+    """The whole job on the same logs, each skeleton file's lines permuted in place; and how many times the seconds of `whole` it took."""
+    for number, path in enumerate(sorted(logs.glob("sample_skeleton_*.csv"))):
+        lines = pl.read_csv(path, separator="\n", has_header=False, quote_char=None, new_columns=["line"])
+        lines.sample(fraction=1, shuffle=True, seed=number).write_csv(path, include_header=False, quote_style="never")
+    found = whole_rate(logs, out, repeats)
+    assert found["impressions"] == whole["impressions"]
+    return {**found, "times": round(statistics.median(found["seconds"]) / statistics.median(whole["seconds"]), 2)}
+
+
 def in_own_process(logs: Path, out: Path) -> dict[str, Any]:
     """What `escm2rec preprocess` prints, and the most memory that it had: its own, and pages of files that it maps."""
     command = [sys.executable, "-m", "escm2rec", "preprocess", "--config", str(ROOT / "data" / "aliccp.yaml"), "--set", SPLIT]
@@ -147,6 +158,7 @@ def main() -> None:
             if impressions < arguments.impressions:
                 loops = rowwise_rate(logs, out, whole[impressions])
                 shutil.rmtree(out)
+        scattered = scattered_rate(logs, out, arguments.repeats, whole[impressions])
         files = sorted(logs.glob("*.csv"))
         fields = sorted({feature.column for feature in load_config(ROOT / "data" / "aliccp.yaml").data.features})
         parsers = {"numpy": parse_with_numpy, "polars": parse_with_polars, "duckdb": parse_with_duckdb, "python": rowwise.parse_with_python}
@@ -156,7 +168,7 @@ def main() -> None:
             except ImportError:
                 parse[name] = None
     sizes = [whole[size] for size in sorted(whole)]
-    record = {"machine": facts(), "processes": default_workers(), "whole": sizes, "rowwise": loops, "parse": parse}
+    record = {"machine": facts(), "processes": default_workers(), "whole": sizes, "scattered": scattered, "rowwise": loops, "parse": parse}
     print(json.dumps(record, indent=1))
 
 
