@@ -20,7 +20,7 @@ from escm2rec.cells import with_lists
 from escm2rec.config import DataConfig, MatrixSource, Source
 from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.parallel import ordered_map
-from escm2rec.preprocess import encode_raw, merge, pipeline, portions, preprocess, raw_files
+from escm2rec.preprocess import encode_raw, merge, pipeline, portions, preprocess, raw_files, read
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
 from tests.preprocess_logs import (
@@ -521,12 +521,22 @@ def test_a_column_of_nulls_comes_before_its_type(tmp_path: Path) -> None:
     assert [row["c"] for row in read_split(out, a=3, b=3)] == [None, None, None, 1, 1, None]
 
 
-def test_a_kept_column_of_two_types_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["one spill", "two spills", "two portions"])
+def test_a_kept_column_of_two_types_is_refused(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the two files that hold a value, and the same words wherever the type changes."""
+    if where == "two spills":
+        monkeypatch.setattr(read, "SPILL_BYTES", 1)
+    if where == "two portions":
+        monkeypatch.setattr(portions, "PORTION_BYTES", 1)
     (tmp_path / "logs").mkdir()
-    for name, kind in (("a", pa.int32()), ("b", pa.int64())):
-        write_parquet(tmp_path / "logs" / f"{name}.parquet", {"c": [1], "k": pa.array([1], kind)})
-    with pytest.raises(DataError, match=r"column 'kept\.k' is of type int64, in earlier rows it is of type int32"):
+    values = {"a": pa.nulls(1, pa.string()), "b": pa.array([1], pa.int32()), "c": pa.nulls(1), "d": pa.array([1], pa.int64())}
+    for name, kept in values.items():
+        write_parquet(tmp_path / "logs" / f"{name}.parquet", {"c": [1], "k": kept})
+    with pytest.raises(DataError) as error:
         preprocess(table_config(ONE, keep=["k"]), tmp_path / "logs", tmp_path / "out")
+    logs = tmp_path / "logs"
+    assert error.value.message == f"{logs}/d.parquet: kept column 'k' holds int64 values, in {logs}/b.parquet it holds int32"
+    assert error.value.hint == "use one type in all files, or do not keep the column"
 
 
 SOMETIMES: dict[str, pa.Array] = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from escm2rec import __version__
-from escm2rec.config import KEPT_PREFIX, SPLITS, AliccpSource, DataConfig, EventsSource, TableSource
+from escm2rec.config import SPLITS, AliccpSource, DataConfig, EventsSource, TableSource
 from escm2rec.errors import DataError
 from escm2rec.folder import MANIFEST, layout_of, refuse_overlap, resumable_folder, write_manifest
 from escm2rec.preprocess import doubts
@@ -39,7 +39,7 @@ from escm2rec.preprocess.portions import (
     text_cuts,
     text_ranges,
 )
-from escm2rec.preprocess.read import check_type, index_common, read, read_common
+from escm2rec.preprocess.read import check_kept_type, check_type, index_common, read, read_common
 from escm2rec.preprocess.rejections import NO_SPLIT, Rejected
 from escm2rec.preprocess.shares import Shares
 from escm2rec.preprocess.splits import Seen, asked_splits, refuse_doubled_files, split_column
@@ -156,7 +156,7 @@ class _Maker:
         if not splits["train"]["rows"]:
             raise DataError("no row belongs to the training split", "check data.split and data.conversion_without_click")
         _warn(self._doubts(told))
-        kept = {column.removeprefix(KEPT_PREFIX) for each in told for column in each["kept_types"]}
+        kept = {name for each in told for name in each["kept_types"]}
         _warn(doubts.of_splits(splits))
         _warn(doubts.of_features(self._config.features, schema.features, shares.by_feature(), splits["train"]["rows"]))
         _warn(doubts.of_kept(self._config.keep, kept))
@@ -234,7 +234,7 @@ class _Maker:
         """Read every portion; what each told, types checked."""
         results: list[dict[str, Any]] = []
         types: dict[str, dict[str, str]] = {}
-        kept: dict[str, str] = {}
+        kept: dict[str, dict[str, str]] = {}
         with Progress("read", self._total) as progress:
             for portion, told in zip(
                 self._job.portions, self._engine.map(partial(read, self._job), range(len(self._job.portions))), strict=True
@@ -242,12 +242,8 @@ class _Maker:
                 self._rejected.merge(told["rejected"])
                 for name, found in told["types"].items():
                     check_type(name, found, types)
-                for column, kind in told["kept_types"].items():
-                    if kept.setdefault(column, kind) != kind:
-                        raise DataError(
-                            f"{portion[0].file.path}: column {column!r} is of type {kind}, in earlier rows it is of type {kept[column]}",
-                            "use one type in all files, or do not keep the column",
-                        )
+                for name, found in told["kept_types"].items():
+                    check_kept_type(name, found, kept)
                 results.append(told)
                 progress.add(sum(each.rows for each in portion), portion[0].file.name)
         self._seen = Seen.of_all(told["seen"] for told in results)

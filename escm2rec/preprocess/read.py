@@ -25,7 +25,7 @@ from escm2rec.preprocess.ragged import Int64s, Ragged, UInt64s, offsets_of
 from escm2rec.preprocess.records import SPILL_BYTES, CommonRecords, RecordWriter, common_tasks, index_records, open_records
 from escm2rec.preprocess.rejections import NO_SPLIT, Rejected, Rejection
 from escm2rec.preprocess.sources import Opener
-from escm2rec.preprocess.spill import hashed, narrow, numbered, one_batch, take, to_arrow, values_of, write_batch
+from escm2rec.preprocess.spill import hashed, holds, narrow, numbered, one_batch, take, to_arrow, values_of, write_batch
 from escm2rec.preprocess.splits import TRAIN, Splitter, split_column
 from escm2rec.preprocess.stable_hash import fnv1a64, row_hash, splitmix64
 from escm2rec.preprocess.steps import Job
@@ -111,7 +111,7 @@ class _Reader:
         self._splitter = Splitter(job.config.split)
         self._rows = self._training_rows = self._without_click = self._left_out = self._spills = 0
         self._types: dict[str, dict[str, str]] = {}
-        self._kept_types: dict[str, str] = {}
+        self._kept_types: dict[str, dict[str, str]] = {}
         self._waiting: list[dict[str, pa.Array]] = []
         self._bytes = 0
         self._moments = {feature.name: Moments() for feature in job.config.features if not feature.is_table}
@@ -186,6 +186,11 @@ class _Reader:
             if isinstance(column, Ragged) and len(column.values):
                 kind = value_type_of(column.values)
                 check_type(name, {"type": kind, "file": str(file.path)}, self._types)
+        for name in self._config.keep:
+            array = block.extras[name]
+            found = {"type": str(array.type), "file": str(file.path)}
+            if self._kept_types.get(name, {}).get("type") != found["type"] and holds(KEPT_PREFIX + name, array):
+                check_kept_type(name, found, self._kept_types)
 
     def _columns(self, block: RawBlock) -> dict[str, pa.Array]:
         columns = to_arrow(self._features, block.features)
@@ -204,10 +209,7 @@ class _Reader:
         """Count what waits, sort it into buckets, and write it."""
         if not self._waiting:
             return
-        try:
-            batch = one_batch(self._waiting)
-        except TypeError as error:
-            raise DataError(str(error), "use one type in all files, or do not keep the column") from error
+        batch = one_batch(self._waiting)
         self._waiting, self._bytes = [], 0
         places = self._places(batch)
         order = np.argsort(places, kind="stable")
@@ -217,9 +219,6 @@ class _Reader:
             columns[column] = self._ordered(column, batch[column], order, training)
         self._training_rows += training
         self._count_records(columns, training, name)
-        self._kept_types |= {
-            column: str(array.type) for column, array in columns.items() if column.startswith(KEPT_PREFIX) and array.null_count < len(array)
-        }
         write_batch(self._folder / f"rows-{name}.arrow", pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns)))
         np.save(self._folder / f"bounds-{name}.npy", offsets_of(np.bincount(places, minlength=len(SPLITS) * self._job.buckets)))
         self._spills += 1
@@ -260,12 +259,17 @@ def _counted(array: pa.Array, words: pa.Array | None) -> pl.DataFrame:
 
 def check_type(name: str, found: dict[str, str], known: dict[str, dict[str, str]]) -> None:
     """DataError when a feature holds values of another type than in an earlier file."""
-    earlier = known.setdefault(name, found)
+    _check_type(f"feature {name!r}", found, known.setdefault(name, found), "use one type in all files")
+
+
+def check_kept_type(name: str, found: dict[str, str], known: dict[str, dict[str, str]]) -> None:
+    """The same of a kept column."""
+    _check_type(f"kept column {name!r}", found, known.setdefault(name, found), "use one type in all files, or do not keep the column")
+
+
+def _check_type(what: str, found: dict[str, str], earlier: dict[str, str], hint: str) -> None:
     if found["type"] != earlier["type"]:
-        raise DataError(
-            f"{found['file']}: feature {name!r} holds {found['type']} values, in {earlier['file']} it holds {earlier['type']}",
-            "use one type in all files",
-        )
+        raise DataError(f"{found['file']}: {what} holds {found['type']} values, in {earlier['file']} it holds {earlier['type']}", hint)
 
 
 def order_of(places: UInt64s) -> UInt64s:
