@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 
 from escm2rec.config import EventsSource, Source, moment
 from escm2rec.errors import DataError
@@ -23,6 +21,7 @@ from escm2rec.preprocess.ragged import Bools, Int64s
 from escm2rec.preprocess.rejections import EVENT_KEY, EVENT_TIME, BadRows, Rejected, Rejection, values_at
 from escm2rec.preprocess.table_columns import TableColumn
 from escm2rec.preprocess.tables import TableFile
+from escm2rec.preprocess.texts import without_other_text
 from escm2rec.preprocess.times import MICROSECONDS, is_text, iso_text, microseconds
 from escm2rec.progress import Progress
 
@@ -176,7 +175,8 @@ class _Join:
         self._db.execute("CREATE TABLE wanted AS SELECT n FROM again UNION SELECT first FROM again")
         begin = 0
         for file in self._files:
-            names = _column_names(file.path)
+            every = TableFile(file, self._source, Request(()), BLOCK_ROWS).names()
+            names = sorted(name for name in every if every.count(name) == 1)  # one named twice is refused where a config wants it
             for rows, _, _ in TableFile(file, self._source, Request((), tuple(names), labels=False), BLOCK_ROWS).batches():
                 columns = {"n": pa.array(begin + np.arange(len(rows)))}
                 columns |= {f"c{number}": rows[name] for number, name in enumerate(names)}
@@ -317,21 +317,11 @@ def _window(seconds: float) -> int:
 
 
 def _key_texts(column: TableColumn) -> pa.Array:
-    """Keys as text, so that 12 of one table is "12" of another."""
+    """Keys as text, so that 12 of one table is "12" of another; none where they are no UTF-8."""
     kind = column.array.type
     if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise DataError(
             f"{column.path}: column {column.name!r} is no event key: expected whole numbers or text, found type {kind}",
             "write whole numbers as integers: pandas turns a column with nulls into floats",
         )
-    return column.array.cast(pa.large_string())
-
-
-def _column_names(path: Path) -> list[str]:
-    """The columns of a table whose names are its own: one named twice is refused where a config wants it, and else not read."""
-    if path.suffix == ".csv":
-        with pa_csv.open_csv(path, parse_options=pa_csv.ParseOptions(invalid_row_handler=lambda row: "skip")) as reader:
-            names = reader.schema.names
-    else:
-        names = pq.read_schema(path).names
-    return sorted(name for name in names if names.count(name) == 1)
+    return without_other_text(column.array.cast(pa.large_string()))

@@ -23,7 +23,7 @@ from escm2rec.preprocess.negatives import keep_negatives
 from escm2rec.preprocess.portions import Range
 from escm2rec.preprocess.ragged import Int64s, Ragged, UInt64s, offsets_of
 from escm2rec.preprocess.records import SPILL_BYTES, CommonRecords, RecordWriter, common_tasks, index_records, open_records
-from escm2rec.preprocess.rejections import NO_SPLIT, Rejected, Rejection
+from escm2rec.preprocess.rejections import NO_SPLIT, Rejected, Rejection, plain
 from escm2rec.preprocess.sources import Opener
 from escm2rec.preprocess.spill import hashed, holds, narrow, numbered, one_batch, take, to_arrow, values_of, write_batch
 from escm2rec.preprocess.splits import TRAIN, Splitter, split_column
@@ -287,5 +287,5 @@ def _no_split(column: str | None, block: RawBlock, rows: Int64s) -> Rejection:
     lines = block.lines[rows[:5]].tolist()
     seen = [block.file.name] * len(lines)
     if column:
-        seen = [str(value) for value in block.extras[column].take(pa.array(rows[:5])).to_pylist()]
+        seen = [str(plain(value)) for value in block.extras[column].take(pa.array(rows[:5]))]
     return Rejection(NO_SPLIT, str(block.file.path), column or "", len(rows), lines, seen)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from escm2rec.errors import DataError
 from escm2rec.preprocess.ragged import Bools, Int64s
-from escm2rec.preprocess.times import TEXT_TIMES
+from escm2rec.preprocess.times import TEXT_TIMES, is_text
 
 FIRST_OFFENDERS = 5
 
@@ -57,7 +58,7 @@ CONVERSION = Reason(
     "no conversion where click is 0",
     "set data.conversion_without_click: drop leaves such rows out, click keeps them as clicks",
 )
-EVENT_KEY = Reason("event without key", "an event key that is not null")
+EVENT_KEY = Reason("event without key", "an event key that is not null, and text in UTF-8 if it is text")
 EVENT_TIME = Reason(
     "event time",
     "a time from 1740 to 2200: a number, a timestamp, or ISO text",
@@ -124,10 +125,20 @@ def values_at(values: Any) -> Callable[[Int64s], list[str]]:
     """`seen` for BadRows.mark from a numpy or Arrow column with one value a row."""
 
     def seen(rows: Int64s) -> list[str]:
-        picked = values[rows].tolist() if isinstance(values, np.ndarray) else values.take(rows).to_pylist()
+        picked = values[rows].tolist() if isinstance(values, np.ndarray) else [plain(value) for value in values.take(rows)]
         return [repr(value) if isinstance(value, str) else "null" if value is None else str(value) for value in picked]
 
     return seen
+
+
+def plain(value: pa.Scalar) -> Any:
+    """A value for Python; of a time that it has none for the number in the file, of text that is no UTF-8 the bytes."""
+    try:
+        return value.as_py()
+    except (OverflowError, ValueError):
+        if pa.types.is_temporal(value.type):
+            return value.value
+        return value.as_buffer().to_pybytes() if is_text(value.type) else value.type
 
 
 @dataclass

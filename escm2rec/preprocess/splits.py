@@ -18,7 +18,7 @@ from escm2rec.preprocess.block import RawBlock
 from escm2rec.preprocess.digits import parse_decimals
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.ragged import Bools, Int64s
-from escm2rec.preprocess.rejections import values_at
+from escm2rec.preprocess.rejections import plain, values_at
 from escm2rec.preprocess.stable_hash import hash64, row_hash, split_points
 from escm2rec.preprocess.times import MICROSECONDS, TEXT_TIMES, is_number, is_text, iso_text, microseconds
 
@@ -297,4 +297,4 @@ def _first(split: TimeSplit, block: RawBlock) -> _First | None:
     if not len(valid):
         return None
     row = int(valid[0])
-    return _First(row, f"{block.file.path}: row {block.lines[row]}, column {split.column}", block.extras[split.column][row].as_py())
+    return _First(row, f"{block.file.path}: row {block.lines[row]}, column {split.column}", plain(block.extras[split.column][row]))

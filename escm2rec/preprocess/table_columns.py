@@ -18,6 +18,7 @@ from escm2rec.preprocess.block import RawColumn
 from escm2rec.preprocess.digits import MAX_FLOAT32, MAX_INT64, parse_decimals
 from escm2rec.preprocess.ragged import Bools, Float64s, Int64s, Ragged, held_in, offsets_of
 from escm2rec.preprocess.rejections import INT64, NULL_IN_LIST, NUMBER, PAIR, TEXT, UNEQUAL, BadRows, values_at
+from escm2rec.preprocess.texts import not_utf8
 from escm2rec.preprocess.transforms import clipped, cut
 from escm2rec.schema import Feature
 
@@ -154,17 +155,13 @@ def _of_no_ids(kind: pa.DataType) -> str:
 
 def _utf8(column: TableColumn, flat: pa.Array, rows: RowsOf) -> pa.Array:
     """The strings; Parquet does not check that they are UTF-8, so rows with others are marked, and those are then empty."""
-    try:
-        flat.validate(full=True)
+    wrong = not_utf8(flat)
+    if wrong is None:
         return flat
-    except pa.ArrowInvalid:
-        raw = flat.cast(pa.large_binary()).to_pylist()
-    at = np.flatnonzero([value.decode(errors="replace").encode() != value for value in raw])
-    wrong = np.zeros(len(raw), dtype=np.bool_)
-    wrong[at] = True
+    at, raw = np.flatnonzero(wrong), flat.cast(pa.large_binary())
 
     def seen(places: Int64s) -> list[str]:
-        return [repr(raw[first]) for first in at[np.searchsorted(rows()[at], places)]]
+        return [repr(raw[first].as_py()) for first in at[np.searchsorted(rows()[at], places)]]
 
     column.bad.mark(_rows_with(wrong, rows, len(column.array)), TEXT, column.name, seen)
     return pc.if_else(pa.array(wrong), pa.scalar("", pa.large_string()), flat)

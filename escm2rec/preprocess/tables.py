@@ -58,6 +58,10 @@ class TableFile:
         named = {name: getattr(self._source, name, None) for name in names}  # an event log has a weight alone
         return {name: column for name, column in named.items() if column is not None}
 
+    def names(self) -> list[str]:
+        """The names of all columns."""
+        return self._csv_header() if self._is_csv else list(pq.read_schema(self.file.path).names)
+
     def tasks(self, start: int = 0, stop: int | None = None, first_row: int = 0) -> Iterator[Callable[[], RawBlock]]:
         """One task a batch of rows, in order; each makes its columns. Of the whole file, or of some row groups of a Parquet file and their
         first row, or of some bytes of a CSV and their first line, from 0."""

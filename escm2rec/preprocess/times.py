@@ -14,6 +14,7 @@ import pyarrow.types as pt
 from escm2rec.config import TimeUnit
 from escm2rec.preprocess.digits import parse_decimals
 from escm2rec.preprocess.ragged import Bools, Int64s
+from escm2rec.preprocess.texts import without_other_text
 
 MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 DAY = 86_400_000_000
@@ -64,11 +65,11 @@ def microseconds(array: pa.Array, unit: TimeUnit) -> tuple[Int64s, Bools]:
         days = pc.fill_null(array.cast(pa.date32()).cast(pa.int32()), 0).to_numpy(zero_copy_only=False).astype(np.int64)
         times, near = _scaled(days, DAY)
     elif is_number(kind):
-        numbers = array.cast(pa.float64()) if pt.is_decimal(kind) else array
+        numbers = array if pt.is_integer(kind) else array.cast(pa.float64())
         zero = pa.scalar(0).cast(numbers.type)
         times, near = _scaled(pc.fill_null(numbers, zero).to_numpy(zero_copy_only=False), MICROSECONDS[unit])
     elif is_text(kind):
-        times, near = _of_text(array.cast(pa.large_string()), unit)
+        times, near = _of_text(without_other_text(array.cast(pa.large_string())), unit)
     else:
         raise TypeError(f"expected numbers, timestamps, dates or ISO text, found type {kind}")
     return times, held & near
