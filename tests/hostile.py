@@ -9,8 +9,8 @@ import gzip
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,13 @@ KINDS = (
     "file name",
     "many or long columns",
     "codec",
+    "value to split by",
+    "event table",
+    "event time",
+    "event time out of range",
+    "event key",
+    "event order",
+    "impression of an event log",
 )
 
 
@@ -84,9 +91,10 @@ KINDS = (
 class Case:
     """A folder of raw files, the config it is read with, and what must happen.
 
-    refused    matches the error, with bad rows refused; the error names a path of the folder, or `names_file` is false
+    refused    matches the error, with bad rows refused; the error names a path of the folder; `names_file` is false where none is at fault
     counted    rejected rows by reason with bad rows counted; None where the same refusal stands, or no row is left
     first      row and column of the first offenders, in the order of the manifest
+    events     what became of the clicks and conversions of an event log, kinds of none left out
     rows       the rows that are left: values of the features, then click, conversion, weight, kept columns; of an input without `refused`,
                all rows
     remains    why this case does not hold yet
@@ -99,6 +107,7 @@ class Case:
     refused: str = ""
     counted: dict[str, int] | None = None
     first: Sequence[tuple[int, str]] = ()
+    events: dict[str, dict[str, int]] = field(default_factory=dict)
     rows: Sequence[Row] = ()
     names_file: bool = True
     remains: str = ""
@@ -155,7 +164,7 @@ CSV = [
         "csv cut inside a line",
         "truncated text",
         HEAD + A + B + "c,3,",
-        r"row 4: .*3 columns instead of 4",
+        r"a\.csv: row 4: number of columns: .*3 columns instead of 4",
         counted={COLUMNS: 1},
         first=[(4, "")],
     ),
@@ -163,12 +172,12 @@ CSV = [
         "csv cut before its last label",
         "truncated text",
         HEAD + A + B + "c,3,0,",
-        "row 4, column conversion: label: .*null",
+        r"a\.csv: row 4, column conversion: label: .*null",
         counted={"label": 1},
         first=[(4, "conversion")],
     ),
     csv("csv of 0 bytes", "empty file", "", r"a\.csv is empty \(0 bytes\)"),
-    csv("csv of random bytes", "binary garbage", np.random.default_rng(0).bytes(3000), r"a\.csv"),
+    csv("csv of random bytes", "binary garbage", np.random.default_rng(0).bytes(3000), r"a\.csv: row 1: expected text in UTF-8"),
     csv_line(
         "csv with a line of garbage",
         "binary garbage",
@@ -184,7 +193,7 @@ CSV = [
     csv_line(
         "csv with a huge line of garbage", "huge line", "x" * (17 << 20) + "\n", COLUMNS, "", "number of columns: .*1 columns instead of 4"
     ),
-    csv("csv in UTF-16", "UTF-16", (HEAD + A + B).encode("utf-16"), r"a\.csv"),
+    csv("csv in UTF-16", "UTF-16", (HEAD + A + B).encode("utf-16"), r"a\.csv: row 1: expected text in UTF-8"),
     csv(
         "csv in Latin-1",
         "encoding",
@@ -198,13 +207,13 @@ CSV = [
         ("c,n,click,conversion,prix_réduit\n" + A.replace("\n", ",9\n")).encode("latin-1"),
         r"a\.csv: row 1: expected text in UTF-8",
     ),
-    csv_line("csv with NUL bytes in a number", "NUL bytes", "c,\x003,0,0\n", "number", "n", "number: "),
-    csv_line("csv with NUL bytes in a label", "NUL bytes", "c,3,0\x00,0\n", "label", "click", "label: "),
+    csv_line("csv with NUL bytes in a number", "NUL bytes", "c,\x003,0,0\n", "number", "n", r"number: .*found '\\x003'"),
+    csv_line("csv with NUL bytes in a label", "NUL bytes", "c,3,0\x00,0\n", "label", "click", r"label: .*found '0\\x00'"),
     csv(
         "csv with a tail of NUL bytes",
         "NUL bytes",
         HEAD + A + B + "\0" * 4096,
-        "row 4: number of columns",
+        r"a\.csv: row 4: number of columns: .*1 columns instead of 4",
         counted={COLUMNS: 1},
         first=[(4, "")],
     ),
@@ -235,7 +244,7 @@ CSV = [
     csv("csv with a label twice", "duplicated header", "c,n,click,click,conversion\na,1,1,0,0\n", r"a\.csv has 2 columns named 'click'"),
     csv("csv with an unwanted column twice", "duplicated header", "x,x,c,n,click,conversion\n8,9,a,1,1,1\n8,9,b,2,0,0\n"),
     csv("csv without its header", "header", A + B, NO_COLUMN + r"\nhint: .*a, 1"),
-    csv("csv of a header only", "header", HEAD, "no row belongs to the training split", names_file=False, scored=False),
+    csv("csv of a header only", "header", HEAD, rf"{EMPTY}: there is none in .*a\.csv\n", scored=False),
     csv_line("csv with its header again", "header", HEAD, "label", "click", "label: .*'click'"),
     csv(
         "csv whose header has spaces",
@@ -244,7 +253,7 @@ CSV = [
         r"a\.csv has no column 'click' \(data\.source\.click\)\nhint: did you mean ' click'",
     ),
     csv("csv whose header is quoted", "header", '"c","n","click","conversion"\n' + A + B),
-    csv("csv with a header cut short", "header", "c,n,click\n" + A + B, r"a\.csv has no column 'conversion'"),
+    csv("csv with a header cut short", "header", "c,n,click\n" + A + B, r"a\.csv has no column 'conversion' \(data\.source\.conversion\)"),
     csv("csv with CRLF", "line ends", (HEAD + A + B).replace("\n", "\r\n")),
     csv(
         "csv with CR only",
@@ -258,7 +267,7 @@ CSV = [
         "csv with blank lines counts them",
         "blank lines",
         HEAD + "\n" + A + "\n\n" + B + "c,3,7,0\n",
-        "row 7, column click: label: .*'7'",
+        r"a\.csv: row 7, column click: label: .*'7'",
         counted={"label": 1},
         first=[(7, "click")],
     ),
@@ -269,7 +278,7 @@ CSV = [
         "csv with two quotes that open only",
         "quotes",
         HEAD + A + '"c,3,0,0\nd,4,0,0\n"e,5,0,0\n' + B,
-        r"row 3: torn line: .*found '\"c,3,0,0'",
+        r"a\.csv: row 3: torn line: .*found '\"c,3,0,0'",
         counted={"torn line": 2},
         first=[(3, ""), (5, "")],
         rows=[*ROWS_AB, ("d", 4.0, 0, 0)],
@@ -278,7 +287,7 @@ CSV = [
         "csv with a quote that never closes",
         "quotes",
         HEAD + A + B + '"c,3,0,0\n' + B,
-        r"row 4: torn line: ",
+        r"a\.csv: row 4: torn line: .*found '\"c,3,0,0'",
         counted={"torn line": 1},
         first=[(4, "")],
         rows=[*ROWS_AB, ROWS_AB[1]],
@@ -287,13 +296,18 @@ CSV = [
         "csv with a quote that closes a line later",
         "quotes",
         HEAD + A + '"c\nd",4,0,0\n' + B,
-        r"row 3: torn line: ",
+        r"a\.csv: row 3: torn line: .*found '\"c'",
         counted={"torn line": 2},
         first=[(3, ""), (4, "")],
     ),
     csv("csv with quoted commas and quotes", "quotes", HEAD + A + '"b,""b""",2,0,0\n', rows=[ROWS_AB[0], ('b,"b"', 2.0, 0, 0)]),
     csv("csv with a quote inside a cell", "quotes", HEAD + A + '5" disk,2,0,0\n', rows=[ROWS_AB[0], ('5" disk', 2.0, 0, 0)]),
-    csv("csv with a quoted header that never closes", "quotes", 'c,n,"click,conversion\n' + A + B, r"a\.csv"),
+    csv(
+        "csv with a quoted header that never closes",
+        "quotes",
+        'c,n,"click,conversion\n' + A + B,
+        r"a\.csv is not a CSV table: CSV parse error",
+    ),
     csv_line("csv with label true", "label", "c,3,true,0\n", "label", "click", "label: .*'true'"),
     csv_line("csv with label 1 and a space", "label", "c,3, 1,0\n", "label", "click", "label: .*' 1'"),
     csv("csv with labels 1.0 and 0.0", "label", HEAD + "a,1,1.0,1e0\nb,2,0.0,-0\n"),
@@ -301,7 +315,7 @@ CSV = [
         "csv with a conversion without click",
         "conversion without click",
         HEAD + A + "c,3,0,1\n" + B,
-        r"a\.csv: row 3: conversion without click",
+        r"a\.csv: row 3: conversion without click: .*found click 0 and conversion 1",
         scored=False,
     ),
     csv(
@@ -315,7 +329,7 @@ CSV = [
         "csv list with a value without weight",
         "unequal lists",
         "l,click,conversion\na:1|b,0,0\nb:2,0,0\n",
-        "row 2, column l: weighted value: .*'a:1|b'",
+        r"a\.csv: row 2, column l: weighted value: .*found 'a:1\|b'",
         config=tables([PAIRS]),
         counted={"weighted value": 1},
         first=[(2, "l")],
@@ -325,7 +339,7 @@ CSV = [
         "csv list with an infinite weight",
         "list weight",
         "l,click,conversion\na:1|b:inf,0,0\nb:2,0,0\n",
-        "row 2, column l: weighted value: ",
+        r"a\.csv: row 2, column l: weighted value: .*found 'a:1\|b:inf'",
         config=tables([PAIRS]),
         counted={"weighted value": 1},
         first=[(2, "l")],
@@ -335,7 +349,7 @@ CSV = [
         "csv weight 0",
         "row weight",
         "c,n,click,conversion,w\na,1,1,1,2\nb,2,0,0,0\n",
-        "row 3, column w: weight: .*'0'",
+        r"a\.csv: row 3, column w: weight: .*'0'",
         config=tables(source={"weight": "w"}),
         counted={"weight": 1},
         first=[(3, "w")],
@@ -345,13 +359,18 @@ CSV = [
         "csv truth that is no number",
         "known truth",
         "c,n,click,conversion,p,r\na,1,1,1,0.5,0.5\nb,2,0,0,0.5,often\n",
-        "row 3, column r: truth: .*'often'",
+        r"a\.csv: row 3, column r: truth: .*'often'",
         config=tables(source={"true_propensity": "p", "true_cvr": "r"}),
         counted={"truth": 1},
         first=[(3, "r")],
         rows=[ROWS_AB[0]],
     ),
-    csv("csv of gzip bytes", "compressed or encrypted", gzip.compress((HEAD + A + B).encode()), r"a\.csv"),
+    csv(
+        "csv of gzip bytes",
+        "compressed or encrypted",
+        gzip.compress((HEAD + A + B).encode(), mtime=0),
+        r"a\.csv: row 1: expected text in UTF-8",
+    ),
     csv(
         "csv of 5,000 columns",
         "many or long columns",
@@ -390,7 +409,7 @@ def parquet(name: str, kind: str, columns: dict[str, Any] | bytes, refused: str 
     """One Parquet file, a.parquet, with the good columns where not given."""
     content = columns if isinstance(columns, bytes) else parquet_bytes(table_of({**GOOD, **columns}))
     more = {"rows": ROWS_AB, **more}
-    return Case(name, kind, more.pop("config", tables()), write(a__parquet=content), refused and rf"a\.parquet.*{refused}", **more)
+    return Case(name, kind, more.pop("config", tables()), write(a__parquet=content), refused and rf"a\.parquet:? {refused}", **more)
 
 
 def bad_row(name: str, kind: str, columns: dict[str, Any], reason: str, column: str, refused: str, **more: Any) -> Case:
@@ -446,7 +465,7 @@ def two_files(first: dict[str, Any], second: dict[str, Any]) -> Write:
 
 def trains_nothing(name: str, content: bytes) -> Case:
     """A Parquet file without a row, which is right by itself."""
-    return Case(name, "no rows or columns", tables(), write(a__parquet=content), EMPTY, names_file=False, scored=False)
+    return Case(name, "no rows or columns", tables(), write(a__parquet=content), rf"{EMPTY}: there is none in .*a\.parquet\n", scored=False)
 
 
 WHOLE = parquet_bytes(table_of(GOOD))
@@ -455,10 +474,10 @@ NO_UTF8 = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], np.int
 WITH_WEIGHT, WITH_TRUTH = tables(source={"weight": "w"}), tables(source={"true_propensity": "p", "true_cvr": "r"})
 DAMAGED = "is not a Parquet file, or is damaged"
 NO_NUMBER = "expected a number, found type"
-NO_VALUE = "expected whole numbers or strings, found type"
-ONE_VALUE = "expected one value a row, found type"
-NO_LIST = "expected a list a row, found type"
-NO_PAIR = "expected a list of .value, weight. structs, a map, or a weights_column beside it"
+NO_VALUE = "column '[cl]': expected whole numbers or strings, found type"
+ONE_VALUE = "column 'c': expected one value a row, found type"
+NO_LIST = "column 'l': expected a list a row, found type"
+NO_PAIR = r"column 'l': expected a list of \(value, weight\) structs, a map, or a weights_column beside it, found type list"
 
 PARQUET = [
     parquet("parquet cut in its footer", "truncated Parquet", WHOLE[:-20], DAMAGED),
@@ -476,13 +495,13 @@ PARQUET = [
     parquet("parquet of random bytes", "binary garbage", np.random.default_rng(1).bytes(3000), DAMAGED),
     parquet("parquet with text of 200 KiB", "huge line", {"c": ["a", "b" * 200_000]}, rows=[ROWS_AB[0], ("b" * 200_000, 2.0, 0, 0)]),
     bad_row("parquet text that is no UTF-8", "encoding", {"c": NO_UTF8}, "text", "c", r"text: expected text in UTF-8, found b'.xff'"),
-    bad_row("parquet with NaN", "NaN and infinity", {"n": [1.0, float("nan")]}, "number", "n", "number: .*nan"),
-    bad_row("parquet label NaN", "NaN and infinity", {"click": pa.array([1.0, float("nan")])}, "label", "click", "label: .*nan"),
+    bad_row("parquet with NaN", "NaN and infinity", {"n": [1.0, float("nan")]}, "number", "n", "number: .*found nan"),
+    bad_row("parquet label NaN", "NaN and infinity", {"click": pa.array([1.0, float("nan")])}, "label", "click", "label: .*found nan"),
     ids(
         "parquet ids beyond int64",
         "id out of range",
         pa.array([1, 2**64 - 1], pa.uint64()),
-        "row 2, column c: id: .*18446744073709551615",
+        "row 2, column c: id: .*found 18446744073709551615",
         [1],
         counted={"id": 1},
         first=[(2, "c")],
@@ -525,15 +544,17 @@ PARQUET = [
     ids("parquet ids that are times", "Parquet type of a value", pa.array([1, 2], pa.timestamp("us")), NO_VALUE + " timestamp"),
     ids("parquet ids that are bytes", "Parquet type of a value", pa.array([b"a", b"\xff"]), NO_VALUE + " binary"),
     lists("parquet lists of lists", "Parquet type of a list", {"l": pa.array([[[1]], [[2]]])}, NO_VALUE + " list", LIST),
-    lists("parquet lists of structs", "Parquet type of a list", {"l": pa.array([[{"x": 1}], []])}, NO_VALUE, LIST),
-    lists("parquet lists of floats", "Parquet type of a list", {"l": pa.array([[1.5], []])}, NO_VALUE, LIST),
+    lists(
+        "parquet lists of structs", "Parquet type of a list", {"l": pa.array([[{"x": 1}], []])}, NO_VALUE + " list<element: struct", LIST
+    ),
+    lists("parquet lists of floats", "Parquet type of a list", {"l": pa.array([[1.5], []])}, NO_VALUE + " list<element: double", LIST),
     lists("parquet text for a list", "Parquet type of a list", {"l": pa.array(["1|2", "3"])}, NO_LIST + " string", LIST),
     lists("parquet triples for pairs", "Parquet type of a list", {"l": pa.array([[{"a": 1, "b": 1.0, "c": 2}], []])}, NO_PAIR, PAIRS),
     lists(
         "parquet weights of text",
         "Parquet type of a list",
         {"l": [[1], [2]], "w": pa.array([["x"], ["y"]])},
-        "column 'w': expected weights that are numbers",
+        "column 'w': expected weights that are numbers, found type list<element: string",
     ),
     ids(
         "parquet ids in a dictionary",
@@ -565,12 +586,12 @@ PARQUET = [
     parquet(
         "parquet numbers that are all null", "nulls", {"n": pa.array([None, None], pa.float64())}, rows=[("a", 0.0, 1, 1), ("b", 0.0, 0, 0)]
     ),
-    bad_row("parquet with a null label", "nulls", {"click": [1, None]}, "label", "click", "label: .*null"),
+    bad_row("parquet with a null label", "nulls", {"click": [1, None]}, "label", "click", "label: .*found null"),
     parquet(
         "parquet with labels of the null type",
         "nulls",
         {"click": pa.array([None, None], pa.null())},
-        "row 1, column click: label: .*null",
+        "row 1, column click: label: .*found null",
         counted=None,
         scored=False,
     ),
@@ -586,7 +607,7 @@ PARQUET = [
         "parquet with null in a list",
         "nulls in lists",
         {"l": [[1], [2, None]]},
-        r"row 2, column l: null in a list: .*\[2, None\]",
+        r"row 2, column l: null in a list: .*found \[2, None\]",
         LIST,
         counted={"null in a list": 1},
         first=[(2, "l")],
@@ -600,7 +621,7 @@ PARQUET = [
         "parquet with a null pair",
         "nulls in lists",
         {"l": pa.array([[{"v": 1, "w": 1.0}], [None]])},
-        "row 2, column l: ",
+        r"row 2, column l: number: .*found \[None\]",
         PAIRS,
         counted={"number": 1},
         first=[(2, "l")],
@@ -610,7 +631,7 @@ PARQUET = [
         "parquet with a null value in a pair",
         "nulls in lists",
         {"l": pa.array([[{"v": 1, "w": 1.0}], [{"v": None, "w": 1.0}]])},
-        "row 2, column l: null in a list",
+        "row 2, column l: null in a list: .*'v': None",
         PAIRS,
         counted={"null in a list": 1},
         first=[(2, "l")],
@@ -620,7 +641,7 @@ PARQUET = [
         "parquet with a null weight",
         "nulls in lists",
         {"l": [[1], [2]], "w": [[1.0], [None]]},
-        "row 2, column w: number",
+        r"row 2, column w: number: .*found \[None\]",
         counted={"number": 1},
         first=[(2, "w")],
         rows=[(((1, 1.0),), 0, 0)],
@@ -631,7 +652,7 @@ PARQUET = [
         "parquet without its label",
         "no rows or columns",
         parquet_bytes(table_of(GOOD).drop_columns("conversion")),
-        "has no column 'conversion'",
+        r"has no column 'conversion' \(data\.source\.conversion\)",
     ),
     parquet("parquet with empty row groups", "no rows or columns", row_groups([0, 1, 0, 0, 1, 0])),
     trains_nothing("parquet with empty row groups only", row_groups([0, 0])),
@@ -648,7 +669,7 @@ PARQUET = [
         "changing schema",
         tables(),
         write(a__parquet=WHOLE, b__parquet=parquet_bytes(table_of(GOOD).drop_columns("n"))),
-        r"b\.parquet has no column 'n'",
+        r"b\.parquet has no column 'n' \(feature 'n'\)",
     ),
     Case(
         "columns in another order and narrower types",
@@ -691,9 +712,9 @@ PARQUET = [
         two_files({"c": pa.array([None, None], pa.null())}, {}),
         rows=[(None, 1.0, 1, 1), (None, 2.0, 0, 0), *ROWS_AB],
     ),
-    bad_row("parquet label 2", "label in Parquet", {"click": [1, 2]}, "label", "click", "label: .*2"),
-    bad_row("parquet label -1", "label in Parquet", {"conversion": [1, -1]}, "label", "conversion", "label: .*-1"),
-    bad_row("parquet label 0.5", "label in Parquet", {"click": pa.array([1.0, 0.5])}, "label", "click", "label: .*0.5"),
+    bad_row("parquet label 2", "label in Parquet", {"click": [1, 2]}, "label", "click", "label: .*found 2"),
+    bad_row("parquet label -1", "label in Parquet", {"conversion": [1, -1]}, "label", "conversion", "label: .*found -1"),
+    bad_row("parquet label 0.5", "label in Parquet", {"click": pa.array([1.0, 0.5])}, "label", "click", r"label: .*found 0\.5"),
     parquet(
         "parquet with a conversion without click",
         "conversion without click",
@@ -723,13 +744,13 @@ PARQUET = [
         "parquet whose two faults even out",
         "unequal lists",
         {"l": [[1, 2], [3]], "w": [[1.0], [1.0, 2.0]]},
-        "row 1, column l: unequal lists",
+        "row 1, column l: unequal lists: .*2 values and 1 weights",
     ),
     lists(
         "parquet with a NaN for a weight",
         "list weight",
         {"l": [[1], [2]], "w": [[1.0], [float("nan")]]},
-        "row 2, column w: number: ",
+        r"row 2, column w: number: .*found \[nan\]",
         counted={"number": 1},
         first=[(2, "w")],
         rows=[(((1, 1.0),), 0, 0)],
@@ -738,7 +759,7 @@ PARQUET = [
         "parquet with a weight beyond float32",
         "list weight",
         {"l": [[1], [2]], "w": [[1.0], [1e39]]},
-        "row 2, column w: number: ",
+        r"row 2, column w: number: .*found \[1e\+39\]",
         counted={"number": 1},
         first=[(2, "w")],
         rows=[(((1, 1.0),), 0, 0)],
@@ -756,7 +777,7 @@ PARQUET = [
             {"w": pa.array([2.0, weight])},
             "weight",
             "w",
-            f"weight: .*{said}",
+            f"weight: .*found {said}",
             config=WITH_WEIGHT,
             rows=[(*ROWS_AB[0], 2.0)],
         )
@@ -769,7 +790,7 @@ PARQUET = [
             {"p": pa.array([0.5, truth]), "r": pa.array([0.5, 0.5])},
             "truth",
             "p",
-            f"truth: .*{said}",
+            f"truth: .*found {said}",
             config=WITH_TRUTH,
         )
         for truth, said in ((1.5, "1.5"), (-0.5, "-0.5"), (float("nan"), "nan"), (None, "null"))
@@ -787,6 +808,34 @@ PARQUET = [
     parquet("parquet of a codec that nobody has", "codec", with_codec(parquet_bytes(table_of(GOOD), compression="gzip"), 3), DAMAGED),
     parquet("parquet that lies about its codec", "codec", with_codec(parquet_bytes(table_of(GOOD), compression="gzip"), 1), DAMAGED),
     *(parquet(f"parquet in {codec}", "codec", parquet_bytes(table_of(GOOD), compression=codec)) for codec in ("brotli", "zstd", "lz4")),
+    parquet(
+        "parquet to split by text that is no UTF-8",
+        "value to split by",
+        {"c": NO_UTF8},
+        config=tables([N], split={"by": "column", "column": "c", "train": ["a"]}),
+        counted={"no split": 1},
+        first=[(2, "c")],
+        rows=[(1.0, 1, 1)],
+        scored=False,
+    ),
+    parquet(
+        "parquet to split by a time beyond all years",
+        "value to split by",
+        {"c": pa.array([7, 2**62], pa.timestamp("ms"))},
+        config=tables([N], split={"by": "time", "column": "c", "test_from": "2026-01-01"}),
+        counted={"no split": 1},
+        first=[(2, "c")],
+        rows=[(1.0, 1, 1)],
+        scored=False,
+    ),
+    parquet(
+        "parquet to split by times that are no UTF-8",
+        "value to split by",
+        {"c": NO_UTF8},
+        "row 1, column c: no row has a time: expected timestamps, numbers or ISO text, found 'a'\n",
+        config=tables([N], split={"by": "time", "column": "c", "test_from": "2026-01-01"}),
+        scored=False,
+    ),
 ]
 
 # -------------------------------------------------------------------------------------------------------------------- Ali-CCP
@@ -830,7 +879,7 @@ def with_truth(table: pa.Table | bytes) -> Write:
 
 def truth(name: str, kind: str, table: pa.Table | bytes, refused: str) -> Case:
     """A truth file that does not fit."""
-    return Case(name, kind, TRUTH, with_truth(table), rf"truth_train\.parquet.*{refused}")
+    return Case(name, kind, TRUTH, with_truth(table), rf"truth_train\.parquet:? {refused}")
 
 
 def truth_of(samples: Any, **changes: Any) -> pa.Table:
@@ -855,7 +904,7 @@ ALICCP = [
         "skeleton cut inside a number",
         "truncated text",
         IMPRESSION * 2 + features(("205", 12345, 1.25))[:-2],
-        f"{SKELETON}: row 3: {TRUNCATED}",
+        f"{SKELETON}: row 3: {TRUNCATED}: expected {LINE_END}",
         counted={TRUNCATED: 1},
         first=[(3, "")],
     ),
@@ -863,7 +912,7 @@ ALICCP = [
         "common records cut inside a number",
         "truncated text",
         IMPRESSION * 2,
-        f"{COMMON}: row 2: {TRUNCATED}",
+        f"{COMMON}: row 2: {TRUNCATED}: expected {LINE_END}",
         RECORD + common_line(key(2), [("101", 12345, 1.0)])[:-5],
         counted={TRUNCATED: 1},
         first=[(2, "")],
@@ -884,13 +933,13 @@ ALICCP = [
         rows=[SEEN, (11, (), None, tuple(number % 7 for number in range(300_000)), 0.0, 0, 0), SEEN],
     ),
     impression("a line of garbage beyond a block", "huge line", "x" * (5 << 20) + "\n", MALFORMED, "", ""),
-    aliccp("skeleton in UTF-16", "UTF-16", (IMPRESSION * 2).encode("utf-16"), f"{SKELETON}: row 1"),
+    aliccp("skeleton in UTF-16", "UTF-16", (IMPRESSION * 2).encode("utf-16"), f"{SKELETON}: row 1: {MALFORMED}: "),
     impression("a NUL byte in a field id", "NUL bytes", features(("205\x00", 1, 1.0)), MALFORMED, "", ""),
     aliccp(
         "skeleton with a tail of NUL bytes",
         "NUL bytes",
         IMPRESSION * 2 + "\0" * 4096,
-        f"{SKELETON}: row 3: ",
+        f"{SKELETON}: row 3: {TRUNCATED}: expected {LINE_END}",
         counted={TRUNCATED: 1},
         first=[(3, "")],
     ),
@@ -920,7 +969,7 @@ ALICCP = [
         "a conversion without click",
         "conversion without click",
         IMPRESSION + features(buy=1) + IMPRESSION,
-        f"{SKELETON}: row 2: conversion without click",
+        f"{SKELETON}: row 2: conversion without click: .*found click 0 and conversion 1",
         scored=False,
     ),
     aliccp(
@@ -1068,7 +1117,7 @@ ALICCP = [
         "companion file",
         aliccp_config(),
         write(common_features_train__csv=RECORD),
-        r"matches the pattern 'sample_skeleton_\*\.csv'",
+        r"no file in .* matches the pattern 'sample_skeleton_\*\.csv' of data\.source\.skeleton: it holds common_features_train\.csv\n",
     ),
     Case(
         "no truth file",
@@ -1077,26 +1126,26 @@ ALICCP = [
         write(sample_skeleton_train__csv=IMPRESSION, common_features_train__csv=RECORD),
         rf"{SKELETON} has no truth file: .*truth_train\.parquet is missing",
     ),
-    truth("truth of fewer rows", "truth file", truth_of([1]), "has fewer rows than"),
-    truth("truth of more rows", "truth file", truth_of([1, 1, 1]), "has more rows than"),
-    truth("truth of other samples", "truth file", truth_of([1, 3]), "row 2: expected sample_id 1 as in .*, found 3"),
+    truth("truth of fewer rows", "truth file", truth_of([1]), rf"has fewer rows than .*{SKELETON}(: 1 and 2)?\n"),
+    truth("truth of more rows", "truth file", truth_of([1, 1, 1]), rf"has more rows than .*{SKELETON}(: 3 and 2)?\n"),
+    truth("truth of other samples", "truth file", truth_of([1, 3]), rf"row 2: expected sample_id 1 as in .*{SKELETON}, found 3\n"),
     truth("truth of text", "truth file", truth_of([1, 1], true_cvr=["a", "b"]), "column 'true_cvr': expected a number, found type string"),
     truth(
         "truth with samples of text", "truth file", truth_of(["1", "1"]), "column 'sample_id': expected a whole number, found type string"
     ),
-    truth("truth with null samples", "truth file", truth_of([1, None]), "row 2: expected sample_id 1 as in .*, found null"),
+    truth("truth with null samples", "truth file", truth_of([1, None]), rf"row 2: expected sample_id 1 as in .*{SKELETON}, found null\n"),
     Case(
         "truth that is null",
         "known truth",
         TRUTH,
         with_truth(truth_of([1, 1], true_cvr=[0.5, None])),
-        f"{SKELETON}: row 2, column true_cvr: truth: .*null",
+        f"{SKELETON}: row 2, column true_cvr: truth: .*found null",
         counted={"truth": 1},
         first=[(2, "true_cvr")],
         rows=[SEEN],
     ),
-    truth("truth of 0 bytes", "empty file", b"", "is not a Parquet file"),
-    truth("truth with zeros for data", "damaged Parquet", patched(parquet_bytes(truth_of([1, 1])), 4, bytes(60)), "is not a Parquet file"),
+    truth("truth of 0 bytes", "empty file", b"", DAMAGED),
+    truth("truth with zeros for data", "damaged Parquet", patched(parquet_bytes(truth_of([1, 1])), 4, bytes(60)), DAMAGED),
 ]
 
 # -------------------------------------------------------------------------------------------------------------- rating matrices
@@ -1105,6 +1154,7 @@ MATRIX = matrix_config(
     features=[{"name": name, "kind": "categorical"} for name in ("user", "item")], source={"user_features": None, "item_features": None}
 )
 WITH_FEATURES = matrix_config(features=[{"name": "age", "kind": "numeric", "column": "user_feature_1"}], source={"item_features": None})
+OTHER_SHAPE = r"test\.ascii has 2 rows of 3 columns, .*train\.ascii has [12] rows of [12] columns\n"
 TRAIN, TEST = "0 5 3\n4 0 0\n", "1 0 0\n0 0 4\n"
 PAIRS_SEEN: list[Row] = [(1, 1, 0, 0), (1, 2, 1, 1), (1, 3, 1, 0), (2, 1, 1, 1), (2, 2, 0, 0), (2, 3, 0, 0)]
 
@@ -1118,19 +1168,26 @@ def matrix(name: str, kind: str, refused: str = "", train: str | bytes = TRAIN, 
 def ages(name: str, text: str, refused: str) -> Case:
     """Matrices with a file of user features."""
     files = write(train__ascii=TRAIN, test__ascii=TEST, user_features__ascii=text)
-    return Case(name, "matrix features", WITH_FEATURES, files, r"user_features\.ascii.*" + refused, scored=False)
+    return Case(name, "matrix features", WITH_FEATURES, files, r"user_features\.ascii:? " + refused, scored=False)
 
 
 MATRICES = [
     matrix("matrix cut inside a row", "truncated text", r"train\.ascii: row 2 has 2 columns, row 1 has 3", TRAIN[:-3]),
-    matrix("matrix of 0 bytes", "empty file", r"train\.ascii is empty", ""),
-    matrix("matrix of random bytes", "binary garbage", r"train\.ascii", np.random.default_rng(2).bytes(3000)),
-    matrix("matrix by commas", "wrong separator", r"train\.ascii", TRAIN.replace(" ", ",")),
-    matrix("matrix in UTF-16", "UTF-16", r"train\.ascii", TRAIN.encode("utf-16")),
+    matrix("matrix of 0 bytes", "empty file", r"train\.ascii is empty, or begins with an empty line", ""),
+    matrix(
+        "matrix of random bytes", "binary garbage", r"train\.ascii: row 2 has 2 columns, row 1 has 4", np.random.default_rng(2).bytes(3000)
+    ),
+    matrix(
+        "matrix by commas",
+        "wrong separator",
+        rf"train\.ascii: row 1: rating: .*found '0,5,3' in column 1|{OTHER_SHAPE}",  # with bad rows counted it goes on to the shapes
+        TRAIN.replace(" ", ","),
+    ),
+    matrix("matrix in UTF-16", "UTF-16", r"train\.ascii: row 3 has 1 columns, row 1 has 3", TRAIN.encode("utf-16")),
     matrix(
         "matrix with a NUL byte",
         "NUL bytes",
-        r"train\.ascii: row 2: rating: .*in column 2",
+        r"train\.ascii: row 2: rating: .*found '\\x000' in column 2",
         TRAIN.replace("4 0", "4 \0000"),
         counted={"rating": 1},
         first=[(2, "")],
@@ -1162,7 +1219,7 @@ MATRICES = [
     ),
     matrix("test matrix with a short row", "matrix shape", r"test\.ascii: row 2 has 2 columns, row 1 has 3", test="1 0 0\n0 4\n"),
     matrix("matrix without a rating", "matrix shape", r"train\.ascii holds no rating: all of its 2 x 3 cells are 0", "0 0 0\n0 0 0\n"),
-    matrix("matrix that begins with a blank line", "matrix shape", r"train\.ascii", "\n" + TRAIN),
+    matrix("matrix that begins with a blank line", "matrix shape", r"train\.ascii is empty, or begins with an empty line", "\n" + TRAIN),
     matrix(
         "matrix with text",
         "matrix cell",
@@ -1194,14 +1251,254 @@ MATRICES = [
     ages("user features of fewer users", "1\n", "has 1 rows, the rating matrix has 2 users"),
     ages("ragged user features", "1 2\n1\n", "row 2 has 1 columns, row 1 has 2"),
     ages("user features of 0 bytes", "", "has 0 rows, the rating matrix has 2 users"),
-    Case("no test matrix", "companion file", MATRIX, write(train__ascii=TRAIN), r"no file .*test\.ascii", scored=False),
+    Case(
+        "no test matrix",
+        "companion file",
+        MATRIX,
+        write(train__ascii=TRAIN),
+        r"no file .*/test\.ascii\nhint: set data\.source\.test",
+        scored=False,
+    ),
     Case(
         "matrix of zip bytes",
         "compressed or encrypted",
         MATRIX,
-        write(train__ascii=gzip.compress(TRAIN.encode()), test__ascii=TEST),
-        r"train\.ascii",
+        write(train__ascii=gzip.compress(TRAIN.encode(), mtime=0), test__ascii=TEST),
+        rf"train\.ascii: row (1: rating: .*found .* in column 1|2 has . columns, row 1 has .)\n|{OTHER_SHAPE}",
         scored=False,
+    ),
+]
+
+# ------------------------------------------------------------------------------------------------------------------ event logs
+
+LOG: dict[str, str | bytes] = {
+    "impressions__csv": "id,ts,c\n1,0,a\n2,1,b\n",
+    "clicks__csv": "id,ts\n1,3\n",
+    "conversions__csv": "id,ts\n1,4\n",
+}
+CONVERTED: list[Row] = [("a", 1, 1), ("b", 0, 0)]
+CLICKED: list[Row] = [("a", 1, 0), ("b", 0, 0)]
+NEITHER: list[Row] = [("a", 0, 0), ("b", 0, 0)]
+ONE_USED = {"rows": 1, "used": 1}
+UNCLICKED = {"rows": 1, "without_click": 1}
+TIME, KEY, AGAIN = "event time", "event without key", "impression with the key of another"
+
+
+def events(**changes: Any) -> DataConfig:
+    """A config for event logs: windows of 10 and 20 seconds."""
+    windows = {"click_window_s": 10, "conversion_window_s": 20, "open_windows": "keep"}
+    patterns = {table: f"{table}*" for table in ("impressions", "clicks", "conversions")}
+    source = {"kind": "events", "key": "id", "time": "ts", **windows, **patterns, **changes}
+    return DataConfig.model_validate({"source": source, "features": [C], "split": {"by": "file", "train": "*"}})
+
+
+def log(name: str, kind: str, refused: str = "", files: Mapping[str, str | bytes] | None = None, **more: Any) -> Case:
+    """A log of three CSV tables, with these files beside them, or in place of those of their names."""
+    given = files or {}
+    left = {file: content for file, content in LOG.items() if file.split("__")[0] not in [each.split("__")[0] for each in given]}
+    more = {"rows": CONVERTED, "scored": False, **more}
+    return Case(name, kind, more.pop("config", events()), write(**left, **given), refused, **more)
+
+
+def one_click(name: str, kind: str, times: Any, refused: str = "", keys: Any = (1,), **more: Any) -> Case:
+    """A Parquet table with one click."""
+    files = {"clicks__parquet": parquet_bytes(pa.table({"id": pa.array(keys), "ts": times}))}
+    more = {"events": {"clicks": ONE_USED, "conversions": ONE_USED}, **more}
+    return log(name, kind, refused and rf"clicks\.parquet: {refused}", files, **more)
+
+
+def bad_click(name: str, kind: str, times: Any, reason: str, column: str, found: str, **more: Any) -> Case:
+    """A Parquet table whose only click has no time or no key."""
+    counts = {"clicks": {"rows": 1, "rejected": 1}, "conversions": UNCLICKED}
+    told = {"counted": {reason: 1}, "first": [(1, column)], "rows": NEITHER, "events": counts}
+    return one_click(name, kind, times, rf"row 1, column {column}: {reason}: expected .*, found {found}\n", **told, **more)
+
+
+def clicks(name: str, kind: str, lines: str, refused: str = "", **more: Any) -> Case:
+    """A CSV table of clicks."""
+    return log(name, kind, refused and rf"clicks\.csv: {refused}", {"clicks__csv": "id,ts\n" + lines}, **more)
+
+
+def bad_time(name: str, kind: str, time: str) -> Case:
+    """A CSV table of a good click and one whose time is none."""
+    found = repr(time) if time else "null"
+    counts = {"clicks": {"rows": 2, "rejected": 1, "used": 1}, "conversions": ONE_USED}
+    refused = rf"row 3, column ts: event time: expected a time from 1740 to 2200: .*, found {found}\n"
+    return clicks(name, kind, f"1,3\n2,{time}\n", refused, counted={TIME: 1}, first=[(3, "ts")], events=counts)
+
+
+def shown(name: str, content: str | bytes, refused: str, **more: Any) -> Case:
+    """A CSV or Parquet table of impressions."""
+    file = "impressions__parquet" if isinstance(content, bytes) else "impressions__csv"
+    return log(name, "impression of an event log", refused, {file: content}, **more)
+
+
+SHOWN = {"ts": [0, 1], "c": ["a", "b"]}
+NO_IMPRESSION = {"rows": 1, "unknown_impression": 1}
+
+EVENTS = [
+    log("clicks cut in their data", "truncated Parquet", rf"clicks\.parquet {DAMAGED}", {"clicks__parquet": WHOLE[:100]}),
+    clicks(
+        "clicks cut inside a line",
+        "event table",
+        "1,3\n2",
+        "row 3: number of columns: .*1 columns instead of 2 in '2'",
+        counted={COLUMNS: 1},
+        first=[(3, "")],
+        events={"clicks": {"rows": 2, "rejected": 1, "used": 1}, "conversions": ONE_USED},
+    ),
+    clicks("no click at all", "event table", "", rows=NEITHER, events={"clicks": {}, "conversions": UNCLICKED}),
+    log("clicks of 0 bytes", "event table", r"clicks\.csv is empty \(0 bytes\)", {"clicks__csv": ""}),
+    log(
+        "a second file of conversions without their time",
+        "event table",
+        r"conversions_2\.csv has no column 'ts' \(data\.source\.time\)\nhint: it has: id$",
+        {"conversions_2__csv": "id\n2\n"},
+    ),
+    log(
+        "clicks by semicolons",
+        "event table",
+        r"clicks\.csv has no column 'id' \(data\.source\.key\)\nhint: its header is one column, 'id;ts': .*commas, not by ';'",
+        {"clicks__csv": "id;ts\n1;3\n"},
+    ),
+    log(
+        "clicks with a byte order mark",
+        "event table",
+        files={"clicks__csv": b"\xef\xbb\xbfid,ts\n1,3\n"},
+        events={"clicks": ONE_USED, "conversions": ONE_USED},
+    ),
+    bad_time("a click of yesterday", "event time", "yesterday"),
+    bad_time("a click without a time", "event time", ""),
+    bad_click("a click at NaN", "event time", pa.array([float("nan")]), TIME, "ts", "nan"),
+    bad_click("a click at a time that is no UTF-8", "event time", NO_UTF8.slice(1, 1), TIME, "ts", r"b'\\xff'"),
+    one_click(
+        "clicks at times of day",
+        "event time",
+        pa.array([3], pa.time64("us")),
+        r"column 'ts' is no event time: expected .*, found type time64\[us\]\n",
+    ),
+    log(
+        "nanoseconds in open windows",
+        "event time",
+        files={
+            "impressions__parquet": parquet_bytes(pa.table({**SHOWN, "id": [1, 2], "ts": pa.array([0, 10**9 + 7], pa.timestamp("ns"))}))
+        },
+        config=events(open_windows="drop", log_end=30),
+        counted={"open window": 1},
+        first=[(2, "ts")],
+        rows=CONVERTED[:1],
+    ),
+    bad_time("a click in milliseconds", "event time out of range", "1767225600000"),
+    bad_time("a click beyond int64", "event time out of range", "99999999999999999999"),
+    bad_click("a click at the end of uint64", "event time out of range", pa.array([2**64 - 1], pa.uint64()), TIME, "ts", str(2**64 - 1)),
+    bad_click(
+        "a click at a timestamp beyond all years", "event time out of range", pa.array([2**62], pa.timestamp("ms")), TIME, "ts", str(2**62)
+    ),
+    bad_click(
+        "a click at a date beyond all years", "event time out of range", pa.array([2**31 - 1], pa.date32()), TIME, "ts", str(2**31 - 1)
+    ),
+    bad_click("a click at infinity in 16 bits", "event time out of range", pa.array(np.array([np.inf], np.float16)), TIME, "ts", "inf"),
+    bad_click("a click without a key", "event key", [3], KEY, "id", "null", keys=pa.array([None], pa.int64())),
+    bad_click("a click with a key that is no UTF-8", "event key", [3], KEY, "id", r"b'\\xff'", keys=NO_UTF8.slice(1, 1)),
+    one_click(
+        "clicks with keys that are floats", "event key", [3], "column 'id' is no event key: .*, found type double", keys=pa.array([1.0])
+    ),
+    log(
+        "impressions with keys of numbers, clicks with text",
+        "event key",
+        files={
+            "impressions__parquet": parquet_bytes(pa.table({**SHOWN, "id": [1, 2]})),
+            "clicks__parquet": parquet_bytes(pa.table({"id": ["1"], "ts": [3]})),
+        },
+        events={"clicks": ONE_USED, "conversions": ONE_USED},
+    ),
+    clicks("a click with a key of spaces", "event key", " 1,3\n", rows=NEITHER, events={"clicks": NO_IMPRESSION, "conversions": UNCLICKED}),
+    log(
+        "a conversion of no impression",
+        "event key",
+        files={"conversions__csv": "id,ts\n7,4\n"},
+        rows=CLICKED,
+        events={"clicks": ONE_USED, "conversions": NO_IMPRESSION},
+    ),
+    clicks(
+        "a click before its impression",
+        "event order",
+        "2,0\n",
+        rows=NEITHER,
+        events={"clicks": {"rows": 1, "before_impression": 1}, "conversions": UNCLICKED},
+    ),
+    clicks(
+        "a click at a negative time",
+        "event order",
+        "1,-5\n",
+        rows=NEITHER,
+        events={"clicks": {"rows": 1, "before_impression": 1}, "conversions": UNCLICKED},
+    ),
+    clicks(
+        "a click after its window",
+        "event order",
+        "1,11\n",
+        rows=NEITHER,
+        events={"clicks": {"rows": 1, "late": 1}, "conversions": UNCLICKED},
+    ),
+    clicks(
+        "clicks that repeat", "event order", "1,3\n" * 3, events={"clicks": {"rows": 3, "repeated": 2, "used": 1}, "conversions": ONE_USED}
+    ),
+    clicks(
+        "a conversion before its click",
+        "event order",
+        "1,9\n",
+        rows=CLICKED,
+        events={"clicks": ONE_USED, "conversions": {"rows": 1, "before_click": 1}},
+    ),
+    shown(
+        "an impression without a key",
+        "id,ts,c\n,0,a\n2,1,b\n",
+        r"impressions\.csv: row 2, column id: event without key: .*, found null",
+        counted={KEY: 1},
+        first=[(2, "id")],
+        rows=NEITHER[1:],
+        events={"clicks": NO_IMPRESSION, "conversions": NO_IMPRESSION},
+    ),
+    shown(
+        "an impression with a key that is no UTF-8",
+        parquet_bytes(pa.table({**SHOWN, "id": NO_UTF8})),
+        r"impressions\.parquet: row 2, column id: event without key: .*, found b'\\xff'",
+        counted={KEY: 1},
+        first=[(2, "id")],
+        rows=NEITHER[:1],
+    ),
+    shown(
+        "an impression without a time",
+        "id,ts,c\n1,0,a\n2,,b\n",
+        r"impressions\.csv: row 3, column ts: event time: .*, found null",
+        counted={TIME: 1},
+        first=[(3, "ts")],
+        rows=CONVERTED[:1],
+    ),
+    log(
+        "an impression of another file again",
+        "impression of an event log",
+        files={"impressions_2__csv": "id,ts,c\n3,0,c\n1,0,a\n"},
+        counted={"repeated impression": 1},
+        first=[(3, "id")],
+        rows=[*CONVERTED, ("c", 0, 0)],
+    ),
+    log(
+        "the key of an impression of another file",
+        "impression of an event log",
+        r"impressions_2\.csv: row 3, column id: impression with the key of another: .*, found '1'",
+        {"impressions_2__csv": "id,ts,c\n3,0,c\n1,0,b\n"},
+        counted={AGAIN: 1},
+        first=[(3, "id")],
+        rows=[*CONVERTED, ("c", 0, 0)],
+    ),
+    shown(
+        "an impression again, and a line of 2 MiB",
+        "id,ts,c,x\n1,0,a," + "x" * (2 << 20) + "\n2,1,b,\n2,1,b,\n",
+        "",
+        counted={"repeated impression": 1},
+        first=[(4, "id")],
     ),
 ]
 
@@ -1213,7 +1510,7 @@ GOOD_CSV = HEAD + A + B
 def zipped(folder: Path) -> None:
     """A zip archive under the name of a table."""
     with zipfile.ZipFile(folder / "a.csv", "w") as archive:
-        archive.writestr("a.csv", GOOD_CSV)
+        archive.writestr(zipfile.ZipInfo("a.csv"), GOOD_CSV)
 
 
 def beside(make: Callable[[Path], object]) -> Write:
@@ -1241,13 +1538,27 @@ def unreadable(path: Path) -> None:
 HASHED = tables(split={"by": "hash", "train": 1.0})
 
 FILES = [
-    Case("csv of zip bytes", "compressed or encrypted", tables(), zipped, r"a\.csv"),
-    Case("a folder named like a file", "no file", tables(), beside(Path.mkdir), r"b\.csv is a folder"),
-    Case("a folder of parts named like a file", "no file", tables(), beside(folder_of_parts), r"b\.csv is a folder"),
-    Case("a link to nowhere", "no file", tables(), beside(lambda path: path.symlink_to("nowhere")), r"b\.csv is a link to nowhere"),
-    Case("a pipe named like a file", "no file", tables(), beside(os.mkfifo), r"b\.csv is no file"),
+    Case("csv of zip bytes", "compressed or encrypted", tables(), zipped, r"a\.csv: row 1: expected text in UTF-8"),
+    Case(
+        "a folder named like a file", "no file", tables(), beside(Path.mkdir), r"b\.csv is a folder, and its name is that of an input file"
+    ),
+    Case(
+        "a folder of parts named like a file",
+        "no file",
+        tables(),
+        beside(folder_of_parts),
+        r"b\.csv is a folder, and its name is that of an input file",
+    ),
+    Case(
+        "a link to nowhere",
+        "no file",
+        tables(),
+        beside(lambda path: path.symlink_to("nowhere")),
+        r"b\.csv is a link to nowhere, and its name is that of an input file",
+    ),
+    Case("a pipe named like a file", "no file", tables(), beside(os.mkfifo), r"b\.csv is no file, and its name is that of an input file"),
     Case("a file that may not be read", "no file", tables(), beside(unreadable), r"b\.csv cannot be read: .*Permission denied"),
-    Case("no input at all", "no file", tables(), write(), "no file in .* matches the pattern"),
+    Case("no input at all", "no file", tables(), write(), r"no file in .* matches the pattern '\*' of data\.source\.files: it is empty\n"),
     *(
         Case(f"a file named {name!r}", "file name", HASHED, lambda folder, name=name: (folder / name).write_text(GOOD_CSV), rows=ROWS_AB)  # type: ignore[misc]
         for name in ("with space.csv", "ünï 漢字 😀.csv", "new\nline.csv", "%s {0} '\".csv")
@@ -1257,7 +1568,7 @@ FILES = [
         "file name",
         HASHED,
         lambda folder: (folder / os.fsdecode(b"\xff.csv")).write_text(GOOD_CSV),
-        r"its name is no UTF-8",
+        r"\.csv': its name is no UTF-8",
     ),
     Case(
         "a Parquet table named .CSV",
@@ -1268,4 +1579,4 @@ FILES = [
     ),
 ]
 
-CASES = [*CSV, *PARQUET, *ALICCP, *MATRICES, *FILES]
+CASES = [*CSV, *PARQUET, *ALICCP, *MATRICES, *EVENTS, *FILES]
