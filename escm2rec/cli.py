@@ -43,7 +43,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at
 DataFolder = Annotated[  # text, because a Path would make s3:/ of s3://
     str, typer.Option("--data", help="Data set folder, as preprocess writes it, or its fsspec URL (s3://...).", show_default=False)
 ]
-RunFolder = Annotated[Path, typer.Option("--run", help="Run folder, as train writes it.", show_default=False)]
+RunFolder = Annotated[str, typer.Option("--run", help="Run folder, as train writes it, or its fsspec URL (s3://...).", show_default=False)]
 
 
 def _verb(function: Callable[P, Result]) -> Callable[P, Result]:
@@ -184,7 +184,7 @@ def evaluate(
     from escm2rec.evaluation.evaluate import evaluate
     from escm2rec.paths import data_path
 
-    return evaluate(run, data_path(data), split, _names(by), user, overwrite)
+    return evaluate(data_path(run), data_path(data), split, _names(by), user, overwrite)
 
 
 @app.command()
@@ -203,9 +203,10 @@ def score(
     Writes p_ctr, p_cvr and p_ctcvr of each row.
     """
     _require_matching_packages()
+    from escm2rec.paths import data_path
     from escm2rec.scoring.score import score
 
-    return score(run, input, out, _names(keep) or None, overwrite)
+    return score(data_path(run), input, out, _names(keep) or None, overwrite)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Where a data set or the copy of a run lies: a local folder, or a folder of an object store by an fsspec URL such as `s3://bucket/set`."""
+"""Where a data set or a run lies: a local folder, or a folder of an object store by an fsspec URL such as `s3://bucket/set`."""
 
 from __future__ import annotations
 
@@ -193,6 +193,15 @@ def copy_folder(source: DataPath, to: Path) -> None:
     for file in source.glob("*"):
         with file.open() as remote, (to / file.name).open("wb") as local:
             shutil.copyfileobj(remote, local, COPY_BYTES)
+
+
+def fetch_files(place: RemotePath, sizes: dict[str, int], to: Path) -> None:
+    """Files of a folder on a store, by name, to the same names in a local one. DataError where one does not arrive with all its bytes."""
+    for name, size in sizes.items():
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).fetch(to / name)
+        if (arrived := (to / name).stat().st_size) != size:
+            raise DataError(f"{arrived:,} of {size:,} bytes of {place / name} arrived")
 
 
 @contextmanager

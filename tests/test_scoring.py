@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -16,12 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from escm2rec.config import load_config
-from escm2rec.errors import RunError
+from escm2rec.errors import ConfigError, DataError, RunError
+from escm2rec.evaluation.evaluate import evaluate
+from escm2rec.paths import data_path
 from escm2rec.preprocess import RawFile, preprocess
-from escm2rec.scoring.score import _Scorer
+from escm2rec.scoring.score import _Scorer, score
 from tests.preprocess_logs import read_split
 from tests.ranks import run_ranks
 from tests.raw_tables import raw_table, write_config
+from tests.s3_server import s3_server
 
 TRAIN_ROWS = 4_000
 CANDIDATES = {"a.parquet": 1_500, "b.parquet": 0, "c.parquet": 701, "d.parquet": 64}
@@ -89,6 +94,42 @@ def test_every_row_is_scored_once_in_the_order_of_the_input(predictions: dict[in
     for name, part in zip(inputs, found, strict=True):
         assert part.columns == ["row", "p_ctr", "p_cvr", "p_ctcvr"]
         assert part["row"].to_list() == pq.read_table(folder / "candidates" / name)["row"].to_pylist()
+
+
+def test_a_run_on_a_store_scores_and_is_measured_as_in_its_folder(
+    predictions: dict[int, Any], folder: Path, others: Any, tmp_path: Path
+) -> None:
+    """What its model needs is fetched for the ranks of a machine, and gone when they end; the report goes to the run."""
+    fetched = set(Path(tempfile.gettempdir()).glob("escm2rec-run-*"))
+    with s3_server("runs"):
+        store = fsspec.filesystem("s3")
+        store.put(str(folder / "run"), "runs/run", recursive=True)
+        store.rm("runs/run/report.json")  # of the folder
+        store.pipe("runs/run/metrics.jsonl", b"not fetched")
+        calls: list[tuple[str, dict[str, Any]]] = [
+            (
+                "tests.training_calls:score_run",
+                {"run": "s3://runs/run", "inputs": [str(folder / "candidates")], "out": str(tmp_path / "out")},
+            ),
+            ("tests.training_calls:evaluate_run", {"run": "s3://runs/run", "data": str(folder / "data")}),
+        ]
+        scored, measured = run_ranks(2, calls, tmp_path / "ranks")
+        report = json.loads(store.cat_file("runs/run/report.json"))
+        assert store.exists("runs/run/report.html")
+        with pytest.raises(ConfigError, match=r"^s3://runs/run/report\.json exists\nhint"):
+            evaluate(data_path("s3://runs/run"), folder / "data")
+        with pytest.raises(DataError, match=r"^no run at s3://runs/ru\nhint: did you mean s3://runs/run\?$"):
+            score(data_path("s3://runs/ru"), [folder / "candidates"], tmp_path / "none")
+        store.rm("runs/run/manifest.json")
+        with pytest.raises(DataError, match=r"^the run at s3://runs/run is incomplete: it has no manifest\.json\nhint"):
+            score(data_path("s3://runs/run"), [folder / "candidates"], tmp_path / "none")
+    assert set(Path(tempfile.gettempdir()).glob("escm2rec-run-*")) == fetched
+    for found, want in zip(parts(tmp_path / "out"), parts(predictions[2][1]), strict=True):
+        assert found.equals(want)
+    assert scored["rows"] == NUM_CANDIDATES
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["run"] == report["run"]["run"] == "s3://runs/run"
+    assert measured["report"] == "s3://runs/run/report.html"
+    assert measured["metrics"] == pytest.approx(others[-1]["metrics"], rel=1e-4, abs=1e-5)
 
 
 def test_any_number_of_ranks_scores_the_same(predictions: dict[int, Any]) -> None:

@@ -22,7 +22,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from escm2rec.config import load_config
 from escm2rec.errors import DataError
 from escm2rec.evaluation.evaluate import evaluate
-from escm2rec.paths import RemotePath, store_path
+from escm2rec.paths import RemotePath, data_path, store_path
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
@@ -278,12 +278,12 @@ def logits(run: str, data: str, split: str) -> list[list[float]]:
 
 def evaluate_run(run: str, data: str, split: str = "test", by: list[str] | None = None) -> dict[str, Any]:
     """Evaluate a run."""
-    return evaluate(Path(run), Path(data), split, by or [], overwrite=True)  # type: ignore[arg-type]
+    return evaluate(data_path(run), Path(data), split, by or [], overwrite=True)  # type: ignore[arg-type]
 
 
 def score_run(run: str, inputs: list[str], out: str, keep: list[str] | None = None) -> dict[str, Any]:
     """Score raw files with a run."""
-    return score(Path(run), [Path(path) for path in inputs], Path(out), keep)
+    return score(data_path(run), [Path(path) for path in inputs], Path(out), keep)
 
 
 def propensities(run: str, data: str, split: str) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,15 @@ from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.sharding.runtime import Runtime, distributed_runtime, on_main
 from escm2rec.training.choice import CHOICE
-from escm2rec.training.run import Run
+from escm2rec.training.fetched import run_here
+from escm2rec.training.run import REPORTS, Run
 from escm2rec.training.trained import TrainedModel
 
 
 def evaluate(
-    run: Path, data: DataPath, split: Split = "test", by: Sequence[str] = (), user: str | None = None, overwrite: bool = False
+    run: DataPath, data: DataPath, split: Split = "test", by: Sequence[str] = (), user: str | None = None, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Measure a run on a split and write `report.json` and `report.html` into its folder; called by all ranks alike.
+    """Measure a run on a split and write `report.json` and `report.html` into its folder or place; called by all ranks alike.
 
     Every row of the split counts once on any number of ranks. `by` and `user` name kept columns. The test split of rating matrices is one
     of random impressions, ranked within `user` unless another column is named. Of a run that `train` chose among several, the report says
@@ -42,9 +44,12 @@ def evaluate(
     """
     require_matching_packages()
     started = time.perf_counter()
-    with distributed_runtime() as runtime:
-        opened, dataset = on_main(runtime, lambda: _open(run, data, split, overwrite))
-        choice = on_main(runtime, lambda: _choice(run))
+    with ExitStack() as stack:
+        runtime = stack.enter_context(distributed_runtime())
+        on_main(runtime, lambda: _refuse_existing(run, overwrite))
+        here = stack.enter_context(run_here(run, runtime))
+        opened, dataset = on_main(runtime, lambda: _open(run, here, data, split))
+        choice = on_main(runtime, lambda: _choice(here))
         at_random = split == "test" and isinstance(dataset.schema.source, MatrixSource)
         user = "user" if at_random and user is None else user
         columns = on_main(runtime, lambda: _extra_columns(dataset, [*by, *([user] if user is not None else [])]))
@@ -57,22 +62,28 @@ def evaluate(
             tree = build_report(predictions, by, user, at_random)
             if diagnostics is not None:
                 tree["propensity"] |= _propensity(model, diagnostics)
-            tree = {"run": _facts(opened, dataset, split, time.perf_counter() - started), **choice, **tree}
-            with telling_of_disk(run, "run the same command again"):
-                write_json(run / "report.json", tree)
-                write_html(tree, run / "report.html", f"{opened.config.objective.kind} on {split}")
+            tree = {"run": _facts(run, opened, dataset, split, time.perf_counter() - started), **choice, **tree}
+            with telling_of_disk(here, "run the same command again"):
+                write_json(here / "report.json", tree)
+                write_html(tree, here / "report.html", f"{opened.config.objective.kind} on {split}")
+            if not isinstance(run, Path):
+                for name in REPORTS:
+                    (run / name).put(here / name)
             return {"report": str(run / "report.html"), "rows": predictions.height, **tree["run"], "metrics": flat_metrics(tree)}
 
         return on_main(runtime, report)
 
 
-def _open(run: Path, data: DataPath, split: Split, overwrite: bool) -> tuple[Run, Dataset]:
-    opened, dataset = Run.open(run), Dataset.open(data)
+def _refuse_existing(run: DataPath, overwrite: bool) -> None:
+    if (run / REPORTS[0]).exists() and not overwrite:
+        raise ConfigError(f"{run / REPORTS[0]} exists", "pass --overwrite to replace it")
+
+
+def _open(run: DataPath, here: Path, data: DataPath, split: Split) -> tuple[Run, Dataset]:
+    opened, dataset = Run.open(here), Dataset.open(data)
     dataset.split_counts(split)
     if opened.schema.hash() != dataset.schema.hash():
         raise DataError(f"{run} was trained on another schema than that of {data}", "evaluate on the data set that the run was trained on")
-    if (run / "report.json").exists() and not overwrite:
-        raise ConfigError(f"{run / 'report.json'} exists", "pass --overwrite to replace it")
     return opened, dataset
 
 
@@ -161,9 +172,9 @@ def _choice(run: Path) -> Record:
     return {"choice": {"taken": taken, "by": by, "candidates": candidates, "says": says}}
 
 
-def _facts(run: Run, dataset: Dataset, split: Split, seconds: float) -> dict[str, Any]:
+def _facts(place: DataPath, run: Run, dataset: Dataset, split: Split, seconds: float) -> dict[str, Any]:
     return {
-        "run": str(run.path),
+        "run": str(place),
         "objective": run.config.objective.kind,
         "data": str(dataset.path),
         "split": split,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from escm2rec.errors import ConfigError, RunError
 from escm2rec.evaluation.metrics import ctcvr_logits, sigmoid
 from escm2rec.folder import ANEW, new_folder, refuse_existing, refuse_overlap, write_manifest
 from escm2rec.models.predictions import Predictions
+from escm2rec.paths import DataPath
 from escm2rec.preprocess import EncodedBlock, RawFile, encode_raw, raw_files
 from escm2rec.progress import Progress
 from escm2rec.reader.columns import Slice, assemble, decode
 from escm2rec.reader.reader import read_ahead
 from escm2rec.sharding.runtime import Runtime, distributed_runtime, on_main
+from escm2rec.training.fetched import run_here
 from escm2rec.training.run import Run
 from escm2rec.training.trained import TrainedModel
 
@@ -34,7 +36,7 @@ PREDICTION_COLUMNS = ("p_ctr", "p_cvr", "p_ctcvr")
 BLOCK_ROWS = 65_536
 
 
-def score(run: Path, inputs: Sequence[Path], out: Path, keep: Sequence[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
+def score(run: DataPath, inputs: Sequence[Path], out: Path, keep: Sequence[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Score raw rows with a run into Parquet parts, one an input file, rows in the order of the input; called by all ranks alike.
 
     Rows pass through the run's own schema and vocabulary; labels are neither needed nor read. A part holds the columns `keep` (those the
@@ -43,8 +45,11 @@ def score(run: Path, inputs: Sequence[Path], out: Path, keep: Sequence[str] | No
     """
     require_matching_packages()
     started = time.perf_counter()
-    with distributed_runtime() as runtime:
-        opened, files = on_main(runtime, lambda: _open(run, inputs, out, overwrite))
+    with ExitStack() as stack:
+        runtime = stack.enter_context(distributed_runtime())
+        on_main(runtime, lambda: _refuse(run, inputs, out, overwrite))
+        here = stack.enter_context(run_here(run, runtime))
+        opened, files = on_main(runtime, lambda: _open(here, inputs))
         kept = tuple(opened.schema.keep if keep is None else keep)
         _check_names(kept)
         model = TrainedModel(opened, runtime)
@@ -131,9 +136,12 @@ class _Scorer:
             self.model(assemble([], self.run.schema, padded_rows=int(rows)))
 
 
-def _open(run: Path, inputs: Sequence[Path], out: Path, overwrite: bool) -> tuple[Run, list[RawFile]]:
+def _refuse(run: DataPath, inputs: Sequence[Path], out: Path, overwrite: bool) -> None:
     refuse_existing(out, "predictions", overwrite)
     refuse_overlap(out, [run, *inputs])
+
+
+def _open(run: Path, inputs: Sequence[Path]) -> tuple[Run, list[RawFile]]:
     opened = Run.open(run)
     files = [file for path in inputs for file in raw_files(opened.schema.source, path, labels=False)]
     return opened, files

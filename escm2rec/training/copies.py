@@ -22,7 +22,7 @@ from escm2rec.config import Config
 from escm2rec.disk import telling_of_disk
 from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.folder import MANIFEST, RUN_CONFIG, new_folder
-from escm2rec.paths import DataPath, RemotePath, store_path
+from escm2rec.paths import DataPath, RemotePath, fetch_files, store_path
 from escm2rec.reader.dataset import Dataset
 from escm2rec.sharding.runtime import Runtime, on_each, on_main
 from escm2rec.training.checkpoint import (
@@ -191,18 +191,14 @@ class Copies:
         mine = [name for name in names if name not in left_out][runtime.rank :: runtime.world_size]
         with ExitStack() as stack:
             folder = on_main(runtime, lambda: stack.enter_context(new_folder(self._run, "run", overwrite=True)))
-            on_each(runtime, lambda: self._get(mine, held, folder))
+            on_each(runtime, lambda: self._get({name: held[name] for name in mine}, folder))
             if (said := damage(checkpoint_of(folder, step), runtime)) is not None:
                 raise DataError(said)
             on_main(runtime, stack.pop_all().close)
 
-    def _get(self, names: Iterable[str], held: dict[str, int], folder: Path) -> None:
+    def _get(self, sizes: dict[str, int], folder: Path) -> None:
         with telling_of_disk(folder, "start again with --resume"):
-            for name in names:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (self._place / name).fetch(folder / name)
-                if (size := (folder / name).stat().st_size) != held[name]:
-                    raise DataError(f"{size:,} of {held[name]:,} bytes of {self._place / name} arrived")
+            fetch_files(self._place, sizes, folder)
 
     def _bring(self, owner: Owner) -> None:
         """DataError that names the checkpoints which are not copied."""
