@@ -32,6 +32,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DEBUG_FLAG = "--debug"
 LOST_RANK = re.compile("Connection closed by peer|gloo/transport.*Connection reset by peer")  # gloo's words on the ranks that are left
+SLOW_RANK = re.compile("Timed out waiting [0-9]+ms for (send|recv) operation|Application timeout caused pair closure")  # of one that hangs
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 config_app = typer.Typer(help="Look at a config before it is used.", rich_markup_mode=None)
@@ -376,6 +377,9 @@ def _report_error(error: Exception, debug: bool) -> int:
         return error.exit_code
     if LOST_RANK.search(str(error)):
         message, hint, code = "another rank ended first", "its error is the one to mend", EXIT_UNEXPECTED
+    elif SLOW_RANK.search(str(error)):
+        message, code = f"another rank did not answer in time: {error}", EXIT_UNEXPECTED
+        hint = "it hangs: look at its log, at the disk of its --out and its --data, and at the store of --copy-to"
     elif isinstance(error, Escm2Error):
         message, hint, code = error.message, error.hint, error.exit_code
     elif hasattr(error, "format_message"):  # typer's and click's usage errors

@@ -273,8 +273,11 @@ def test_what_rank_0_told_is_not_told_again(monkeypatch: pytest.MonkeyPatch, cap
     closed = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3458.")
     reset = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:18312: Connection reset by peer. GLHF!")
     lost = "error (rank 1): another rank ended first\nhint: its error is the one to mend\n"
+    late = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 600000ms for send operation to complete")
+    hangs = f"error (rank 1): another rank did not answer in time: {late}\nhint: it hangs: look at its log, at the disk of its --out and "
+    hangs += "its --data, and at the store of --copy-to\n"
     monkeypatch.setenv("RANK", "1")
-    for error, code, said in ((told, 2, ""), (closed, 1, lost), (reset, 1, lost)):
+    for error, code, said in ((told, 2, ""), (closed, 1, lost), (reset, 1, lost), (late, 1, hangs)):
 
         def library(*_: Any, error: Exception = error) -> dict[str, Any]:
             raise error
