@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from escm2rec.errors import ConfigError, DataError
 
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 COPY_BYTES = 8 << 20  # asked of a store at a time
 
 
@@ -84,8 +86,8 @@ class RemotePath:
         return {path[start:]: int(known["size"]) for path, known in found.items() if path[start:]}
 
     def fetch(self, to: Path) -> None:
-        """The file, to a local one."""
-        with telling(self):
+        """The file, to a local one. OSError where the disk does not take it."""
+        with telling(self, local=True):
             self.fs.get_file(self.path, str(to))
 
     def put(self, source: Path) -> None:
@@ -159,15 +161,17 @@ def store_path(place: str) -> RemotePath:
 
 
 @contextmanager
-def telling(place: RemotePath, absent: bool = True, doing: str = "read") -> Iterator[None]:
+def telling(place: RemotePath, absent: bool = True, doing: str = "read", local: bool = False) -> Iterator[None]:
     """DataError where a store does not let itself be read or written: each has errors of its own, for no answer and for no right to.
 
-    That a file is not there is told only with `absent`.
+    That a file is not there is told only with `absent`; what a full disk says is raised as it is with `local`.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, FileNotFoundError) and not absent:
+            raise
+        if local and isinstance(error, OSError) and error.errno in OF_DISKS:
             raise
         hint = "check its address, and the credentials and endpoint that the package of this protocol finds (s3fs: AWS_* variables)"
         raise DataError(f"cannot {doing} {place}: {type(error).__name__}: {error}", hint) from error
@@ -198,6 +202,10 @@ def copy_folder(source: DataPath, to: Path) -> None:
 def fetch_files(place: RemotePath, sizes: dict[str, int], to: Path) -> None:
     """Files of a folder on a store, by name, to the same names in a local one. DataError where one does not arrive with all its bytes."""
     for name, size in sizes.items():
+        if not (to / name).resolve().is_relative_to(to.resolve()):  # a store's names are any text
+            raise DataError(
+                f"{place / name} would be fetched to a place outside of {to}", "remove it from the store, or find out who wrote it"
+            )
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).fetch(to / name)
         if (arrived := (to / name).stat().st_size) != size:

@@ -5,28 +5,25 @@ A program that calls `preprocess` gets processes that start by themselves: a for
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing import forkserver, util
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 
 from escm2rec.disk import free_space
 from escm2rec.errors import RunError
+from escm2rec.temporary import hold, remove_unheld
 
 ONE_THREAD = {"POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
 SMALL_BYTES = 16 << 20  # of input: with less, processes take longer to start than to work
 SEMAPHORES = 5  # of a ProcessPoolExecutor: three of the queue of calls, two of that of results
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps them
 STDIN = "<stdin>"
-HELD = "escm2rec-workers"  # in the folder of the server's socket, which `multiprocessing` makes among temporary files
 
 _server: ForkServerContext | None = None
 
@@ -50,7 +47,8 @@ def ready_workers() -> None:
     context.set_forkserver_preload(["escm2rec.preprocess"])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
     try:
-        _take_socket_folder()
+        remove_unheld("pymp-*")  # as `multiprocessing` names the folder of the server's socket
+        hold(Path(util.get_temp_dir()))
         with _environment():
             forkserver.ensure_running()
     except OSError:
@@ -58,27 +56,6 @@ def ready_workers() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     _server = context
-
-
-def _take_socket_folder() -> None:
-    """Hold the folder of the server's socket as long as this process lives. Those that nobody holds are of killed ones, and go."""
-    for left in Path(tempfile.gettempdir()).glob(f"*/{HELD}"):
-        with suppress(OSError):  # it is held, or another user's
-            number = _hold(left)
-            shutil.rmtree(left.parent)
-            os.close(number)
-    _hold(Path(util.get_temp_dir()) / HELD)
-
-
-def _hold(path: Path) -> int:
-    """Lock a file, which need not exist, until this process ends or closes the number. BlockingIOError when another holds it."""
-    number = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(number)
-        raise
-    return number
 
 
 @contextmanager

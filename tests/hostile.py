@@ -83,6 +83,7 @@ KINDS = (
     "event time out of range",
     "event key",
     "event order",
+    "event credit",
     "impression of an event log",
 )
 
@@ -1334,6 +1335,7 @@ def shown(name: str, content: str | bytes, refused: str, **more: Any) -> Case:
 
 
 SHOWN = {"ts": [0, 1], "c": ["a", "b"]}
+BY_USER = {"impressions__parquet": parquet_bytes(pa.table({**SHOWN, "id": ["1", "2"], "u": ["me", "you"]}))}
 NO_IMPRESSION = {"rows": 1, "unknown_impression": 1}
 
 EVENTS = [
@@ -1400,6 +1402,47 @@ EVENTS = [
     bad_click("a click at infinity in 16 bits", "event time out of range", pa.array(np.array([np.inf], np.float16)), TIME, "ts", "inf"),
     bad_click("a click without a key", "event key", [3], KEY, "id", "null", keys=pa.array([None], pa.int64())),
     bad_click("a click with a key that is no UTF-8", "event key", [3], KEY, "id", r"b'\\xff'", keys=NO_UTF8.slice(1, 1)),
+    log(
+        "a conversion with a key that is no UTF-8, of a user who clicked",
+        "event credit",
+        r"conversions\.parquet: row 1, column id: event without key: .*, found b'\\xff'\n",
+        BY_USER | {"conversions__parquet": parquet_bytes(pa.table({"id": NO_UTF8.slice(1, 1), "ts": [4], "u": ["me"]}))},
+        config=events(attribution_key=["u"]),
+        counted={KEY: 1},
+        first=[(1, "id")],
+        rows=CLICKED,
+        events={"clicks": ONE_USED, "conversions": {"rows": 1, "rejected": 1}},
+    ),
+    log(
+        "a conversion of a user that is no UTF-8",
+        "event credit",
+        r"conversions\.parquet: row 1, column u: event without key: .*, found b'\\xff'\n",
+        BY_USER
+        | {"conversions__parquet": parquet_bytes(pa.table({"id": pa.array([None], pa.string()), "ts": [4], "u": NO_UTF8.slice(1, 1)}))},
+        config=events(attribution_key=["u"]),
+        counted={KEY: 1},
+        first=[(1, "u")],
+        rows=CLICKED,
+        events={"clicks": ONE_USED, "conversions": {"rows": 1, "rejected": 1}},
+    ),
+    log(
+        "a conversion of a user who clicked",
+        "event credit",
+        files=BY_USER | {"conversions__parquet": parquet_bytes(pa.table({"id": pa.array([None], pa.string()), "ts": [4], "u": ["me"]}))},
+        config=events(attribution_key=["u"]),
+        events={"clicks": ONE_USED, "conversions": ONE_USED},
+    ),
+    log(
+        "an impression of a user that is no UTF-8",
+        "event credit",
+        r"impressions\.parquet: row 2, column u: event without key: .*, found b'\\xff'\n",
+        {"impressions__parquet": parquet_bytes(pa.table({**SHOWN, "id": ["1", "2"], "u": NO_UTF8})), "conversions__csv": "id,ts,u\n"},
+        config=events(attribution_key=["u"]),
+        counted={KEY: 1},
+        first=[(2, "id")],
+        rows=CLICKED[:1],
+        events={"clicks": ONE_USED, "conversions": {}},
+    ),
     one_click(
         "clicks with keys that are floats", "event key", [3], "column 'id' is no event key: .*, found type double", keys=pa.array([1.0])
     ),

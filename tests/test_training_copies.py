@@ -20,6 +20,7 @@ from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.paths import store_path
 from escm2rec.training import owner
 from escm2rec.training.owner import FILE
+from escm2rec.training.run import REPORTS
 from escm2rec.training.train import train
 from tests.encoded import config, write_dataset
 from tests.ranks import run_ranks
@@ -187,6 +188,18 @@ def test_the_newer_of_run_and_copy_goes_on(data: Path, plain: Path, copy: Path, 
     newer = shutil.copytree(before, tmp_path / "newer")
     assert resumed(newer) == ["trains steps 7 to 8 on 1 rank(s), cpu"]
     assert _files(copy) == _files(newer)
+
+
+def test_a_report_that_is_on_the_store_alone_stays_as_long_as_its_model(data: Path, tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    settings = ["training.epochs=1", "training.global_batch_size=512"]
+    train(config(*settings), data, run, copy_to=str(copy))
+    for name in REPORTS:
+        (copy / name).write_text("of `evaluate --run URL`")
+    train(config(*settings), data, run, resume=True, copy_to=str(copy))
+    assert all((copy / name).exists() for name in REPORTS), "nothing was trained"
+    train(config("training.epochs=2", *settings[1:]), data, run, resume=True, copy_to=str(copy))
+    assert not any((copy / name).exists() for name in REPORTS), "of another model"
 
 
 def test_a_damaged_copy_is_passed_over(data: Path, plain: Path, copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -46,7 +47,7 @@ def evaluate(
     started = time.perf_counter()
     with ExitStack() as stack:
         runtime = stack.enter_context(distributed_runtime())
-        on_main(runtime, lambda: _refuse_existing(run, overwrite))
+        on_main(runtime, lambda: _check_place(run, overwrite))
         here = stack.enter_context(run_here(run, runtime))
         opened, dataset = on_main(runtime, lambda: _open(run, here, data, split))
         choice = on_main(runtime, lambda: _choice(here))
@@ -67,16 +68,21 @@ def evaluate(
                 write_json(here / "report.json", tree)
                 write_html(tree, here / "report.html", f"{opened.config.objective.kind} on {split}")
             if not isinstance(run, Path):
-                for name in REPORTS:
+                for name in reversed(REPORTS):  # the one that is looked for comes last
                     (run / name).put(here / name)
             return {"report": str(run / "report.html"), "rows": predictions.height, **tree["run"], "metrics": flat_metrics(tree)}
 
         return on_main(runtime, report)
 
 
-def _refuse_existing(run: DataPath, overwrite: bool) -> None:
+def _check_place(run: DataPath, overwrite: bool) -> None:
+    """ConfigError where there is a report, DataError where a store takes none: before all is measured."""
     if (run / REPORTS[0]).exists() and not overwrite:
         raise ConfigError(f"{run / REPORTS[0]} exists", "pass --overwrite to replace it")
+    if not isinstance(run, Path) and run.is_dir():
+        tried = run / ".report.tried"
+        tried.put(Path(os.devnull))
+        tried.remove()
 
 
 def _open(run: DataPath, here: Path, data: DataPath, split: Split) -> tuple[Run, Dataset]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from escm2rec.config import EventsSource, Source, moment
 from escm2rec.errors import DataError
@@ -21,7 +22,7 @@ from escm2rec.preprocess.ragged import Bools, Int64s
 from escm2rec.preprocess.rejections import EVENT_KEY, EVENT_TIME, BadRows, Rejected, Rejection, values_at
 from escm2rec.preprocess.table_columns import TableColumn
 from escm2rec.preprocess.tables import TableFile
-from escm2rec.preprocess.texts import without_other_text
+from escm2rec.preprocess.texts import not_utf8, without_other_text
 from escm2rec.preprocess.times import MICROSECONDS, is_text, iso_text, microseconds
 from escm2rec.progress import Progress
 
@@ -98,7 +99,12 @@ class _Join:
             times, has_time = self._times(columns(time))
             held["t"] = pa.array(times, mask=~has_time)
             held |= {name: _key_texts(columns(column)) for name, column in attribution.items()}
+            for name in filter(None, (key, *attribution.values())):
+                _mark_other_text(columns(name), bad)
             if is_impressions:
+                if self._rejected.refuse:
+                    self._rejected.add(bad.found)
+                held["k"] = pc.if_else(pa.array(bad.mask), pa.scalar(None, pa.large_string()), held["k"])  # counted when read
                 self._insert(table, {"n": pa.array(self._rows[table] + np.arange(len(rows))), **held})
             else:
                 no_key = ~self._finds_an_impression(table, held, list(attribution))
@@ -183,7 +189,7 @@ class _Join:
                 try:
                     self._db.register("batch", pa.table(columns))
                     self._db.execute("INSERT INTO prints SELECT n, hash(*COLUMNS(* EXCLUDE n)) FROM batch SEMI JOIN wanted USING (n)")
-                except duckdb.NotImplementedException as error:
+                except (duckdb.NotImplementedException, duckdb.ConversionException) as error:
                     raise DataError(
                         f"{file.path}: impression keys repeat, and their rows cannot be compared: {error}", "leave one row a key in the log"
                     ) from error
@@ -317,7 +323,7 @@ def _window(seconds: float) -> int:
 
 
 def _key_texts(column: TableColumn) -> pa.Array:
-    """Keys as text, so that 12 of one table is "12" of another; none where they are no UTF-8."""
+    """Keys as text, so that 12 of one table is "12" of another; null where they are no UTF-8, which `_mark_other_text` tells."""
     kind = column.array.type
     if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise DataError(
@@ -325,3 +331,9 @@ def _key_texts(column: TableColumn) -> pa.Array:
             "write whole numbers as integers: pandas turns a column with nulls into floats",
         )
     return without_other_text(column.array.cast(pa.large_string()))
+
+
+def _mark_other_text(column: TableColumn, bad: BadRows) -> None:
+    """Mark the rows whose key is no UTF-8: without one they would go by what else they hold."""
+    if is_text(column.array.type) and (wrong := not_utf8(column.array.cast(pa.large_string()))) is not None:
+        bad.mark(wrong, EVENT_KEY, column.name, values_at(column.array))

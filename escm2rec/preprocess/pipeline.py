@@ -43,7 +43,7 @@ from escm2rec.preprocess.read import check_kept_type, check_type, index_common, 
 from escm2rec.preprocess.rejections import NO_SPLIT, Rejected
 from escm2rec.preprocess.shares import Shares
 from escm2rec.preprocess.splits import Seen, asked_splits, refuse_doubled_files, split_column
-from escm2rec.preprocess.steps import WORK, Job, once
+from escm2rec.preprocess.steps import WORK, WORK_LAYOUT, Job, once
 from escm2rec.preprocess.write import COUNTS, Part, encode_common, parts_of, write
 from escm2rec.progress import Progress
 from escm2rec.schema import Feature, Schema
@@ -113,7 +113,7 @@ def preprocess(
 def _identity(config: DataConfig, files: list[RawFile]) -> str:
     """SHA-256 of all that a data set is made from: the versions, the config, and names, sizes and times of the files."""
     told = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for file in files for path in file.all_paths]
-    made_from = [__version__, layout_of("data set"), PORTION_BYTES, LEAST_BYTES, TURN, config.model_dump(mode="json"), told]
+    made_from = [__version__, WORK_LAYOUT, layout_of("data set"), PORTION_BYTES, LEAST_BYTES, TURN, config.model_dump(mode="json"), told]
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 

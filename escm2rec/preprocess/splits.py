@@ -264,7 +264,7 @@ def _no_time(split: TimeSplit, block: RawBlock, times: Int64s, held: Bools) -> t
     if first is None:
         return None
     row, place, seen = first
-    if isinstance(seen, str) and not held[row]:
+    if isinstance(seen, str | bytes) and not held[row]:
         return f"{place}: no row has a time: expected timestamps, numbers or ISO text, found {seen!r}", TEXT_TIMES
     read = f", read as {iso_text(int(times[row]))}" if held[row] else ""
     return (

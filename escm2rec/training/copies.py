@@ -220,7 +220,8 @@ class Copies:
         """The files to copy, and those of each checkpoint, the newest first; what must not stay beside them is removed from the copy."""
         self._check(owner)
         held = self._place.sizes()
-        for name in {MANIFEST, *REPORTS} & held.keys():
+        stale = set() if self._is_copied(MANIFEST, held) else {MANIFEST, *REPORTS}  # a report may have been written there alone
+        for name in stale & held.keys():
             if not (self._run / name).exists():
                 self._remove(name, held)
         # What lies right in the run may be written anew in the same size.
@@ -228,7 +229,7 @@ class Copies:
         checkpoints = {}
         for checkpoint in reversed(whole_checkpoints(self._run)):
             folder = f"{CHECKPOINTS}/{checkpoint.name}"
-            if not self._is_copied(folder, held):
+            if not self._is_copied(f"{folder}/{MANIFEST}", held):
                 self._remove(folder, held)
                 checkpoints[checkpoint.name] = [f"{folder}/{path.name}" for path in sorted(checkpoint.iterdir()) if path.name != MANIFEST]
         return plain, checkpoints
@@ -264,8 +265,8 @@ class Copies:
         owner.check()
         owner.check(self._place)
 
-    def _is_copied(self, folder: str, held: dict[str, int]) -> bool:
-        name = f"{folder}/{MANIFEST}"
+    def _is_copied(self, name: str, held: dict[str, int]) -> bool:
+        """Whether the copy's file of this name says what the run's does."""
         try:
             return name in held and (self._place / name).read_text(encoding="utf-8") == (self._run / name).read_text(encoding="utf-8")
         except FileNotFoundError:

@@ -2,35 +2,80 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from escm2rec.disk import telling_of_disk
+from escm2rec.errors import Escm2Error
 from escm2rec.folder import MANIFEST, RUN_CONFIG, read_manifest
 from escm2rec.paths import DataPath, RemotePath, fetch_files
 from escm2rec.sharding.runtime import Runtime, on_each
+from escm2rec.temporary import temporary_folder
 from escm2rec.training.choice import CHOICE
+
+T = TypeVar("T")
+PREFIX = "escm2rec-run-"
 
 
 @contextmanager
 def run_here(run: DataPath, runtime: Runtime) -> Iterator[Path]:
     """The folder of a run; of one on a store what its model needs, among the temporary files of each machine until this ends.
 
-    Called by all ranks alike; the first of each machine fetches. DataError where there is no finished run, or where it does not arrive.
+    Called by all ranks alike; the first of each machine fetches. DataError where there is no finished run, or where it does not arrive;
+    RunError where the disk does not take it. Errors of the block that name the folder name the place on the store instead.
     """
     if isinstance(run, Path):
         yield run
         return
-    first = runtime.rank - runtime.rank % runtime.local_world_size
-    with TemporaryDirectory(prefix="escm2rec-run-") if runtime.rank == first else nullcontext("") as mine:
-        on_each(runtime, lambda: _fetch(run, Path(mine)) if mine else None)
-        folders = [""] * runtime.world_size
-        dist.all_gather_object(folders, mine, group=runtime.group)
-        yield Path(folders[first])
+    machines = _of_all((os.uname().nodename, os.environ.get("GROUP_RANK")), runtime)
+    first = machines.index(machines[runtime.rank])
+    with ExitStack() as stack:
+        stack.enter_context(_ending_in_order())
+        fetched: list[str] = [""]
+
+        def fetch() -> None:
+            if runtime.rank == first:
+                with telling_of_disk(Path(tempfile.gettempdir()), "set TMPDIR to a folder of another disk and run the same command again"):
+                    folder = stack.enter_context(temporary_folder(PREFIX))
+                    _fetch(run, folder)
+                    fetched[0] = str(folder)
+
+        on_each(runtime, fetch)
+        folder = _of_all(fetched[0], runtime)[first]
+        try:
+            yield Path(folder)
+        except Escm2Error as error:
+            told = type(error)(error.message.replace(folder, str(run)), error.hint.replace(folder, str(run)))
+            told.told_by_rank_0 = error.told_by_rank_0
+            raise told from error
+
+
+def _of_all(mine: T, runtime: Runtime) -> list[T]:
+    every: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(every, mine, group=runtime.group)
+    return every
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """A rank that is told to end (SIGTERM) takes its temporary folder with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fetch(run: RemotePath, to: Path) -> None:
@@ -38,5 +83,4 @@ def _fetch(run: RemotePath, to: Path) -> None:
     sizes = run.sizes()
     needed = {MANIFEST, RUN_CONFIG, "schema.json", CHOICE}
     names = [name for name in sizes if name in needed or name.startswith(("vocabulary/", f"{checkpoint}/"))]
-    with telling_of_disk(to, "set TMPDIR to a folder of another disk, then run the same command again"):
-        fetch_files(run, {name: sizes[name] for name in names}, to)
+    fetch_files(run, {name: sizes[name] for name in names}, to)
