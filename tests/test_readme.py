@@ -113,6 +113,7 @@ def test_figures_are_those_of_the_results() -> None:
     assert f"{max(largest['peak_own_mb'])} MB of own memory in all processes at 4 M, {max(middle['peak_own_mb'])} MB at 1 M" in README
     assert f"{text['rowwise']['times']} times as fast as loops over rows" in README
     assert text["rowwise"]["times"] >= 10
+    assert f"with the lines of common records scattered {text['scattered']['times']} times as long" in README
     where_100_is_asked_for = {"python": 34, "duckdb": 163, "polars": 186}  # MB/s that these parsers reach there
     assert min(largest["mb_per_s"] / text["parse"][parser]["mb_per_s"] * rate for parser, rate in where_100_is_asked_for.items()) >= 100
     _check_other_machine(results)
