@@ -1315,6 +1315,21 @@ def bad_click(name: str, kind: str, times: Any, reason: str, column: str, found:
     return one_click(name, kind, times, rf"row 1, column {column}: {reason}: expected .*, found {found}\n", **told, **more)
 
 
+def bad_credit(name: str, column: str, conversion: dict[str, Any]) -> Case:
+    """A Parquet table whose only conversion, which user "me" could have, is no UTF-8 in a column."""
+    return log(
+        name,
+        "event credit",
+        rf"conversions\.parquet: row 1, column {column}: event without key: .*, found b'\\xff'\n",
+        BY_USER | {"conversions__parquet": parquet_bytes(pa.table({**conversion, "ts": [4]}))},
+        config=events(attribution_key=["u"]),
+        counted={KEY: 1},
+        first=[(1, column)],
+        rows=CLICKED,
+        events={"clicks": ONE_USED, "conversions": {"rows": 1, "rejected": 1}},
+    )
+
+
 def clicks(name: str, kind: str, lines: str, refused: str = "", **more: Any) -> Case:
     """A CSV table of clicks."""
     return log(name, kind, refused and rf"clicks\.csv: {refused}", {"clicks__csv": "id,ts\n" + lines}, **more)
@@ -1402,29 +1417,8 @@ EVENTS = [
     bad_click("a click at infinity in 16 bits", "event time out of range", pa.array(np.array([np.inf], np.float16)), TIME, "ts", "inf"),
     bad_click("a click without a key", "event key", [3], KEY, "id", "null", keys=pa.array([None], pa.int64())),
     bad_click("a click with a key that is no UTF-8", "event key", [3], KEY, "id", r"b'\\xff'", keys=NO_UTF8.slice(1, 1)),
-    log(
-        "a conversion with a key that is no UTF-8, of a user who clicked",
-        "event credit",
-        r"conversions\.parquet: row 1, column id: event without key: .*, found b'\\xff'\n",
-        BY_USER | {"conversions__parquet": parquet_bytes(pa.table({"id": NO_UTF8.slice(1, 1), "ts": [4], "u": ["me"]}))},
-        config=events(attribution_key=["u"]),
-        counted={KEY: 1},
-        first=[(1, "id")],
-        rows=CLICKED,
-        events={"clicks": ONE_USED, "conversions": {"rows": 1, "rejected": 1}},
-    ),
-    log(
-        "a conversion of a user that is no UTF-8",
-        "event credit",
-        r"conversions\.parquet: row 1, column u: event without key: .*, found b'\\xff'\n",
-        BY_USER
-        | {"conversions__parquet": parquet_bytes(pa.table({"id": pa.array([None], pa.string()), "ts": [4], "u": NO_UTF8.slice(1, 1)}))},
-        config=events(attribution_key=["u"]),
-        counted={KEY: 1},
-        first=[(1, "u")],
-        rows=CLICKED,
-        events={"clicks": ONE_USED, "conversions": {"rows": 1, "rejected": 1}},
-    ),
+    bad_credit("a conversion with a key that is no UTF-8, of a user who clicked", "id", {"id": NO_UTF8.slice(1, 1), "u": ["me"]}),
+    bad_credit("a conversion of a user that is no UTF-8", "u", {"id": pa.array([None], pa.string()), "u": NO_UTF8.slice(1, 1)}),
     log(
         "a conversion of a user who clicked",
         "event credit",
