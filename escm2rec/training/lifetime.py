@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from escm2rec.objectives.ctcvr import ctcvr_logit
 from escm2rec.sharding.runtime import Runtime
 
 TASKS = ("ctr", "cvr_clicked", "ctcvr")
@@ -54,9 +53,13 @@ def row_sums(rows: Tensor) -> Tensor:
     """[sums], of rows as `StepOutput.rows` gives them, in float64: `COUNTS`; sum w, sum w loss, sum w p and sum w y, each of all tasks."""
     ctr_logit, cvr_logit, click, conversion, weight = rows.double()
     converted = click * conversion
-    logits = torch.stack([ctr_logit, cvr_logit, ctcvr_logit(ctr_logit, cvr_logit)])
+    log_p, log_p_cvr = logsigmoid(torch.stack([ctr_logit, cvr_logit]))
+    log_not_p, log_not_p_cvr = log_p - ctr_logit, log_p_cvr - cvr_logit  # what is left where that cancels is below 1e-14
+    # Not both is no click, or a click without a conversion: 1 - pq = (1 - p) + p (1 - q), of which neither cancels.
+    log_p_both, log_not_p_both = log_p + log_p_cvr, torch.logaddexp(log_not_p, log_p + log_not_p_cvr)
+    log_ps = torch.stack([log_p, log_p_cvr, log_p_both])
+    log_not_ps = torch.stack([log_not_p, log_not_p_cvr, log_not_p_both])
     labels, weights = torch.stack([click, converted, converted]), torch.stack([weight, weight * click, weight])
-    log_p = logsigmoid(logits)
-    losses = (1 - labels) * logits - log_p  # what is left where that cancels is below 1e-14
     counts = torch.stack([torch.ones_like(click), click, converted])
-    return torch.cat([each.sum(dim=1) for each in (counts, weights, weights * losses, weights * log_p.exp(), weights * labels)])
+    losses = -torch.lerp(log_not_ps, log_ps, labels)
+    return torch.cat([each.sum(dim=1) for each in (counts, weights, weights * losses, weights * log_ps.exp(), weights * labels)])
