@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.machine import facts
 from benchmarks.table import config_of, write_table
-from escm2rec.cells import BYTES, CELLS, with_lists
+from escm2rec.cells import CELLS, with_lists
 from escm2rec.config import DataConfig
 from escm2rec.preprocess import preprocess
 from escm2rec.preprocess.write import layout_of
@@ -51,7 +51,7 @@ def columns_of(folder: Path, impressions: int) -> dict[str, pa.Table]:
 
 def values_in(table: pa.Table) -> int:
     """Numbers, and ids and weights in lists."""
-    return sum(column.nbytes // BYTES if column.type == CELLS else len(column) for column in table.columns)
+    return sum(column.nbytes // 4 if column.type == CELLS else len(column) for column in table.columns)
 
 
 def least(action: Callable[[], Any], repeats: int) -> float:

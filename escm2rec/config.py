@@ -228,6 +228,7 @@ ONLY_FOR = {
     "clip": ("numeric",),
     "log1p": ("numeric",),
     "buckets": ("numeric",),
+    "managed_size": ("categorical", "list"),
 }
 """Settings of a feature that are for some kinds alone."""
 
@@ -251,6 +252,12 @@ class FeatureConfig(Section):
     max_size: int | None = Field(None, ge=1, description="At most so many values enter the vocabulary, the most frequent first.")
     oov_rows: int = Field(1, ge=1, le=MAX_TABLE_ROWS, description="Table rows shared by the values that are out of vocabulary.")
     hash_size: int | None = Field(None, ge=2, le=MAX_TABLE_ROWS, description="Hash values to so many rows instead of keeping a vocabulary.")
+    managed_size: int | None = Field(
+        None,
+        ge=2,
+        le=MAX_TABLE_ROWS,
+        description="Of kind categorical and list: so many rows instead of a vocabulary. A value takes one when training meets it; where none is free, that of the value not met for longest.",
+    )
     pooling: Literal["sum", "mean"] = Field("mean", description="How the embeddings of several values become one.")
     max_length: int | None = Field(None, ge=1, description="Of kind list and weighted_list: at most so many values of an impression.")
     max_length_keeps: Literal["first", "last"] = Field("first", description="Which values of a longer list max_length keeps.")
@@ -270,6 +277,11 @@ class FeatureConfig(Section):
         """Whether the feature has an embedding table."""
         return self.kind != "numeric" or self.buckets is not None
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether that table's rows depend on how often training has which value."""
+        return self.is_table and self.hash_size is None and self.managed_size is None
+
     @model_validator(mode="before")
     @classmethod
     def _column_is_name(cls, value: Any) -> Any:
@@ -287,7 +299,7 @@ class FeatureConfig(Section):
             raise ValueError("weights_column is for kind weighted_list only")
         if self.kind == "numeric":
             lacks = "table" if self.buckets is None else "vocabulary"
-            for name in ("min_count", "max_size", "oov_rows", "hash_size", "pooling"):
+            for name in ("min_count", "max_size", "oov_rows", "hash_size", "managed_size", "pooling"):
                 if self._is_set(name):
                     raise ValueError(f"{name} has no effect on kind numeric, which has no {lacks}")
         for name, kinds in ONLY_FOR.items():
@@ -295,6 +307,10 @@ class FeatureConfig(Section):
                 raise ValueError(f"{name} is for kind {' and '.join(kinds)} only")
         if self.hash_size is not None and (self.min_count > 1 or self.max_size is not None):
             raise ValueError("hash_size excludes min_count and max_size: hashing keeps no vocabulary")
+        if self.managed_size is not None:
+            for name in ("min_count", "max_size", "oov_rows", "hash_size"):
+                if self._is_set(name):
+                    raise ValueError(f"managed_size excludes {name}: its rows are given away in training, without a vocabulary")
         return self
 
     def _is_set(self, name: str) -> bool:
@@ -740,7 +756,7 @@ class TrainingConfig(Section):
     )
     sharding: dict[str, ShardingKind] = Field(
         {},
-        description="Sharding forced per feature's table ('*' for all); the planner chooses for the rest. data_parallel: every rank holds all of it.",
+        description="Sharding forced per feature's table ('*' for all); the planner chooses for the rest. data_parallel: every rank holds all of it. Managed tables are always row_wise.",
     )
 
     @model_validator(mode="after")
@@ -823,9 +839,14 @@ class Config(Section):
         tables = {feature.name for feature in self.data.features if feature.is_table}
         if not tables:
             raise ValueError("data.features: at least one must have a table, all are of kind numeric")
-        for name in self.training.sharding:
+        managed = {feature.name for feature in self.data.features if feature.managed_size is not None}
+        for name, kind in self.training.sharding.items():
             if name != "*" and name not in tables:
                 raise ValueError(f"training.sharding names no table {name!r}{did_you_mean(name, sorted(tables))}")
+            if name in managed and kind != "row_wise":
+                raise ValueError(
+                    f"training.sharding: {kind} does not go with the managed table {name!r}, which is always row_wise: leave it out"
+                )
         return self
 
 

@@ -5,7 +5,8 @@ The schema is written by preprocess, travels with every run, and lets `score` en
 Encoded Parquet columns of one impression:
 
     <feature>          categorical: int32, null when missing; numeric: float32, standardised, 0 when missing, in buckets as categorical;
-                       list, weighted_list: bytes, int32 ids little-endian and end to end, none when missing (`escm2rec.cells`)
+                       list, weighted_list: bytes, int32 ids little-endian and end to end, none when missing (`escm2rec.cells`);
+                       int64 instead of int32 where the table is managed
     <feature>.weight   weighted_list: bytes, such float32, as many as its values
     click, conversion  uint8, 0 or 1
     weight             float32, only when the source names one or unclicked training impressions were left out (then in every split)
@@ -22,6 +23,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from escm2rec.config import WEIGHT_SUFFIX, FeatureConfig, Source
@@ -29,6 +31,8 @@ from escm2rec.errors import DataError
 from escm2rec.paths import DataPath
 
 SCHEMA_VERSION = 1
+MANAGED_IDS = 1 << 62
+"""Values of a managed table are told apart by hashes below it: of a billion values two have the same with chance 0.1."""
 CONFIGURED = ("name", "kind", "column", "weights_column", "pooling", "log1p", "max_length", "clip")
 """Settings of a feature that stand in the schema as they stand in the config."""
 UNLESS_NONE = ("cross", "max_length", "max_length_keeps", "clip", "boundaries")
@@ -39,9 +43,10 @@ class Feature(BaseModel):
     """One encoded feature.
 
     Table features have `num_embeddings` rows: rows `[0, oov_rows)` are shared by out-of-vocabulary values (by stable hash),
-    the vocabulary follows, from the file with `vocabulary_sha256`; with `encoding` hash all rows are hashed to; with buckets, which numeric
-    features have, the row is the number of `boundaries` below x. Other numeric features are `(f(x) - mean) / std`, with f the identity or
-    log1p, mean and std those of the training split.
+    the vocabulary follows, from the file with `vocabulary_sha256`; with `encoding` hash all rows are hashed to; with managed, what is
+    stored is no row but the top 62 bits of the value's hash, which training gives a row (`sharding/managed.py`); with buckets, which
+    numeric features have, the row is the number of `boundaries` below x. Other numeric features are `(f(x) - mean) / std`, with f the
+    identity or log1p, mean and std those of the training split.
 
     Before anything is fitted or encoded, numbers are set to the bounds of `clip`, and lists are cut to the first or last `max_length`
     values. With `cross` the value is `stable_hash.cross_hash` of these raw columns, int64.
@@ -54,7 +59,7 @@ class Feature(BaseModel):
     column: str
     weights_column: str | None = None
     value_type: Literal["int64", "string"] | None = None
-    encoding: Literal["vocabulary", "hash", "buckets"] | None = None
+    encoding: Literal["vocabulary", "hash", "managed", "buckets"] | None = None
     num_embeddings: int = 0
     oov_rows: int = 0
     vocabulary_sha256: str | None = None
@@ -87,11 +92,11 @@ class Feature(BaseModel):
         for name in (*CONFIGURED, "cross", "max_length_keeps"):
             if getattr(asked, name) != getattr(self, name):
                 return f"{name} {getattr(asked, name)!r}, the data set was made with {getattr(self, name)!r}"
-        encoding = None if not feature.is_table else "buckets" if feature.buckets else "hash" if feature.hash_size else "vocabulary"
-        rows = self.num_embeddings if encoding == "hash" else None
+        encoding = _encoding(feature)
         for name, wanted, held in (
             ("encoding", encoding, self.encoding),
-            ("hash_size", feature.hash_size, rows),
+            ("hash_size", feature.hash_size, self.num_embeddings if encoding == "hash" else None),
+            ("managed_size", feature.managed_size, self.num_embeddings if encoding == "managed" else None),
             ("oov_rows", feature.oov_rows if encoding == "vocabulary" else 0, self.oov_rows),
         ):
             if wanted != held:
@@ -104,6 +109,21 @@ class Feature(BaseModel):
         return self.kind != "numeric" or self.encoding == "buckets"
 
     @property
+    def is_managed(self) -> bool:
+        """Whether its table's rows are given to values in training."""
+        return self.encoding == "managed"
+
+    @property
+    def id_type(self) -> pa.DataType:
+        """Of its ids in the encoded column."""
+        return pa.int64() if self.is_managed else pa.int32()
+
+    @property
+    def num_ids(self) -> int:
+        """Ids are below it: rows of the table, or hashes."""
+        return MANAGED_IDS if self.is_managed else self.num_embeddings
+
+    @property
     def is_list(self) -> bool:
         """Whether an impression holds any number of values."""
         return self.kind in ("list", "weighted_list")
@@ -112,6 +132,13 @@ class Feature(BaseModel):
     def weight_column(self) -> str:
         """Encoded column of the weights of a weighted_list."""
         return self.name + WEIGHT_SUFFIX
+
+
+def _encoding(feature: FeatureConfig) -> str | None:
+    if not feature.is_table:
+        return None
+    asked = {"buckets": feature.buckets, "hash": feature.hash_size, "managed": feature.managed_size}
+    return next((encoding for encoding, size in asked.items() if size is not None), "vocabulary")
 
 
 class Schema(BaseModel):

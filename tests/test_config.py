@@ -109,6 +109,29 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"features": [{"name": "a", "kind": "list", "hash_size": 9, "min_count": 2}]}},
         "data.features.0: hash_size excludes min_count and max_size",
     ),
+    "managed and vocabulary": (
+        {"data": {"features": [{"name": "a", "kind": "list", "managed_size": 9, "min_count": 2}]}},
+        "data.features.0: managed_size excludes min_count: its rows are given away in training, without a vocabulary",
+    ),
+    "managed and hash": (
+        {"data": {"features": [{"name": "a", "kind": "list", "managed_size": 9, "hash_size": 9}]}},
+        "data.features.0: managed_size excludes hash_size",
+    ),
+    "managed with weights": (
+        {"data": {"features": [{"name": "a", "kind": "weighted_list", "weights_column": "w", "managed_size": 9}]}},
+        "data.features.0: managed_size is for kind categorical and list only",
+    ),
+    "managed number": (
+        {"data": {"features": [{"name": "a", "kind": "numeric", "buckets": 9, "managed_size": 9}]}},
+        "data.features.0: managed_size has no effect on kind numeric, which has no vocabulary",
+    ),
+    "managed table by columns": (
+        {
+            "data": {"features": [{"name": "a", "kind": "list", "managed_size": 9}]},
+            "training": {"sharding": {"*": "row_wise", "a": "column_wise"}},
+        },
+        "config: training.sharding: column_wise does not go with the managed table 'a', which is always row_wise: leave it out",
+    ),
     "weights of a list": (
         {"data": {"features": [{"name": "a", "kind": "list", "weights_column": "w"}]}},
         "data.features.0: weights_column is for kind weighted_list only",

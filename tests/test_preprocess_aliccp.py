@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 from escm2rec.config import SimulationConfig
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.preprocess import aliccp, preprocess, records
+from escm2rec.preprocess.stable_hash import hash64
 from escm2rec.schema import Schema
 from escm2rec.simulate import simulate
 from tests.preprocess_logs import (
+    ALICCP_FEATURES,
     SMALL_RECORDS,
     aliccp_config,
     common_line,
@@ -50,6 +53,23 @@ def test_every_feature_of_both_sides_arrives(tmp_path: Path) -> None:
     assert [row["kept.common_feature_index"] for row in rows] == [key(1), key(1), key(2), key(3), key(1)]
     assert [row["kept.101"] for row in rows] == [11, 11, 12, None, 11]
     assert result["splits"]["train"] == {"rows": 5, "clicks": 2, "conversions": 1}
+
+
+def test_managed_features_of_both_sides_are_hashes(tmp_path: Path) -> None:
+    managed = [{**each, "managed_size": 9} if each["name"] in ("user", "item", "words") else each for each in ALICCP_FEATURES]
+    logs = small_aliccp(tmp_path / "logs")
+    out, _ = made(aliccp_config(features=managed), logs, tmp_path / "out")
+    rows = read_split(out, common_features_train=SMALL_RECORDS)
+
+    def hashes(values: Sequence[int | None]) -> list[int | None]:
+        return [None if value is None else int(hash64(np.array([value]))[0] >> np.uint64(2)) for value in values]
+
+    assert [row["user"] for row in rows] == hashes([11, 11, 12, None, 11])
+    assert [row["item"] for row in rows] == hashes([21, 22, None, None, 21])
+    assert [row["words"] for row in rows] == [hashes(words) for words in ([5, 6], [], [5, 5], [], [])]
+    fields = pq.read_schema(out / "train" / "part-00000.parquet")
+    assert [fields.field(name).type for name in ("user", "item", "words")] == [pa.int64(), pa.int64(), pa.binary()]
+    assert not any((out / "vocabulary" / f"{name}.parquet").exists() for name in ("user", "item", "words"))
 
 
 def test_vocabulary_counts_are_by_impression(tmp_path: Path) -> None:

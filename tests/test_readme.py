@@ -79,6 +79,24 @@ def test_metrics_cost_what_their_decision_says() -> None:
     assert f"| {ours['step_us'] / 1e3:.2f} ms | {ours['record_ms']:.0f} ms | {ours['beside_ms']:.0f} ms |" in told
 
 
+def test_managed_tables_cost_what_their_decision_says() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "managed.json").read_text(encoding="utf-8"))["results"]
+    decision = (ROOT / "docs" / "decisions" / "0014-managed-tables.md").read_text(encoding="utf-8")
+    assert len(found) == 6
+    for rows in (100_000, 1_000_000):
+        cases = [each for each in found if each["rows"] == rows]
+        assert [each["case"] for each in cases] == ["known", "growing", "full"]
+        pairs = [", ".join(_short(each[f"{who}_ms"]) for who in ("ours", "torchrec")) for each in cases]
+        assert f"| {rows:,} | {' | '.join(pairs)} |" in decision
+    ours, torchrec = ([_short(each[f"{who}_ms"]) for each in found[3:]] for who in ("ours", "torchrec"))
+    assert f"{ours[0]} ms where all have a row, {ours[1]} where a hundredth is new, {ours[2]} where those take rows of others" in README
+    assert f"chooses the same values in {torchrec[0]}, {torchrec[1]} and {torchrec[2]} |" in README
+
+
+def _short(ms: float) -> str:
+    return f"{ms:.1f}" if ms < 20 else f"{ms:.0f}"
+
+
 def test_no_place_is_left_unfilled() -> None:
     assert re.findall(r"^[A-Z]+_[A-Z]+$", README, re.M) == []
 
@@ -105,6 +123,7 @@ def test_figures_are_those_of_the_results() -> None:
         "study",
         "slurm",
         "metrics",
+        "managed",
     }
     text = results["preprocess"]
     _, middle, largest = text["whole"]

@@ -300,3 +300,9 @@ def propensities(run: str, data: str, split: str) -> dict[str, float]:
             for name, logit in zip(found, (calibrated, logits.ctr_logit), strict=True):
                 found[name] += float((click / torch.sigmoid(logit).clamp(min=0.1 * opened.manifest["base_ctr"])).sum())
     return {name: total / dataset.split_counts(split)["rows"] for name, total in found.items()}  # type: ignore[arg-type]
+
+
+def train_until_told_file(config_file: str, data: str, out: str, overrides: list[str], at_step: int, of_rank: int) -> dict[str, Any]:
+    """`train_file`, in which a rank gets SIGTERM while it does a step."""
+    with in_step(at_step, of_rank, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        return train_file(config_file, data, out, overrides)

@@ -24,9 +24,10 @@ NORMAL_QUANTILE = 1.96
 class PropensityDiagnostics:
     """Adds up batches of labelled impressions, on each rank its own; `reduce` adds the ranks.
 
-    Memory does not grow with the impressions, and little with the tables: of one with more than `FOLDED_ROWS` rows, row modulo
-    that is counted. `sums` is [3, K], all covariates side by side, weighted by w, by w o, and by w o / q; its second column holds
-    what the mean weight is expected to be, sum w p_hat / q, and the variance of its sum, sum w^2 p_hat (1 - p_hat) / q^2.
+    Memory does not grow with the impressions, and little with the tables: of one with more than `FOLDED_ROWS` rows, row modulo that is
+    counted, and of a managed one, hash modulo that. `sums` is [3, K], all covariates side by side, weighted by w, by w o, and by w o / q;
+    its second column holds what the mean weight is expected to be, sum w p_hat / q, and the variance of its sum,
+    sum w^2 p_hat (1 - p_hat) / q^2.
     """
 
     def __init__(self, schema: Schema, floor: float) -> None:
@@ -56,7 +57,7 @@ class PropensityDiagnostics:
         self._numbers += weights @ numbers
         self._squares += weights @ numbers**2
         self._numbers_held += weights @ (numbers != 0)
-        for keyed in (batch.features, batch.weighted_features):
+        for keyed in (batch.features, batch.weighted_features, batch.managed_features):
             for name, column in keyed.to_dict().items() if keyed is not None else ():
                 impressions, values = held_values(column.values().numpy(), column.lengths()[:rows].numpy(), self._tables[name])
                 held = self._held[name]

@@ -76,9 +76,12 @@ def sample_step(rows: int) -> int:
 
 def counted_rows(feature: Feature) -> int:
     """How many of the first rows of its table are counted in the pass: all where values are hashed or in buckets, unless they are too many;
-    of a vocabulary those that values share, if more than one: of the others, and of a single one, it is known."""
+    of a vocabulary those that values share, if more than one: of the others, and of a single one, it is known. None of a managed table,
+    whose rows are given to values in training."""
     if feature.encoding == "vocabulary":
         return feature.oov_rows if 1 < feature.oov_rows <= MAX_COUNTED_ROWS else 0
+    if feature.is_managed:
+        return 0
     return feature.num_embeddings if feature.num_embeddings <= MAX_COUNTED_ROWS else 0  # none of a number without a table
 
 
@@ -110,7 +113,7 @@ def _piece(group: RowGroup, features: list[Feature], step: int) -> _Piece:
             piece.zeros[feature.name] = int(np.count_nonzero(numbers == 0))
             continue
         if feature.is_list:
-            flat, offsets = read_lists(column.chunk(0), feature.name, pa.int32(), str(group.path), group.first_row)
+            flat, offsets = read_lists(column.chunk(0), feature.name, feature.id_type, str(group.path), group.first_row)
             piece.lengths[feature.name] = np.bincount(np.diff(offsets))
         if counted := counted_rows(feature):
             rows = (flat if feature.is_list else column.drop_null()).to_numpy()

@@ -10,24 +10,25 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from escm2rec.reader.batch import Batch
+from escm2rec.reader.batch import Batch, tables_by_batch
 from escm2rec.schema import Feature
+from escm2rec.sharding.managed import managed_tables
 
 
 class PooledEmbeddings(nn.Module):
     """One table a feature: ids in, one vector of `dim` an impression and feature out.
 
-    Features with weights live in a collection of their own, because weights cost every lookup of a collection. On the meta device
-    no memory is taken: sharding gives each rank its part.
+    Features with weights live in a collection of their own, because weights cost every lookup of a collection, and so do managed ones,
+    whose ids are no rows yet. On the meta device no memory is taken: sharding gives each rank its part.
     """
 
     def __init__(self, tables: Sequence[Feature], dim: int, device: torch.device) -> None:
         super().__init__()
         self.num_outputs = dim * len(tables)
-        unweighted = [feature for feature in tables if feature.kind != "weighted_list"]
-        weighted = [feature for feature in tables if feature.kind == "weighted_list"]
-        self.collection = _collection(unweighted, dim, False, device) if unweighted else None
-        self.weighted_collection = _collection(weighted, dim, True, device) if weighted else None
+        unweighted, weighted, managed = tables_by_batch(tables)
+        self.collection = EmbeddingBagCollection(_configs(unweighted, dim), device=device) if unweighted else None
+        self.weighted_collection = EmbeddingBagCollection(_configs(weighted, dim), is_weighted=True, device=device) if weighted else None
+        self.managed_collection = managed_tables(_configs(managed, dim), device) if managed else None
 
     def forward(self, batch: Batch) -> list[KeyedTensor]:
         """Pooled embeddings, a KeyedTensor a collection. Traced by TorchRec's pipelines: no branch on data here."""
@@ -36,6 +37,8 @@ class PooledEmbeddings(nn.Module):
             pooled.append(self.collection(batch.features))
         if self.weighted_collection is not None:
             pooled.append(self.weighted_collection(batch.weighted_features))
+        if self.managed_collection is not None:
+            pooled.append(self.managed_collection(batch.managed_features)[0])
         return pooled
 
 
@@ -55,7 +58,7 @@ class ConcatenatedInputs(nn.Module):
     def forward(self, pooled: list[KeyedTensor], batch: Batch) -> Tensor:
         """Concatenate in the order of the schema; a mean is over the number of values, weighted or not, and 0 of none."""
         by_name = {name: tensor for keyed in pooled for name, tensor in keyed.to_dict().items()}
-        for ids in (batch.features, batch.weighted_features):
+        for ids in (batch.features, batch.weighted_features, batch.managed_features):
             if ids is not None:
                 lengths = ids.lengths().view(len(ids.keys()), -1, 1).clamp(min=1)
                 by_name |= {name: by_name[name] / lengths[index] for index, name in enumerate(ids.keys()) if name in self.mean_names}
@@ -63,8 +66,8 @@ class ConcatenatedInputs(nn.Module):
         return torch.cat([*parts, batch.numeric.to(parts[0].dtype)], dim=1)
 
 
-def _collection(tables: Sequence[Feature], dim: int, weighted: bool, device: torch.device) -> EmbeddingBagCollection:
-    configs = [
+def _configs(tables: Sequence[Feature], dim: int) -> list[EmbeddingBagConfig]:
+    return [
         EmbeddingBagConfig(
             name=feature.name,
             embedding_dim=dim,
@@ -74,4 +77,3 @@ def _collection(tables: Sequence[Feature], dim: int, weighted: bool, device: tor
         )
         for feature in tables
     ]
-    return EmbeddingBagCollection(tables=configs, is_weighted=weighted, device=device)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from escm2rec.cells import to_cells
+from escm2rec.cells import WIDE, to_cells
 from escm2rec.config import KEPT_PREFIX, WEIGHT_SUFFIX
 from escm2rec.errors import DataError
 from escm2rec.preprocess.block import RawColumn
@@ -23,7 +23,7 @@ from escm2rec.schema import Feature, Schema
 
 LABEL_COLUMNS = ("click", "conversion", "weight", "true_propensity", "true_cvr")
 
-# An encoded column before it is Arrow: ragged rows (list, weighted_list), int32 with -1 for missing (categorical, numeric in buckets), or
+# An encoded column before it is Arrow: ragged rows (list, weighted_list), ids with -1 for missing (categorical, numeric in buckets), or
 # float32 with NaN for missing (numeric). Missing stays visible until the two sides of an Ali-CCP impression are one.
 Encoded = Any
 NO_VALUE = np.int32(-1)
@@ -48,6 +48,7 @@ class Encoder:
         self.kept = tuple(schema.keep if keep is None else keep)
         self._rows = {feature.name: open_lookup(feature, lookups) for feature in schema.tables}
         self._nullable = {feature.name for feature in schema.tables if not feature.is_list}
+        self._wide = {feature.name for feature in schema.tables if feature.is_list and feature.is_managed}
 
     def columns(self, columns: Mapping[str, RawColumn], where: str) -> dict[str, Encoded]:
         """Every raw column, encoded. DataError names `where` when one holds values of another type than the schema."""
@@ -100,8 +101,9 @@ class Encoder:
         return pa.table(list(columns.values()), schema=pa.schema(fields)), counts
 
     def _field(self, name: str, kind: pa.DataType) -> pa.Field:
-        """What is never null says so."""
-        return pa.field(name, kind, nullable=name in self._nullable or name.startswith(KEPT_PREFIX))
+        """What is never null says so, and so do lists of int64."""
+        nullable = name in self._nullable or name.startswith(KEPT_PREFIX)
+        return pa.field(name, kind, nullable, WIDE if name in self._wide else None)
 
 
 def encode(feature: Feature, raw: RawColumn, lookup: Lookup | None) -> Encoded:
@@ -109,12 +111,12 @@ def encode(feature: Feature, raw: RawColumn, lookup: Lookup | None) -> Encoded:
     if not isinstance(raw, Ragged):
         return _standardised(feature, raw) if lookup is None else lookup.rows(raw)
     assert lookup is not None
-    rows = lookup.rows(raw.values) if len(raw.values) else np.empty(0, dtype=np.int32)
+    rows = lookup.rows(raw.values) if len(raw.values) else np.empty(0, dtype=feature.id_type.to_pandas_dtype())
     if feature.kind != "categorical":
         return Ragged(rows, raw.offsets, None if raw.weights is None else raw.weights.astype(np.float32))
     if len(rows) == len(raw):
         return rows
-    scalar = np.full(len(raw), NO_VALUE)
+    scalar = np.full(len(raw), NO_VALUE, dtype=rows.dtype)
     scalar[np.diff(raw.offsets) > 0] = rows
     return scalar
 

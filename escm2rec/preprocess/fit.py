@@ -44,6 +44,8 @@ def fit(job: Job, number: int) -> dict[str, Any]:
         return job.once(f"fit-{feature.name}", lambda folder: _fit_moments(job, feature))
     if feature.hash_size is not None:
         return {"value_type": _value_type(job, feature), "encoding": "hash", "num_embeddings": feature.hash_size}
+    if feature.managed_size is not None:
+        return {"value_type": _value_type(job, feature), "encoding": "managed", "num_embeddings": feature.managed_size}
     return job.once(f"fit-{feature.name}", lambda folder: _fit_vocabulary(job, feature, folder))
 
 

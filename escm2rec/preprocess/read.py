@@ -115,7 +115,7 @@ class _Reader:
         self._waiting: list[dict[str, pa.Array]] = []
         self._bytes = 0
         self._moments = {feature.name: Moments() for feature in job.config.features if not feature.is_table}
-        counted = [feature.name for feature in job.config.features if feature.is_table and feature.hash_size is None]
+        counted = [feature.name for feature in job.config.features if feature.is_fitted]
         self._counters = {name: ValueCounter(f"count-{number:05d}-{name}", folder) for name in counted}
         self._records = dict(zip(job.files, records_of(job), strict=False))
         self._first_record = dict(zip(job.files, first_records(list(self._records.values())).tolist(), strict=False))

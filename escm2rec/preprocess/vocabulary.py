@@ -1,4 +1,4 @@
-"""Values to table rows: by a vocabulary that is fitted on training rows, or by stable hash.
+"""Values to table rows: by a vocabulary that is fitted on training rows, or by stable hash; or to what stands for them until then.
 
 A vocabulary is looked up in files that are made from its Parquet and read in place, so memory does not grow with it. Strings are found
 by their 64-bit hash: one that is out of vocabulary takes the row of a known one with chance `values / 2^64`, and of two known ones with
@@ -26,12 +26,13 @@ from escm2rec.preprocess.ragged import Int32s, Int64s
 from escm2rec.preprocess.spilled import ColumnFile, read_column
 from escm2rec.preprocess.stable_hash import distinct, hash64
 from escm2rec.preprocess.value_counts import TABLE_ROWS, ValueCounter
-from escm2rec.schema import Feature
+from escm2rec.schema import MANAGED_IDS, Feature
 
 ValueType = Literal["int64", "string"]
 SORT_ROWS = 1 << 22  # sorted in memory up to this, on disk beyond
 DENSE_SPAN = 1 << 22  # a table over the range of the values is used up to this, or 4 entries a value
 SORTED = {"keys": np.int64, "rows": np.int32}
+TOP_BITS = np.uint64(64 - (MANAGED_IDS - 1).bit_length())
 HEAD = 2  # slots of 4 bytes before the rows
 
 
@@ -212,13 +213,30 @@ class HashedValues:
         return (hashes % self._num_rows).astype(np.int32)
 
 
-Lookup = Vocabulary | HashedValues | Buckets
+class ManagedValues:
+    """Finds what stands for a value until training gives it a row: the top 62 bits of its stable hash."""
+
+    def __init__(self, feature: Feature) -> None:
+        self._strings = feature.value_type == "string"
+
+    def rows(self, values: Any) -> Int64s:
+        """Of each whole number or string; of strings, their hashes (`hash64` as int64) will do."""
+        if isinstance(values, pa.Array):
+            words, index = distinct(values)
+            return (hash64(words) >> TOP_BITS).view(np.int64)[index]
+        hashes = _int64(values).view(np.uint64) if self._strings else hash64(_int64(values))
+        return (hashes >> TOP_BITS).view(np.int64)
+
+
+Lookup = Vocabulary | HashedValues | ManagedValues | Buckets
 
 
 def open_lookup(feature: Feature, folder: Path) -> Lookup:
     """The lookup of a table feature; that of a vocabulary from the files of `write_lookup`."""
     if feature.encoding == "buckets":
         return Buckets(feature.boundaries or ())
+    if feature.is_managed:
+        return ManagedValues(feature)
     return HashedValues(feature) if feature.encoding == "hash" else Vocabulary(feature, folder)
 
 

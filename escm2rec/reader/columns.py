@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from escm2rec.cells import DAMAGED, read_lists
 from escm2rec.config import KEPT_PREFIX
 from escm2rec.errors import DataError
-from escm2rec.reader.batch import Batch
+from escm2rec.reader.batch import Batch, tables_by_batch
 from escm2rec.schema import Feature, Schema
 
 Array = npt.NDArray[Any]
@@ -87,8 +87,6 @@ def assemble(slices: Sequence[Slice], schema: Schema, padded_rows: int = 0, pin_
     The batch is padded to `padded_rows` with impressions that have no ids and weight 0, because row-wise tables need batches of one size
     on all ranks (gloo's all_gather refuses others). With `pin_memory` it is made in page-locked memory, from which a GPU copies.
     """
-    unweighted = [feature for feature in schema.tables if feature.kind != "weighted_list"]
-    weighted = [feature for feature in schema.tables if feature.kind == "weighted_list"]
     rows = sum(part.stop - part.start for part in slices)
     size = max(rows, padded_rows)
     numeric = torch.empty((size, len(schema.numeric)), pin_memory=pin_memory)
@@ -100,15 +98,19 @@ def assemble(slices: Sequence[Slice], schema: Schema, padded_rows: int = 0, pin_
         _fill(out.numpy(), [part.columns.labels[name][part.start : part.stop] for part in slices] if has else [])
         return out
 
+    unweighted, weighted, managed = (
+        _keyed(features, slices, size, pin_memory) if features else None for features in tables_by_batch(schema.tables)
+    )
     return Batch(
-        _keyed(unweighted, slices, size, pin_memory) if unweighted else None,
-        _keyed(weighted, slices, size, pin_memory) if weighted else None,
+        unweighted,
+        weighted,
         numeric,
         label("click"),
         label("conversion"),
         label("weight"),
         rows,
         label("propensity_logit") if slices and "propensity_logit" in slices[0].columns.labels else None,
+        managed,
     )
 
 
@@ -171,10 +173,10 @@ def _numbers(table: pa.Table, name: str, where: str, order: Order | None) -> Arr
 def _jagged(table: pa.Table, feature: Feature, where: str, order: Order | None, first_row: int) -> JaggedColumn:
     array = _column(table, feature.name, where)
     if not feature.is_list:
-        if array.type != pa.int32():
-            raise DataError(f"{where}, column {feature.name}: it is of type {array.type}, expected int32", DAMAGED)
+        if array.type != feature.id_type:
+            raise DataError(f"{where}, column {feature.name}: it is of type {array.type}, expected {feature.id_type}", DAMAGED)
         return _single(array, feature, where, order, first_row)
-    values, offsets = read_lists(array, feature.name, pa.int32(), where, first_row)
+    values, offsets = read_lists(array, feature.name, feature.id_type, where, first_row)
     _check_ids(values.to_numpy(), offsets, feature, where, first_row)
     weights = None
     if feature.kind == "weighted_list":
@@ -214,13 +216,13 @@ def _permuted(offsets: Array, values: pa.Array, weights: pa.Array | None, order:
 
 
 def _check_ids(ids: Array, offsets: Array | None, feature: Feature, where: str, first_row: int) -> None:
-    unsigned = ids.view(np.uint32)  # a negative id becomes a large one: one comparison finds both
-    if not len(ids) or unsigned.max() < feature.num_embeddings:
+    unsigned = ids.view(np.dtype(f"u{ids.itemsize}"))  # a negative id becomes a large one: one comparison finds both
+    if not len(ids) or unsigned.max() < feature.num_ids:
         return
-    place = int(np.argmax(unsigned >= feature.num_embeddings))
+    place = int(np.argmax(unsigned >= feature.num_ids))
+    has = f"hashes of values are below {feature.num_ids}" if feature.is_managed else f"its table has rows 0 to {feature.num_ids - 1}"
     row = place if offsets is None else int(np.searchsorted(offsets, place, side="right")) - 1
     raise DataError(
-        f"{where}, row {first_row + row}, column {feature.name}: id {ids[place]} is out of range, "
-        f"its table has rows 0 to {feature.num_embeddings - 1}",
+        f"{where}, row {first_row + row}, column {feature.name}: id {ids[place]} is out of range, {has}",
         "the data set was changed after it was written, or belongs to another schema: preprocess again",
     )

@@ -19,6 +19,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from escm2rec.config import SparseOptimizer
 from escm2rec.errors import ConfigError
 from escm2rec.sharding.initialise import initialise_tables
+from escm2rec.sharding.managed import sharded_managed
 from escm2rec.sharding.planner import plan_tables, sharders
 from escm2rec.sharding.runtime import Runtime, on_main
 
@@ -86,6 +87,8 @@ def shard_model(
     _unwrap(sharded)
     sharded.module.to(runtime.device)
     initialise_tables(sharded, seed, init_std)
+    for managed in sharded_managed(sharded):
+        managed.begin = seed, init_std
     return ShardedModel(sharded, plan)
 
 

@@ -17,6 +17,7 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan
 
 from escm2rec.errors import ConfigError, RunError
+from escm2rec.sharding.managed import ManagedSharder, managed_in
 from escm2rec.sharding.shards import table_of
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class RowWiseSharder(EmbeddingBagCollectionSharder):
 def sharders(in_bfloat16: bool = False, sends: QCommsConfig | None = None) -> list[ModuleSharder[nn.Module]]:
     """The sharders of an escm2rec model, whose tables hand on float32 or bfloat16, and send that or what `sends` says."""
     codecs = None if sends is None else get_qcomm_codecs_registry(sends)
-    return [RowWiseSharder({"output_dtype": SparseType.BF16} if in_bfloat16 else None, codecs)]
+    tables = RowWiseSharder({"output_dtype": SparseType.BF16} if in_bfloat16 else None, codecs)
+    return [tables, ManagedSharder(tables)]
 
 
 def plan_tables(
@@ -57,9 +59,11 @@ def plan_tables(
 ) -> ShardingPlan:
     """The sharding plan of a model whose tables are on the meta device.
 
-    `forced` gives a sharding type per table, '*' for all; `memory_bytes` is what each rank has. Raises RunError when no plan fits. A table
-    of data_parallel is to fit on each rank, with its optimizer's state, and twice more for gradients.
+    `forced` gives a sharding type per table, '*' for all but managed ones, which are always cut by rows; `memory_bytes` is what each rank
+    has. Raises RunError when no plan fits. A table of data_parallel is to fit on each rank, with its optimizer's state, and twice more for
+    gradients.
     """
+    forced = {**forced, **dict.fromkeys(managed_in(model), "row_wise")}
     constraints = {
         table: ParameterConstraints(sharding_types=_types(table, forced, device), compute_kernels=_kernels(table, forced))
         for table in tables

@@ -28,3 +28,8 @@ def held(value: Tensor | ShardedTensor) -> Iterator[Held]:
 def table_of(name: str) -> str:
     """The table of a parameter, by the name that TorchRec gives it."""
     return name.split(".embedding_bags.")[1].removesuffix(".weight")
+
+
+def is_managed(name: str) -> bool:
+    """Whether a parameter of such a name is of a managed table (`sharding/managed.py`)."""
+    return "._embedding_module.embedding_bags." in name

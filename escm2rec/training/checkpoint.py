@@ -28,11 +28,16 @@ from torchrec.optim.keyed import CombinedOptimizer
 from escm2rec.disk import free_space
 from escm2rec.errors import DataError, RunError
 from escm2rec.folder import MANIFEST, read_manifest, sha256_of, write_manifest
+from escm2rec.sharding.managed import sharded_managed
 from escm2rec.sharding.runtime import Runtime, on_main
+from escm2rec.sharding.shards import table_of
 from escm2rec.training.column_shards import ColumnConversion
+from escm2rec.training.managed_rows import dealt_alike, take_rows
 from escm2rec.training.owner import Owner
+from escm2rec.training.stored import StoredTensors
 
 logger = logging.getLogger(__name__)
+OWN = "._output_segments_tensor"  # of a managed table: where the rows of each rank begin, which another number of ranks has otherwise
 WRITE_TIMEOUT = timedelta(hours=1)  # how long a rank waits for the slowest disk
 
 
@@ -219,19 +224,40 @@ def load_checkpoint(folder: Path, module: DistributedModelParallel, optimizer: C
     """Load weights, and the optimizer's state when one is given, in place; returns the checkpoint's progress.
 
     It may be of other ranks and another plan; where that split a table's columns otherwise, what the optimizer holds for a row is converted
-    (`column_shards.py`), and the log says so. Raises DataError when the checkpoint is incomplete, cannot be read, or is of another model.
-    `damage` says whether it holds what was written.
+    (`column_shards.py`), and the log says so; of managed tables each rank takes the rows of its values (`managed_rows.py`). Raises
+    DataError when the checkpoint is incomplete, cannot be read, or is of another model. `damage` says whether it holds what was written.
     """
     manifest = read_manifest(folder, "checkpoint")
     state: dict[str, Any] = {"model": module.state_dict()}
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
+    own = {name: state["model"].pop(name) for name in [*state["model"]] if name.endswith(OWN)}
     load_into(state, folder)
-    module.load_state_dict(state["model"])
+    module.load_state_dict(state["model"] | own)
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
+    _load_managed(folder, module, {} if optimizer is None else state["optimizer"]["state"])
     progress: dict[str, Any] = manifest["progress"]
     return progress
+
+
+def _load_managed(folder: Path, module: DistributedModelParallel, states: dict[str, Any]) -> None:
+    """What cannot be read of managed tables as other tensors are, because ranks had other ranges of values."""
+    for tables in sharded_managed(module):
+        stored = StoredTensors(folder)
+        for table, rows in tables.values():
+            if dealt_alike(stored, table, rows):
+                continue
+            own = (state for name, state in states.items() if name.startswith("tables.") and table_of(name) == table)
+            of_table: dict[str, Any] = next(own, {})
+            _, left = take_rows(stored, tables, table, rows, of_table)
+            if left:
+                logger.warning(
+                    "managed table %r: %d values that have a row in %s find none, as ranks have other shares of the rows; they begin anew",
+                    table,
+                    left,
+                    folder,
+                )
 
 
 def load_calibration(folder: Path) -> Tensor:

@@ -122,7 +122,7 @@ def arrays_of(batch: Batch) -> dict[str, Any]:
     """What a batch holds, by name; of ids `keys`, `values` and `lengths` (a row of impressions a key)."""
     arrays: dict[str, Any] = {name: getattr(batch, name).cpu().numpy() for name in ("numeric", "click", "conversion", "weight")}
     arrays["num_rows"] = np.array(batch.num_rows)
-    for name in ("features", "weighted_features"):
+    for name in ("features", "weighted_features", "managed_features"):
         ids: KeyedJaggedTensor | None = getattr(batch, name)
         if ids is not None:
             arrays |= {f"{name}.keys": np.array(ids.keys()), f"{name}.values": ids.values().cpu().numpy()}

@@ -22,6 +22,7 @@ from torch import Tensor
 from escm2rec.evaluation import metrics
 from escm2rec.objectives.imputation import outside
 from escm2rec.objectives.propensity import PropensityReport, PropensitySums, propensity_report
+from escm2rec.sharding.managed import ValueRows
 from escm2rec.sharding.runtime import Runtime
 from escm2rec.training.lifetime import Lifetime
 from escm2rec.training.mlflow_log import MlflowLog
@@ -37,11 +38,18 @@ class TrainingMetrics:
     """Collects steps and turns them into records over the steps since the last one; all ranks call it alike.
 
     `weighs` says whether the objective weighs impressions by the propensity. If so, a floor that binds for most is told once, by rank 0.
-    `lifetime` is what an earlier start of the training had of it.
+    `lifetime` is what an earlier start of the training had of it; `managed` are the managed tables, alike on all ranks.
     """
 
-    def __init__(self, runtime: Runtime, weighs: bool, lifetime: list[list[float]] | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        weighs: bool,
+        lifetime: list[list[float]] | None = None,
+        managed: Mapping[str, ValueRows] | None = None,
+    ) -> None:
         self._runtime = runtime
+        self._managed = managed or {}
         self._lifetime = Lifetime(runtime, lifetime)
         self._may_warn = weighs and runtime.is_main
         self._may_warn_of_negative = runtime.is_main
@@ -79,7 +87,7 @@ class TrainingMetrics:
         if not self.steps:
             return self._thread.submit(_completed, {"step": step, "epoch": epoch, "rows": 0, **(more or {})}, None)
         losses = {f"loss_{name}": float(torch.stack(values).double().mean()) for name, values in self._losses.items()}
-        report, pseudo_labels, num_rows = self._reduced()
+        report, pseudo_labels, num_rows, managed = self._reduced()
         self._warn_of_floor(report, step)
         self._warn_of_negative(losses.get("loss_cvr", 0.0), step)
         propensity = {f"propensity_{name}": float(value) for name, value in report._asdict().items() if value is not None}
@@ -89,7 +97,7 @@ class TrainingMetrics:
             more or {}
         )
         if self._runtime.is_main:
-            record |= losses | propensity | self._lifetime.figures()
+            record |= losses | propensity | self._lifetime.figures() | managed
             record |= {f"lambda_{name}": float(weight) for name, weight in self._term_weights.items()}
             if pseudo_labels is not None:
                 record["pseudo_labels_outside"], record["pseudo_labels_excess"] = pseudo_labels
@@ -138,20 +146,22 @@ class TrainingMetrics:
         self._term_weights = {}
         self._since = time.perf_counter()
 
-    def _reduced(self) -> tuple[PropensityReport, tuple[float, float] | None, int]:
+    def _reduced(self) -> tuple[PropensityReport, tuple[float, float] | None, int, dict[str, int]]:
         assert self._propensity is not None
         added, largest = self._propensity.added.clone(), self._propensity.largest.clone()
         counts = torch.zeros(4, dtype=torch.float64, device=self._runtime.device)
         counts[0] = self._num_rows
         if self._pseudo_labels is not None:
             counts[1:] = self._pseudo_labels.double()
-        counts = torch.cat([counts, self._lifetime.placed()])
+        managed = [rows.num_taken().double().view(1) for rows in self._managed.values()]
+        counts = torch.cat([counts, *managed, self._lifetime.placed()])
         dist.all_reduce(added, group=self._runtime.group)
         dist.all_reduce(counts, group=self._runtime.group)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._runtime.group)
         report = propensity_report(PropensitySums(added, largest))
-        self._lifetime.share(counts[4:])
-        return report, outside(counts[1:4]) if self._pseudo_labels is not None else None, int(counts[0])
+        self._lifetime.share(counts[4 + len(managed) :])
+        taken = {f"managed_{name}": int(count) for name, count in zip(self._managed, counts[4:], strict=False)}
+        return report, outside(counts[1:4]) if self._pseudo_labels is not None else None, int(counts[0]), taken
 
     def _gathered_rows(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         mine = torch.cat(list(self._rows), dim=1).cpu().numpy()

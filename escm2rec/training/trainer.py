@@ -28,6 +28,7 @@ from escm2rec.progress import Progress
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
+from escm2rec.sharding.managed import sharded_managed
 from escm2rec.sharding.model import dense_parameters, whole_tables
 from escm2rec.sharding.planner import plan_as_json, refuse_empty_shards, warn_of_uncut_columns
 from escm2rec.sharding.runtime import Runtime, on_main
@@ -113,6 +114,7 @@ class Trainer:
         if runtime.is_main:
             warn_of_uncut_columns(self.plan["tables"])
         self.dense = DenseOptimizer(dense_parameters(self.module), training, runtime.group, lambda: self.loss.skipped)
+        self.managed = {name: rows for tables in sharded_managed(self.module) for name, rows in tables.values()}
         self.table_steps = TableSteps(self.module, training.sparse_optimizer)
         whole = WholeTables(whole_tables(sharded), training, runtime.group)
         self.optimizer = combined_optimizer(self.module, whole, self.dense)
@@ -251,7 +253,7 @@ class Trainer:
         """
         training = self.config.training
         agreement, clock = Agreement(2), Clock(training.checkpoint_every_minutes if self.runtime.is_main else None)
-        metrics = TrainingMetrics(self.runtime, self.objective.estimator.weighs, self.lifetime)
+        metrics = TrainingMetrics(self.runtime, self.objective.estimator.weighs, self.lifetime, self.managed)
         pipeline = TrainPipelineSparseDist(self.module, self.optimizer, self.runtime.device, execute_all_batches=True)
         divergence, records = self.divergence, deque[Future[dict[str, Any]]]()
         batches = divergence.watch(self._batches(), self.step)
@@ -328,6 +330,8 @@ class Trainer:
         self.loss.stage = Stage(phase, self.step < self.warm_up_steps, self.step / self.total_steps)
         self.dense.expect(None if calibrates else trained, self.step + 1 == self.total_steps)
         self.table_steps.expect(trained - self.divergence.skipped)
+        for rows in self.managed.values():
+            rows.gives = not calibrates
         factor = rate_factor(self.step, self.total_steps, self.config.training)
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor

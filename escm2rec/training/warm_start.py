@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -30,10 +31,12 @@ from escm2rec.errors import DataError
 from escm2rec.folder import write_json
 from escm2rec.schema import Feature, Schema
 from escm2rec.sharding.initialise import CHUNK_ROWS
+from escm2rec.sharding.managed import ShardedManagedTables, sharded_managed
 from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.sharding.shards import held, table_of
 from escm2rec.training.build import BaseRates, build_model
 from escm2rec.training.checkpoint import damage
+from escm2rec.training.managed_rows import take_rows
 from escm2rec.training.row_matches import read_matches, why_not, write_matches
 from escm2rec.training.run import WARM_START, Run
 from escm2rec.training.stored import StoredTensors
@@ -57,6 +60,7 @@ class _Begins:
     runtime: Runtime
     model: dict[str, Any]
     optimizer: dict[str, Any]
+    managed: list[ShardedManagedTables]
 
 
 def take_from(
@@ -71,7 +75,8 @@ def take_from(
     if (said := damage(source.checkpoint, runtime)) is not None:
         raise DataError(f"checkpoint {source.checkpoint} is damaged: {said}", "start from another run, or leave --warm-start out")
     stored = StoredTensors(source.checkpoint)
-    begins = _Begins(source, stored, config, schema, out, runtime, module.state_dict(), optimizer.state_dict()["state"])
+    model, states = module.state_dict(), optimizer.state_dict()["state"]
+    begins = _Begins(source, stored, config, schema, out, runtime, model, states, sharded_managed(module))
     with telling_of_disk(out, "start again"):
         told = {"tables": _take_tables(begins), "table_states": _states_told(begins), "dense": _take_dense(begins)}
         told["numbers"] = _numbers(source.schema, schema)
@@ -101,6 +106,8 @@ def _take_tables(begins: _Begins) -> dict[str, Any]:
 
 def _take_table(begins: _Begins, was: Feature, now: Feature) -> int:
     """Copy the matched rows of one table, and their state; how many there are, on all ranks."""
+    if now.is_managed:
+        return _take_managed(begins, now.name)
     path = begins.out / "warm_start" / f"{now.name}.parquet"
 
     def write() -> int:
@@ -115,6 +122,16 @@ def _take_table(begins: _Begins, was: Feature, now: Feature) -> int:
         for kind, state in begins.optimizer.get(f"tables.{name}", {}).items():
             _take_rows(state, now, path, begins.stored, f"optimizer.state.tables.{old.removeprefix('model.')}.{kind}", was)
     return matched
+
+
+def _take_managed(begins: _Begins, table: str) -> int:
+    """Copy the rows of the values of a managed table, and their state; how many there are, on all ranks."""
+    name = next(name for name in begins.model if TABLES in name and table_of(name) == table)
+    states = begins.optimizer.get(f"tables.{name}", {}) if _states_told(begins)["taken"] == "yes" else {}
+    ((tables, rows),) = ((tables, rows) for tables in begins.managed for each, rows in tables.values() if each == table)
+    taken = torch.tensor(take_rows(begins.stored, tables, table, rows, states)[0], device=begins.runtime.device)
+    dist.all_reduce(taken, group=begins.runtime.group)
+    return int(taken)
 
 
 def _states_told(begins: _Begins) -> dict[str, str]:

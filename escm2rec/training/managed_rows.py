@@ -1,0 +1,81 @@
+"""The rows of managed tables, taken from a checkpoint that dealt them out otherwise: to other ranks, or in a table of another size.
+
+Each rank looks for the values of its range, and reads their rows. Where they are more than its rows, those met the longest ago are left
+out. What values without a row shared on each rank of before becomes its mean.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from escm2rec.schema import MANAGED_IDS
+from escm2rec.sharding.initialise import CHUNK_ROWS
+from escm2rec.sharding.managed import FREE, ShardedManagedTables, ValueRows
+from escm2rec.sharding.shards import held
+from escm2rec.training.stored import StoredTensors
+
+Int64s = npt.NDArray[np.int64]
+VALUES = "_mch_sorted_raw_ids"
+OF_VALUES = (VALUES, "_mch_remapped_ids_mapping", "_mch_last_access_iter")
+
+
+def dealt_alike(stored: StoredTensors, table: str, rows: ValueRows) -> bool:
+    """Whether a checkpoint has this rank's rows of a table as one part, so that they can be read as they are."""
+    mine = (rows._output_global_offset, rows.output_size())
+    return mine in [(part.offsets[0], len(part.values)) for part in stored.parts(_name(stored, table, VALUES))]
+
+
+@torch.no_grad()
+def take_rows(stored: StoredTensors, tables: ShardedManagedTables, table: str, rows: ValueRows, states: dict[str, Any]) -> tuple[int, int]:
+    """Fill this rank's rows of a table, and the states of its optimizer by the names of `combined_optimizer`, from a checkpoint.
+
+    How many values have a row now, and how many of its range had one and have none.
+    """
+    values, places, met = (
+        np.concatenate([np.asarray(part.values) for part in stored.parts(_name(stored, table, name))]) for name in OF_VALUES
+    )
+    per_rank = -(-MANAGED_IDS // tables._env.world_size)
+    mine = np.flatnonzero((values != FREE) & (values // per_rank == tables._env.rank))
+    room = rows.output_size() - 1
+    taken = mine[np.lexsort((values[mine], -met[mine]))][:room]
+    taken = taken[np.argsort(values[taken])]
+    first = rows._output_global_offset
+    for name, kept, rest in zip(OF_VALUES, (values[taken], np.arange(first, first + len(taken)), met[taken]), (FREE, None, 0), strict=True):
+        buffer: Tensor = getattr(rows, name)
+        buffer.copy_(torch.arange(first, first + len(buffer)) if rest is None else torch.full((len(buffer),), rest))
+        buffer[: len(taken)] = torch.from_numpy(np.asarray(kept, np.int64))
+    rows._current_iter_tensor.copy_(stored.whole(_name(stored, table, "_current_iter_tensor")))
+    weight, weight_name = tables.weight(table), _weight_name(stored, table)
+    shared = [part.offsets[0] + len(part.values) - 1 for part in stored.parts(weight_name)]
+    _copy(weight, places[taken], shared, stored, weight_name)
+    for kind, state in states.items():
+        ((tensor, _),) = held(state)
+        _copy(tensor, places[taken], shared, stored, f"optimizer.state.tables.{weight_name.removeprefix('model.')}.{kind}")
+    return len(taken), len(mine) - len(taken)
+
+
+def _copy(target: Tensor, places: Int64s, shared: list[int], stored: StoredTensors, name: str) -> None:
+    """The first rows of `target` from these of a stored tensor, the last from the mean of those that were shared; 0 between."""
+    target.zero_()
+    for part in stored.parts(name):
+        start = part.offsets[0]
+        rows = np.flatnonzero((places >= start) & (places < start + len(part.values)))
+        rows = rows[np.argsort(places[rows])]  # a file is read from its beginning to its end
+        for piece in (rows[low : low + CHUNK_ROWS] for low in range(0, len(rows), CHUNK_ROWS)):
+            target[torch.from_numpy(piece).to(target.device)] = torch.from_numpy(part.values[places[piece] - start]).to(target.device)
+        for row in (row for row in shared if start <= row < start + len(part.values)):
+            target[-1] += torch.from_numpy(np.array(part.values[row - start])).to(target.device) / len(shared)
+
+
+def _name(stored: StoredTensors, table: str, buffer: str) -> str:
+    return next(name for name in stored.shapes if name.endswith(f"._managed_collision_modules.{table}.{buffer}"))
+
+
+def _weight_name(stored: StoredTensors, table: str) -> str:
+    end = f"._embedding_module.embedding_bags.{table}.weight"
+    return next(name for name in stored.shapes if name.startswith("model.") and name.endswith(end))
