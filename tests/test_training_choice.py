@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 
 from escm2rec.config import ChoiceConfig
+from escm2rec.errors import RunError
 from escm2rec.evaluation.entire_risk import RiskEstimates
+from escm2rec.training import choice
 from escm2rec.training.choice import Estimated, _choice
+from escm2rec.training.owner import Owner
 from escm2rec.training.run import Run
-from tests.encoded import write_dataset
+from escm2rec.training.train import train as choose
+from tests.encoded import config, write_dataset
 from tests.ranks import train_on_ranks
 
 SETTINGS = [
@@ -203,3 +207,39 @@ def test_the_judge_has_a_seed_and_a_network_of_its_own(data: Path, chosen: dict[
     judge, kept = Run.open(chosen[1] / "candidates" / "judge"), Run.open(chosen[1])
     assert judge.config.training.seed == kept.config.training.seed + 1
     assert judge.config.objective.kind == "naive"
+
+
+@pytest.mark.parametrize("when", ["estimates", "moves"])
+def test_a_choice_that_a_later_start_took_over_writes_nothing_more(
+    data: Path, chosen: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Before what it chose is written, and before the run it took is moved; the later start then ends as one alone does."""
+    out = tmp_path / "run"
+    known = json.loads((chosen[1] / "choice.json").read_text())
+    risks = {
+        name: Estimated(RiskEstimates(0.5, 0.1, 0.5, 0.1), None if name == NAMES[0] else RiskEstimates(0.1, 0.1, 0.1, 0.1))
+        for name in NAMES
+    }
+
+    def taken_over(*_: Any) -> dict[str, Estimated]:
+        if when == "estimates":
+            (out / ".owner").unlink()
+        return risks
+
+    def written(owner: Owner, told: dict[str, Any]) -> None:
+        write(owner, told)
+        if when == "moves":
+            (out / ".owner").unlink()
+
+    write = choice._write
+    monkeypatch.setattr(choice, "_estimate", taken_over)
+    monkeypatch.setattr(choice, "_write", written)
+    with pytest.raises(RunError, match="was taken over by a later start of this training, or replaced: this one ends, and writes nothing"):
+        choose(config(*SETTINGS), data, out)
+    assert (out / "choice.json").exists() == (when == "moves")
+    assert not (out / "manifest.json").exists()
+    assert sorted(path.name for path in (out / "candidates").iterdir() if path.is_dir()) == [*NAMES, "judge"]
+    monkeypatch.undo()
+    result = choose(config(*SETTINGS), data, out, resume=True)
+    assert result["choice"]["objectives"] == known["objectives"]
+    assert (out / "manifest.json").exists()

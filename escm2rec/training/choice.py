@@ -35,6 +35,7 @@ from escm2rec.reader.reader import Reader
 from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.build import build_objective
 from escm2rec.training.cross_fit import train_objective
+from escm2rec.training.owner import Owner
 from escm2rec.training.run import Run, differences, open_source, refuse_other_source
 from escm2rec.training.trained import TrainedModel
 
@@ -63,6 +64,7 @@ def train_and_choose(
     """
     if finished := on_main(runtime, lambda: _open(config, data, out, resume, overwrite, warm_start)):
         return finished
+    owner = Owner.take(out, runtime)  # of what lies beside the runs, which have owners of their own
     warm_start = on_main(runtime, lambda: _begun_with(out))
     runs = {f"{number}-{objective.kind}": objective for number, objective in enumerate(_objectives(config))}
     if not on_main(runtime, lambda: (out / CHOICE).exists()):
@@ -75,8 +77,8 @@ def train_and_choose(
         _tell(runtime, f"choice: the risk of {len(runs)} objectives on the validation split")
         estimates = _estimate(data, out, list(runs), runtime)
         told = {name: _written(objective) for name, objective in runs.items()}
-        on_main(runtime, lambda: write_json(out / CHOICE, _choice(config.choice.by, estimates) | {"objectives": told}))
-    return on_main(runtime, lambda: _keep(out))
+        on_main(runtime, lambda: _write(owner, _choice(config.choice.by, estimates) | {"objectives": told}))
+    return on_main(runtime, lambda: _keep(owner))
 
 
 def check_choice(config: Config) -> None:
@@ -204,8 +206,15 @@ def _choice(by: str, estimates: dict[str, Estimated]) -> dict[str, Any]:
     }
 
 
-def _keep(out: Path) -> dict[str, Any]:
+def _write(owner: Owner, choice: dict[str, Any]) -> None:
+    owner.check()
+    write_json(Path(owner.run) / CHOICE, choice)
+
+
+def _keep(owner: Owner) -> dict[str, Any]:
     """Move the taken run up; cut off, it goes on when called again. Neither place has a manifest until all is moved."""
+    owner.check()
+    out = Path(owner.run)
     taken = out / CANDIDATES / str(_read_choice(out)["taken"])
     if (taken / MANIFEST).exists():
         os.replace(taken / MANIFEST, taken / MOVED_MANIFEST)

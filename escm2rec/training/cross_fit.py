@@ -22,6 +22,7 @@ from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.training.copies import Copies
+from escm2rec.training.owner import Owner
 from escm2rec.training.run import PROPENSITY, Run
 from escm2rec.training.trained import TrainedModel
 from escm2rec.training.trainer import train_one
@@ -49,7 +50,7 @@ def train_objective(
     if not config.objective.propensity.cross_fit:
         return train_one(config, data, out, runtime, resume, overwrite, profiles=profiles, warm_start=warm_start, copies=copies)
     on_main(runtime, lambda: _check_halves(data))
-    made = partial(_propensities, config, data, out / PROPENSITY, runtime)
+    made = partial(_propensities, config, data, runtime)
     return train_one(
         config, data, out, runtime, resume, overwrite, propensities=made, profiles=profiles, warm_start=warm_start, copies=copies
     )
@@ -64,8 +65,9 @@ def _check_halves(data: DataPath) -> None:
         )
 
 
-def _propensities(config: Config, data: DataPath, folder: Path, runtime: Runtime) -> Path:
+def _propensities(config: Config, data: DataPath, runtime: Runtime, owner: Owner) -> Path:
     """Train on either half and predict the other: the file of the logits, in the order of the split."""
+    folder = Path(owner.run) / PROPENSITY
     if on_main(runtime, lambda: (folder / MANIFEST).exists()):
         return folder / LOGITS
     unmeasured = {"evaluate_every_steps": None, "keep_best": None, "early_stopping": None}  # a CVR is not trained here
@@ -76,12 +78,22 @@ def _propensities(config: Config, data: DataPath, folder: Path, runtime: Runtime
         train_one(alone, data, folder / f"half-{half}", runtime, resume=True, overwrite=False, half=half)
     dataset = on_main(runtime, lambda: Dataset.open(data))
     rows = dataset.split_counts("train")["rows"]
-    on_main(runtime, lambda: np.lib.format.open_memmap(folder / LOGITS, mode="w+", dtype=np.float32, shape=(rows,)).flush())
+    on_main(runtime, lambda: _make_logits(owner, folder / LOGITS, rows))
     for half in (0, 1):
         run = on_main(runtime, partial(Run.open, folder / f"half-{half}"))
         _predict(run, replace(dataset, half=1 - half), folder / LOGITS, runtime)
-    on_main(runtime, lambda: write_manifest(folder, "propensity", {"rows": rows, "data": dataset.identity("train")}))
+    on_main(runtime, lambda: _finish(owner, folder, {"rows": rows, "data": dataset.identity("train")}))
     return folder / LOGITS
+
+
+def _make_logits(owner: Owner, path: Path, rows: int) -> None:
+    owner.check()
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows,)).flush()
+
+
+def _finish(owner: Owner, folder: Path, content: dict[str, Any]) -> None:
+    owner.check()
+    write_manifest(folder, "propensity", content)
 
 
 def _predict(run: Run, dataset: Dataset, path: Path, runtime: Runtime) -> None:

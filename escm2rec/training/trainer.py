@@ -68,7 +68,7 @@ def train_one(
     resume: bool,
     overwrite: bool,
     half: int | None = None,
-    propensities: Callable[[], Path] | None = None,
+    propensities: Callable[[Owner], Path] | None = None,
     profiles: bool = False,
     warm_start: Path | None = None,
     copies: Copies | None = None,
@@ -83,7 +83,7 @@ def train_one(
         owner = Owner.take(out, runtime)  # before a checkpoint is chosen, which another start could remove
         if copies is not None:
             copies.take(owner)
-        trainer = Trainer(config, dataset, out, runtime, None if propensities is None else propensities())
+        trainer = Trainer(config, dataset, out, runtime, None if propensities is None else propensities(owner))
         trainer.keep_copy = None if copies is None else partial(copies.bring, owner)
         if source is not None:
             take_from(source, config, dataset.schema, out, trainer.module, trainer.optimizer, runtime)
