@@ -106,6 +106,7 @@ def test_figures_are_those_of_the_results() -> None:
     known = {path.stem for path in (ROOT / "docs" / "results").glob("*.json")}
     assert known == {
         "train",
+        "train_again",
         "first_step",
         "train_gpu",
         "preprocess",
@@ -159,6 +160,7 @@ def test_figures_are_those_of_the_results() -> None:
     assert soak["equal"]
     _check_reader(results["reader"]["speed"])
     _check_training(results["train"]["results"], results["train_gpu"]["results"])
+    _check_again(*results["train_again"]["results"])
     _check_first_step(results["first_step"]["results"])
     assert min(each["mb_per_s"] for each in text["whole"]) >= 20
     means = results["hillstrom"]["mean_calibration"]
@@ -193,6 +195,22 @@ def _check_training(on_cores: list[dict[str, Any]], on_gpu: list[dict[str, Any]]
         assert (1 - each["metrics_of_bare"]) + each["checkpoint_share_of_5_min"] < 0.03 + 0.005  # to the digits that are kept
     for each in on_gpu:
         assert f"{each['kernels_ms_a_step']:.1f} of {each['step_ms']:.1f} ms in {each['precision']}" in README
+
+
+def _check_again(one: dict[str, Any], two: dict[str, Any]) -> None:
+    told = []
+    for each in (one, two):
+        rounds = sorted(parquet / bare for parquet, bare in zip(each["parquet_rows_per_s"], each["bare_rows_per_s"], strict=True))
+        told.append(
+            f"{each['parquet_of_bare']:.2f} on {each['ranks']} rank{'s' * (each['ranks'] > 1)} ({rounds[0]:.2f} to {rounds[-1]:.2f})"
+        )
+    assert len(rounds) == 5
+    assert ", ".join(told) in README
+    metrics, checkpoint = (
+        (f"{one['metrics_of_bare']:.2f} and {two['metrics_of_bare']:.2f}"),
+        [f"{100 * each['checkpoint_share_of_5_min']:.1f}%" for each in (one, two)],
+    )
+    assert f"metrics alone {metrics}, a checkpoint {' and '.join(checkpoint)}" in README
 
 
 def _check_reader(speed: dict[str, Any]) -> None:
