@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,24 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from torchrec.modules.mc_modules import LRU_EvictionPolicy
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from escm2rec.config import parse_config
-from escm2rec.errors import DataError
+from escm2rec.errors import ConfigError, DataError
 from escm2rec.inspection.inspect import inspect
 from escm2rec.models.embeddings import PooledEmbeddings
 from escm2rec.preprocess import preprocess
 from escm2rec.preprocess.stable_hash import hash64
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.columns import decode
-from escm2rec.schema import Feature, Schema
+from escm2rec.schema import MANAGED_IDS, Feature, Schema
 from escm2rec.sharding.initialise import initial_rows
-from escm2rec.sharding.managed import FREE, sharded_managed
+from escm2rec.sharding.managed import FREE, ValueRows, sharded_managed
 from escm2rec.sharding.model import shard_model
+from escm2rec.sharding.planner import plan_tables
 from escm2rec.sharding.runtime import Runtime, distributed_runtime
+from escm2rec.training.managed_rows import dealt_alike
 from escm2rec.training.stored import StoredTensors
 from tests.ranks import run_ranks
 from tests.raw_tables import raw_table
@@ -126,6 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _make(folder, "log", FEATURES, log)
     _make(folder, "fitted", _without({"user": None, "tags": None}), log)
     _make(folder, "full", _without({"user": 60}), log)  # a step of 128 meets some 90 users
+    _make(folder, "few", _without({"tags": 16}), log)
     small = {"training.checkpoint_every_steps": 5, "training.keep_checkpoints": 9}
     every = [f"{name}={value}" for name, value in small.items()]
     zero = "model.embedding_init_std=1e-30"
@@ -141,7 +146,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             _train(folder, "full", "full-again", *every, resume=True),
             _train(folder, "log", "measured", *every, "training.evaluate_every_steps=2"),
         ],
-        3: [_train(folder, "log", "three", *every)],
+        3: [_train(folder, "log", "three", *every), _train(folder, "few", "few-run")],
     }
     for ranks, calls in on.items():
         for result in run_ranks(ranks, calls, folder / f"ranks-{ranks}"):
@@ -221,7 +226,9 @@ def test_inspect_tells_of_a_managed_table(folder: Path, tmp_path: Path, capsys: 
     assert 0.9 < told["user"]["coverage"]["train"] < 1
     assert told["tags"]["lengths"]["train"]["max"] == 3
     assert not {"values", "oov", "top"} & told["user"].keys()
-    assert "managed" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "categorical, managed" in page
+    assert "list, managed" in page
 
 
 @pytest.mark.parametrize(
@@ -279,14 +286,17 @@ def test_a_warm_start_takes_the_rows_of_values(folder: Path) -> None:
     """Into tables of other sizes and on other ranks, bit for bit; a value that has none begins as any new one."""
     _make(folder, "grown", _without({"user": 900, "tags": 20}), raw_table(900, 2, users=2 * USERS, labels=True))
     begin = _train(folder, "grown", "begun", what="begin", warm_start=str(folder / "two"))
+    alike = _train(folder, "log", "alike", what="begin", warm_start=str(folder / "two"))
     later = _train(folder, "grown", "later", warm_start=str(folder / "two"))
-    for ranks, call in ((1, begin), (3, later)):
-        run_ranks(ranks, [call], folder / f"ranks-warm-{ranks}")
+    for ranks, calls in ((1, [begin, alike]), (3, [later])):
+        run_ranks(ranks, calls, folder / f"ranks-warm-{ranks}")
     source = {table: _rows(folder / "two" / "checkpoints" / f"step-{STEPS}", table) for table in MANAGED}
     begun = {table: _rows(folder / "begun" / "beginning", table) for table in MANAGED}
     assert begun["user"] == source["user"]
     assert len(begun["tags"]) == 19 < len(source["tags"]), "as many as fit, beside the row of values without one"
     assert begun["tags"].items() <= {value: row for value, row in source["tags"].items()}.items()
+    assert {table: _rows(folder / "alike" / "beginning", table) for table in MANAGED} == source, "of equal sizes too"
+    assert not [name for name in json.loads((folder / "alike" / "warm_start.json").read_text())["dense"] if "managed" in name]
     for run in ("begun", "later"):
         told = json.loads((folder / run / "warm_start.json").read_text())["tables"]
         assert told["user"] == {
@@ -314,6 +324,15 @@ def test_ranks_without_room_lose_the_values_met_the_longest_ago(folder: Path, tm
     assert sum(map(int, counted)) == lost, said
 
 
+def test_rows_that_lie_alike_on_other_ranks_are_of_other_values(folder: Path) -> None:
+    """The last of 16 rows on three ranks is that of 16 on four."""
+    stored = StoredTensors(folder / "few-run" / "checkpoints" / f"step-{STEPS}")
+    every = ValueRows(16, torch.device("cpu"), LRU_EvictionPolicy(), 1, MANAGED_IDS)
+    three, four = (every.rebuild_with_output_id_range((12, 16), starts) for starts in ([0, 6, 12, 16], [0, 4, 8, 12, 16]))
+    assert dealt_alike(stored, "tags", three)
+    assert not dealt_alike(stored, "tags", four)
+
+
 # --- one collection, step by step -----------------------------------------------------------------
 
 DIM, ROWS = 4, 6
@@ -338,10 +357,10 @@ def _batch(values: list[list[int]]) -> Batch:
 
 
 class _World:
-    """One rank's collection of one table of `ROWS` rows, which steps by Adagrad."""
+    """One rank's collection of one table of `ROWS` rows."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        settings = {"seed": 3, "init_std": 0.1, "optimizer": "adagrad", "learning_rate": 0.5, "local_batch_size": 4, "forced": {}}
+    def __init__(self, runtime: Runtime, optimizer: str = "adagrad") -> None:
+        settings = {"seed": 3, "init_std": 0.1, "optimizer": optimizer, "learning_rate": 0.5, "local_batch_size": 4, "forced": {}}
         self.model = shard_model(_Model(), ["user"], runtime, **settings, in_bfloat16=False).module  # type: ignore[arg-type]
         (self.tables,), self.device = sharded_managed(self.model), runtime.device
         ((_, self.rows),) = self.tables.values()
@@ -365,6 +384,16 @@ class _World:
 
     def held(self) -> set[int]:
         return {int(value) for value in self.rows._mch_sorted_raw_ids if value != FREE}
+
+
+@pytest.mark.parametrize(("ranks", "message"), [(4, "leave rank 3 0"), (6, "leave rank 0 1, and it needs 2"), (3, None)])
+def test_a_rank_without_a_row_for_values_is_refused(ranks: int, message: str | None) -> None:
+    plan = partial(plan_tables, _Model(), ["user"], {}, ranks, ranks, "cpu", 1 << 30, 4)
+    if message is None:
+        plan()
+        return
+    with pytest.raises(ConfigError, match=rf"the 6 rows \(managed_size\) of table 'user', cut over {ranks} ranks, {message}"):
+        plan()
 
 
 @pytest.fixture
@@ -411,6 +440,14 @@ def test_a_larger_step_than_the_first_gives_rows_too(world: _World) -> None:
     world.step([1])
     world.step([2], [3], [4], [5])
     assert world.held() == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+def test_rows_begin_anew_whatever_steps_them(optimizer: str) -> None:
+    with distributed_runtime() as runtime:
+        world = _World(runtime, optimizer)
+        for value in (*range(2 * ROWS), 0):
+            assert torch.equal(world.step([value])[0], world.begins(value)[0])
 
 
 def test_steps_that_calibrate_give_no_rows(world: _World) -> None:

@@ -30,6 +30,7 @@ def test_each_moment_belongs_to_the_innermost_range_that_has_a_part() -> None:
         _event("## next_batch ##", 6, 7),
         _event("## forward 10 ##", 20, 30),
         _event("[lookup]_[model.embeddings.collection]_[table_wise]", 21, 4),
+        _event("## compute:mcc ##", 26, 3),
         _event("## EmbeddingBagCollectionAwaitable wait() ##", 30, 10),  # 2 of them in an operator, 6 of the others beside a collective
         _event("aten::cat", 31, 2, cat="cpu_op"),
         _event("gloo:all_to_all", 29, 8, thread=2),
@@ -44,7 +45,15 @@ def test_each_moment_belongs_to_the_innermost_range_that_has_a_part() -> None:
         _event("aten::cat", 130, 50, cat="cpu_op"),  # after the steps
         {"ph": "M", "name": "process_name"},
     ]
-    found = {"read": 7 + 20, "copy": 3, "sparse": 4 + 2 + 1, "dense": 30 - 4 - 10 - 3, "backward": 17, "optimizer": 10, "wait": 7 + 3 + 3}
+    found = {
+        "read": 7 + 20,
+        "copy": 3,
+        "sparse": 4 + 3 + 2 + 1,
+        "dense": 30 - 4 - 3 - 10 - 3,
+        "backward": 17,
+        "optimizer": 10,
+        "wait": 7 + 3 + 3,
+    }
     found |= {"other": 20 + 5 + 5, "total": 120, "kernels": 0}
     assert parts_of(events) == pytest.approx({part: ms / 2 for part, ms in found.items()})
 

@@ -30,7 +30,7 @@ WORDS = {
     "Out of vocabulary": "Share of the values without a table row of their own: not seen in training, or too rarely. They share the first "
     "rows of the table. {more}",
     "Table rows": "Rows of the embedding table: one a value of the vocabulary, and those that the others share; or as many as "
-    "<code>hash_size</code> says, or one a bucket.",
+    "<code>hash_size</code> or <code>managed_size</code> says, or one a bucket.",
     "Concentration": "Share of all training values that fall on the most frequent hundredth of the table's rows, the rows "
     "that values out of vocabulary share among them. Near 100%, few rows do all the work: a sharding plan that gives each rank as many "
     "rows does not give it as much work.",

@@ -106,8 +106,8 @@ def _listed(names: list[str]) -> str:
 
 def kind_of(told: Record) -> str:
     """Kind of a feature, and what was made of it."""
-    said = {"crossed": "cross" in told, "hashed": told.get("encoding") == "hash", "in buckets": told.get("encoding") == "buckets"}
-    return ", ".join([str(told["kind"]), *(name for name, is_so in said.items() if is_so)])
+    encoded = {"hash": "hashed", "managed": "managed", "buckets": "in buckets"}.get(told.get("encoding", ""))
+    return ", ".join(filter(None, [str(told["kind"]), "crossed" if "cross" in told else None, encoded]))
 
 
 def shares(by_split: Record | None) -> str:

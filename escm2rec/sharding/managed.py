@@ -125,9 +125,9 @@ class ShardedManagedTables(ShardedManagedCollisionEmbeddingBagCollection):
         kernel, number = self._table_to_tbe_and_index[table]
         weights, (seed, std) = self.weight(table), self.begin
         weights[rows] = initial_rows(values, table, seed, std, weights.shape[1]).to(weights.dtype)
-        for state in kernel.split_optimizer_states()[int(number)]:
-            if len(state) == len(weights):
-                state[rows] = 0
+        states = kernel.split_optimizer_states()  # a list a table; of SGD, which has none, not even that
+        for state in states[int(number)] if states else ():
+            state[rows] = 0
 
 
 class ManagedSharder(ManagedCollisionEmbeddingBagCollectionSharder):

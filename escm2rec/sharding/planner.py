@@ -60,10 +60,11 @@ def plan_tables(
     """The sharding plan of a model whose tables are on the meta device.
 
     `forced` gives a sharding type per table, '*' for all but managed ones, which are always cut by rows; `memory_bytes` is what each rank
-    has. Raises RunError when no plan fits. A table of data_parallel is to fit on each rank, with its optimizer's state, and twice more for
-    gradients.
+    has. Raises RunError when no plan fits, ConfigError when a rank has no row of a managed table for values. A table of data_parallel is to
+    fit on each rank, with its optimizer's state, and twice more for gradients.
     """
-    forced = {**forced, **dict.fromkeys(managed_in(model), "row_wise")}
+    managed = managed_in(model)
+    forced = {**forced, **dict.fromkeys(managed, "row_wise")}
     constraints = {
         table: ParameterConstraints(sharding_types=_types(table, forced, device), compute_kernels=_kernels(table, forced))
         for table in tables
@@ -84,14 +85,29 @@ def plan_tables(
         constraints=constraints,
     )
     try:
-        return planner.plan(model, sharders(in_bfloat16))
+        plan = planner.plan(model, sharders(in_bfloat16))
     except PlannerError as error:
         on_every_rank = f", {whole / 2**30:,.1f} of them on every rank, with twice as much for gradients (data_parallel)" if whole else ""
         raise RunError(
             f"no sharding plan fits {world_size} rank(s) of {memory_bytes / 2**30:.1f} GiB each: "
             f"the weights of the tables alone take {sum(weights.values()) / 2**30:,.1f} GiB{on_every_rank}",
-            "use more ranks, smaller tables (max_size, hash_size, model.embedding_dim) or other training.sharding",
+            "use more ranks, smaller tables (max_size, hash_size, managed_size, model.embedding_dim) or other training.sharding",
         ) from error
+    _refuse_few_rows(plan_as_json(plan)["tables"], managed)
+    return plan
+
+
+def _refuse_few_rows(tables: dict[str, Any], managed: set[str]) -> None:
+    """ConfigError when a plan leaves a rank no row of a managed table for values: the last of a rank's is for those without one."""
+    for table in sorted(managed):
+        shards = tables[table]["shards"]
+        rows, rank = min((shard["size"][0], shard["rank"]) for shard in shards)
+        if rows < 2:
+            raise ConfigError(
+                f"the {sum(shard['size'][0] for shard in shards)} rows (managed_size) of table {table!r}, cut over {len(shards)} ranks, "
+                f"leave rank {rank} {rows}, and it needs 2: one is for values that have none",
+                "use fewer ranks, or give it a larger managed_size and preprocess again",
+            )
 
 
 def refuse_empty_shards(tables: dict[str, Any]) -> None:

@@ -20,14 +20,17 @@ from escm2rec.sharding.shards import held
 from escm2rec.training.stored import StoredTensors
 
 Int64s = npt.NDArray[np.int64]
+MODULES = "._managed_collision_modules."  # in the names of what is known of the rows of managed tables
 VALUES = "_mch_sorted_raw_ids"
 OF_VALUES = (VALUES, "_mch_remapped_ids_mapping", "_mch_last_access_iter")
 
 
 def dealt_alike(stored: StoredTensors, table: str, rows: ValueRows) -> bool:
-    """Whether a checkpoint has this rank's rows of a table as one part, so that they can be read as they are."""
-    mine = (rows._output_global_offset, rows.output_size())
-    return mine in [(part.offsets[0], len(part.values)) for part in stored.parts(_name(stored, table, VALUES))]
+    """Whether a checkpoint is of as many ranks, so that their rows of a table can be read as they are.
+
+    Parts alone do not tell: the last of 16 rows on three ranks is that of 16 on four, of other values.
+    """
+    return len(list(stored.parts(_name(stored, table, VALUES)))) == int(rows.buckets())
 
 
 @torch.no_grad()
@@ -73,7 +76,7 @@ def _copy(target: Tensor, places: Int64s, shared: list[int], stored: StoredTenso
 
 
 def _name(stored: StoredTensors, table: str, buffer: str) -> str:
-    return next(name for name in stored.shapes if name.endswith(f"._managed_collision_modules.{table}.{buffer}"))
+    return next(name for name in stored.shapes if name.endswith(f"{MODULES}{table}.{buffer}"))
 
 
 def _weight_name(stored: StoredTensors, table: str) -> str:

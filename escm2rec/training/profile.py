@@ -27,11 +27,12 @@ FOLDER = "profile"
 WARM_UP, RECORDED = 10, 20  # steps; of a training with fewer than twice the first, half are warm-up
 PARTS = ("read", "copy", "sparse", "dense", "backward", "optimizer", "wait", "other")
 STEP = "ProfilerStep#"
-# By the name of a range; the innermost that has a part decides. Most are TorchRec's (distributed/train_pipeline, embeddingbag.py).
+# By the name of a range; the innermost that has a part decides. Most are TorchRec's (distributed/train_pipeline, embeddingbag.py; managed
+# tables are looked up in a range of mc_embedding_modules.py).
 PART_OF = {
     r"## next_batch": "read",
     r"## (inplace_)?copy_batch_to_gpu|## wait_for_batch": "copy",
-    r"## (start|wait)_sparse_data_dist|## \w+ wait\(\)|\[\w+\]_\[": "sparse",
+    r"## (start|wait)_sparse_data_dist|## \w+ wait\(\)|\[\w+\]_\[|## compute:mcc": "sparse",
     r"## forward": "dense",
     r"## backward": "backward",
     r"## optimizer|## zero_grad": "optimizer",

@@ -51,10 +51,11 @@ class Loss(nn.Module):
     `stage` says what the next step does; the training loop sets it. Learned term weights are its parameters (`weights.Learned`). In a
     step of phase "calibration" nothing has a gradient: the batch only refits `calibration`, the slope and shift of q's logit.
 
-    With `skips` nothing has one either in a step whose losses are not all finite: no table, weight or state of an optimizer changes. That
-    reads a number back in each step, for which a GPU's queue runs empty. Not caught are finite losses whose gradients, or the squares of
-    them, overflow, as at logits of 1e30: a weight that becomes NaN makes the losses of the next step so, one whose second moment becomes
-    infinite moves no more. Nor is a step of phase "calibration", which has no losses.
+    With `skips` nothing has one either in a step whose losses are not all finite: no table, weight or state of an optimizer changes, but
+    for rows of managed tables, which were given before the loss was known. That reads a number back in each step, for which a GPU's queue
+    runs empty. Not caught are finite losses whose gradients, or the squares of them, overflow, as at logits of 1e30: a weight that becomes
+    NaN makes the losses of the next step so, one whose second moment becomes infinite moves no more. Nor is a step of phase "calibration",
+    which has no losses.
     """
 
     calibration: Tensor

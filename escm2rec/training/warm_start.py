@@ -36,7 +36,7 @@ from escm2rec.sharding.runtime import Runtime, on_main
 from escm2rec.sharding.shards import held, table_of
 from escm2rec.training.build import BaseRates, build_model
 from escm2rec.training.checkpoint import damage
-from escm2rec.training.managed_rows import take_rows
+from escm2rec.training.managed_rows import MODULES, take_rows
 from escm2rec.training.row_matches import read_matches, why_not, write_matches
 from escm2rec.training.run import WARM_START, Run
 from escm2rec.training.stored import StoredTensors
@@ -179,14 +179,19 @@ def _take_dense(begins: _Begins) -> dict[str, Any]:
     inputs = _Inputs(begins.source, begins.config, begins.schema)
     told = {}
     for name, value in begins.model.items():
-        if TABLES in name:
+        if not _is_dense(name):
             continue
         told[name] = _take_one(begins, name, value, inputs)
         average = begins.optimizer.get(f"dense.{name}", {}).get("ema")
         if average is not None:
             average.copy_(value)
-    held = (name.removeprefix("model.") for name in begins.stored.shapes if name.startswith("model.") and TABLES not in name)
+    held = (name.removeprefix("model.") for name in begins.stored.shapes if name.startswith("model.") and _is_dense(name))
     return told | {name: {"taken": "no", "reason": "the model has no such weights"} for name in sorted(set(held) - told.keys())}
+
+
+def _is_dense(name: str) -> bool:
+    """Whether an entry of a model is neither a table nor says which value has which row of one."""
+    return TABLES not in name and MODULES not in name
 
 
 def _take_one(begins: _Begins, name: str, value: Tensor, inputs: _Inputs) -> dict[str, Any]:
