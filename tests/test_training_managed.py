@@ -36,7 +36,7 @@ from escm2rec.sharding.model import shard_model
 from escm2rec.sharding.planner import plan_tables
 from escm2rec.sharding.runtime import Runtime, distributed_runtime
 from escm2rec.training.managed_rows import dealt_alike
-from escm2rec.training.stored import StoredTensors
+from escm2rec.training.stored import StoredPart, StoredTensors
 from tests.ranks import run_ranks
 from tests.raw_tables import raw_table
 
@@ -49,7 +49,7 @@ FEATURES: list[dict[str, Any]] = [
     {"name": "history", "kind": "weighted_list", "weights_column": "history_weight", "hash_size": 40},
     {"name": "price", "kind": "numeric", "log1p": True},
 ]
-STEPS = 12
+STEPS, CALIBRATED_STEPS = 12, 17
 Call = tuple[str, dict[str, Any]]
 
 
@@ -104,6 +104,11 @@ def _taken(run: Path) -> list[list[int]]:
     return [[record[f"managed_{table}"] for table in MANAGED] for record in records]
 
 
+def _parts(stored: StoredTensors, end: str) -> list[StoredPart]:
+    (name,) = (name for name in stored.shapes if name.endswith(end))
+    return list(stored.parts(name))
+
+
 def _rows(checkpoint: Path, table: str) -> dict[int, tuple[list[float], float]]:
     """Weights and state of the row of each value that has one."""
     stored = StoredTensors(checkpoint)
@@ -145,12 +150,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             _train(folder, "full", "full-again", *every, **resumed),
             _train(folder, "full", "full-again", *every, resume=True),
             _train(folder, "log", "measured", *every, "training.evaluate_every_steps=2"),
+            _train(folder, "log", "calibrated", "objective.propensity={calibration: platt, calibration_every_steps: 2}"),
         ],
         3: [_train(folder, "log", "three", *every), _train(folder, "few", "few-run")],
     }
     for ranks, calls in on.items():
         for result in run_ranks(ranks, calls, folder / f"ranks-{ranks}"):
-            assert result.get("steps") == STEPS or "stopped by SIGTERM after step 6" in result["message"], result
+            assert result.get("steps") in (STEPS, CALIBRATED_STEPS) or "stopped by SIGTERM after step 6" in result["message"], result
     return folder
 
 
@@ -203,8 +209,9 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(folder: Path) -> None:
     assert _taken(folder / "full-run")[-1][0] == 58, "all but one of each rank"
 
 
-def test_measuring_gives_no_rows(folder: Path) -> None:
+def test_measuring_and_calibrating_give_no_rows(folder: Path) -> None:
     """The validation split has values that training has not met yet, and is looked at between its steps."""
+    assert _taken(folder / "calibrated") == _taken(folder / "two")
     assert _losses(folder / "measured") == _losses(folder / "two")
     assert _taken(folder / "measured") == _taken(folder / "two")
 
@@ -288,7 +295,8 @@ def test_a_warm_start_takes_the_rows_of_values(folder: Path) -> None:
     begin = _train(folder, "grown", "begun", what="begin", warm_start=str(folder / "two"))
     alike = _train(folder, "log", "alike", what="begin", warm_start=str(folder / "two"))
     later = _train(folder, "grown", "later", warm_start=str(folder / "two"))
-    for ranks, calls in ((1, [begin, alike]), (3, [later])):
+    few = _train(folder, "few", "few-begun", what="begin", warm_start=str(folder / "few-run"))
+    for ranks, calls in ((1, [begin, alike, few]), (3, [later])):
         run_ranks(ranks, calls, folder / f"ranks-warm-{ranks}")
     source = {table: _rows(folder / "two" / "checkpoints" / f"step-{STEPS}", table) for table in MANAGED}
     begun = {table: _rows(folder / "begun" / "beginning", table) for table in MANAGED}
@@ -297,6 +305,13 @@ def test_a_warm_start_takes_the_rows_of_values(folder: Path) -> None:
     assert begun["tags"].items() <= {value: row for value, row in source["tags"].items()}.items()
     assert {table: _rows(folder / "alike" / "beginning", table) for table in MANAGED} == source, "of equal sizes too"
     assert not [name for name in json.loads((folder / "alike" / "warm_start.json").read_text())["dense"] if "managed" in name]
+    first, last = StoredTensors(folder / "few-begun" / "beginning"), StoredTensors(folder / "few-run" / "checkpoints" / f"step-{STEPS}")
+    for end in (".tags.weight", ".tags.momentum1"):
+        (now,), was = (np.array([part.values[-1] for part in _parts(stored, end)]) for stored in (first, last))
+        assert np.abs(now).min() > 0, "a step met more tags than there were rows"
+        assert now == pytest.approx(was.mean(axis=0), rel=1e-5), "the row of values without one is the mean of those of the ranks"
+    (count,) = _parts(first, "modules.tags._current_iter_tensor")
+    assert count.values == [STEPS], "what is met next is met after what was"
     for run in ("begun", "later"):
         told = json.loads((folder / run / "warm_start.json").read_text())["tables"]
         assert told["user"] == {
