@@ -22,7 +22,7 @@ from torchrec.modules.mc_modules import LRU_EvictionPolicy
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from escm2rec.config import parse_config
-from escm2rec.errors import ConfigError, DataError
+from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.inspection.inspect import inspect
 from escm2rec.models.embeddings import PooledEmbeddings
 from escm2rec.preprocess import preprocess
@@ -350,14 +350,14 @@ def test_rows_that_lie_alike_on_other_ranks_are_of_other_values(folder: Path) ->
 
 # --- one collection, step by step -----------------------------------------------------------------
 
-DIM, ROWS = 4, 6
+DIM, ROWS, META = 4, 6, torch.device("meta")
+FEATURE = Feature(name="user", kind="list", column="user", value_type="int64", encoding="managed", num_embeddings=ROWS)
 
 
 class _Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        feature = Feature(name="user", kind="list", column="user", value_type="int64", encoding="managed", num_embeddings=ROWS)
-        self.embeddings = PooledEmbeddings([feature], DIM, torch.device("meta"))
+        self.embeddings = PooledEmbeddings([FEATURE], DIM, META)
 
     def forward(self, batch: Batch) -> Tensor:
         pooled: Tensor = self.embeddings(batch)[0].to_dict()["user"]
@@ -409,6 +409,14 @@ def test_a_rank_without_a_row_for_values_is_refused(ranks: int, message: str | N
         return
     with pytest.raises(ConfigError, match=rf"the 6 rows \(managed_size\) of table 'user', cut over {ranks} ranks, {message}"):
         plan()
+
+
+def test_a_plan_has_room_for_the_values_of_the_rows() -> None:
+    """Of 10 M rows of 16 bytes on two ranks, 24 bytes a row more."""
+    model = torch.nn.ModuleDict({"embeddings": PooledEmbeddings([FEATURE.model_copy(update={"num_embeddings": 10**7})], DIM, META)})
+    plan_tables(model, ["user"], {}, 2, 2, "cpu", 220_000_000, 4)
+    with pytest.raises(RunError, match="no sharding plan fits 2"):
+        plan_tables(model, ["user"], {}, 2, 2, "cpu", 180_000_000, 4)
 
 
 @pytest.fixture

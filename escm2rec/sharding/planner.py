@@ -21,6 +21,7 @@ from escm2rec.sharding.managed import ManagedSharder, managed_in
 from escm2rec.sharding.shards import table_of
 
 logger = logging.getLogger(__name__)
+VALUE_BYTES = 24  # a row of a managed table: its value, its place, and when it was met last
 ALL_TYPES = ["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard", "data_parallel"]
 BY_COLUMNS = ("column_wise", "table_column_wise", "grid_shard")
 # Types that split columns are only taken when asked for: row-wise Adagrad then keeps a state per column shard, which is another optimizer,
@@ -69,10 +70,12 @@ def plan_tables(
         table: ParameterConstraints(sharding_types=_types(table, forced, device), compute_kernels=_kernels(table, forced))
         for table in tables
     }
-    named = ((name, each.numel() * 4) for name, each in model.named_parameters() if ".embedding_bags." in f".{name}")
-    weights = {table_of(f".{name}"): size for name, size in named}
+    named = {table_of(f".{name}"): each for name, each in model.named_parameters() if ".embedding_bags." in f".{name}"}
+    weights = {table: each.numel() * 4 for table, each in named.items()}
     whole = sum(size for table, size in weights.items() if _forced(table, forced) == "data_parallel")
-    room = max(0, memory_bytes - 2 * whole)  # beside their gradients, and the buffer that these are summed in: the planner counts neither
+    values = sum(VALUE_BYTES * -(-len(named[table]) // world_size) for table in managed)
+    # Beside the gradients of tables on every rank, the buffer that these are summed in, and values: the planner counts none of them.
+    room = max(0, memory_bytes - 2 * whole - values)
     planner = EmbeddingShardingPlanner(
         topology=Topology(
             world_size=world_size,

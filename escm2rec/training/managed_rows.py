@@ -39,13 +39,9 @@ def take_rows(stored: StoredTensors, tables: ShardedManagedTables, table: str, r
 
     How many values have a row now, and how many of its range had one and have none.
     """
-    values, places, met = (
-        np.concatenate([np.asarray(part.values) for part in stored.parts(_name(stored, table, name))]) for name in OF_VALUES
-    )
-    per_rank = -(-MANAGED_IDS // tables._env.world_size)
-    mine = np.flatnonzero((values != FREE) & (values // per_rank == tables._env.rank))
+    values, places, met = _of_range(stored, table, tables._env.rank, tables._env.world_size)
     room = rows.output_size() - 1
-    taken = mine[np.lexsort((values[mine], -met[mine]))][:room]
+    taken = np.lexsort((values, -met))[:room]
     taken = taken[np.argsort(values[taken])]
     first = rows._output_global_offset
     for name, kept, rest in zip(OF_VALUES, (values[taken], np.arange(first, first + len(taken)), met[taken]), (FREE, None, 0), strict=True):
@@ -59,7 +55,20 @@ def take_rows(stored: StoredTensors, tables: ShardedManagedTables, table: str, r
     for kind, state in states.items():
         ((tensor, _),) = held(state)
         _copy(tensor, places[taken], shared, stored, f"optimizer.state.tables.{weight_name.removeprefix('model.')}.{kind}")
-    return len(taken), len(mine) - len(taken)
+    return len(taken), len(values) - len(taken)
+
+
+def _of_range(stored: StoredTensors, table: str, rank: int, ranks: int) -> list[Int64s]:
+    """The values of a rank's range, the rows that they have in the checkpoint, and the steps in which they were met last.
+
+    Each part has its values in order, those of free rows last, so that no more is read than this.
+    """
+    per_rank = -(-MANAGED_IDS // ranks)
+    found = []
+    for parts in zip(*(stored.parts(_name(stored, table, name)) for name in OF_VALUES), strict=True):
+        low, high = np.searchsorted(parts[0].values, [rank * per_rank, (rank + 1) * per_rank])
+        found.append([part.values[low:high] for part in parts])
+    return [np.concatenate(each) for each in zip(*found, strict=True)]
 
 
 def _copy(target: Tensor, places: Int64s, shared: list[int], stored: StoredTensors, name: str) -> None:
