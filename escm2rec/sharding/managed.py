@@ -3,7 +3,7 @@
 A value comes as its hash, in [0, 2^62) (`schema.MANAGED_IDS`). Hashes are cut into as many equal ranges as there are ranks, and each rank
 has its share of the rows for its own range. In a step that trains, each value of the global batch that has no row takes a free one of its
 rank's; where none is free, that of the value that was met the longest ago, but not in this step. The last row of each rank's is for the
-values that have none: new ones where nothing trains, and those of a step that meets more values than there are rows. It begins as 0.
+values that have none: new ones where nothing trains, and those of a step that meets more values than there are rows. It is always 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torchrec.modules.mc_modules import LRU_EvictionPolicy, ManagedCollisionColl
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from escm2rec.schema import MANAGED_IDS
-from escm2rec.sharding.initialise import initial_rows
+from escm2rec.sharding.initialise import CHUNK_ROWS, initial_rows
 
 FREE = torch.iinfo(torch.int64).max
 """Stands for the value of a row that no value has."""
@@ -61,18 +61,13 @@ class ValueRows(MCHManagedCollisionModule):
             places = self._to_give(len(new))
             frequent = torch.argsort(counts[~known], descending=True, stable=True)[: len(places)]
             self._evicted, self._evicted_emb_indices = True, self._mch_remapped_ids_mapping[places]
-            self._replace(places, torch.sort(new[frequent]).values)
+            self.given = torch.sort(new[frequent]).values  # the values that these rows have now
+            self._replace(places, self.given)
         return features
 
     def num_taken(self) -> Tensor:
         """How many rows values have, []."""
         return torch.searchsorted(self._mch_sorted_raw_ids, self._delimiter)[0]
-
-    def values_of(self, rows: Tensor) -> Tensor:
-        """The value that each of these rows has, counted from the rank's first."""
-        values = torch.empty_like(self._mch_sorted_raw_ids)
-        values[self._mch_remapped_ids_mapping - self._output_global_offset] = self._mch_sorted_raw_ids
-        return values[rows]
 
     def _to_give(self, count: int) -> Tensor:
         """Places of as many rows, or fewer: free ones, or those whose values were met the longest ago, but not in this step."""
@@ -114,13 +109,16 @@ class ShardedManagedTables(ShardedManagedCollisionEmbeddingBagCollection):
         weights: Tensor = kernel.split_embedding_weights()[int(number)]
         return weights
 
-    def _evict(self, evictions_per_table: Mapping[str, Tensor | None]) -> None:
-        values = dict(self.values())
-        for table, rows in evictions_per_table.items():
-            if rows is not None and len(rows):
-                self._begin_rows(table, rows, values[table].values_of(rows))
-
     @torch.no_grad()
+    def _evict(self, evictions_per_table: Mapping[str, Tensor | None]) -> None:
+        """Called before each look-up: new values begin, and the row of those without one is 0, whatever gradients it had."""
+        for table, values in self.values():
+            rows, weights = evictions_per_table[table], self.weight(table)
+            for start in range(0, 0 if rows is None else len(rows), CHUNK_ROWS):
+                assert rows is not None
+                self._begin_rows(table, rows[start : start + CHUNK_ROWS], values.given[start : start + CHUNK_ROWS])
+            weights[-1] = 0
+
     def _begin_rows(self, table: str, rows: Tensor, values: Tensor) -> None:
         kernel, number = self._table_to_tbe_and_index[table]
         weights, (seed, std) = self.weight(table), self.begin

@@ -1,7 +1,7 @@
 """The rows of managed tables, taken from a checkpoint that dealt them out otherwise: to other ranks, or in a table of another size.
 
 Each rank looks for the values of its range, and reads their rows. Where they are more than its rows, those met the longest ago are left
-out. What values without a row shared on each rank of before becomes its mean.
+out.
 """
 
 from __future__ import annotations
@@ -50,11 +50,10 @@ def take_rows(stored: StoredTensors, tables: ShardedManagedTables, table: str, r
         buffer[: len(taken)] = torch.from_numpy(np.asarray(kept, np.int64))
     rows._current_iter_tensor.copy_(stored.whole(_name(stored, table, "_current_iter_tensor")))
     weight, weight_name = tables.weight(table), _weight_name(stored, table)
-    shared = [part.offsets[0] + len(part.values) - 1 for part in stored.parts(weight_name)]
-    _copy(weight, places[taken], shared, stored, weight_name)
+    _copy(weight, places[taken], stored, weight_name)
     for kind, state in states.items():
         ((tensor, _),) = held(state)
-        _copy(tensor, places[taken], shared, stored, f"optimizer.state.tables.{weight_name.removeprefix('model.')}.{kind}")
+        _copy(tensor, places[taken], stored, f"optimizer.state.tables.{weight_name.removeprefix('model.')}.{kind}")
     return len(taken), len(values) - len(taken)
 
 
@@ -71,8 +70,8 @@ def _of_range(stored: StoredTensors, table: str, rank: int, ranks: int) -> list[
     return [np.concatenate(each) for each in zip(*found, strict=True)]
 
 
-def _copy(target: Tensor, places: Int64s, shared: list[int], stored: StoredTensors, name: str) -> None:
-    """The first rows of `target` from these of a stored tensor, the last from the mean of those that were shared; 0 between."""
+def _copy(target: Tensor, places: Int64s, stored: StoredTensors, name: str) -> None:
+    """The first rows of `target` from these of a stored tensor; the others are 0."""
     target.zero_()
     for part in stored.parts(name):
         start = part.offsets[0]
@@ -80,8 +79,6 @@ def _copy(target: Tensor, places: Int64s, shared: list[int], stored: StoredTenso
         rows = rows[np.argsort(places[rows])]  # a file is read from its beginning to its end
         for piece in (rows[low : low + CHUNK_ROWS] for low in range(0, len(rows), CHUNK_ROWS)):
             target[torch.from_numpy(piece).to(target.device)] = torch.from_numpy(part.values[places[piece] - start]).to(target.device)
-        for row in (row for row in shared if start <= row < start + len(part.values)):
-            target[-1] += torch.from_numpy(np.array(part.values[row - start])).to(target.device) / len(shared)
 
 
 def _name(stored: StoredTensors, table: str, buffer: str) -> str:
