@@ -18,8 +18,8 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
-from torchrec.modules.mc_modules import LRU_EvictionPolicy
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.modules.mc_modules import LRU_EvictionPolicy, MCHManagedCollisionModule
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from escm2rec.config import parse_config
 from escm2rec.errors import ConfigError, DataError, RunError
@@ -491,3 +491,23 @@ def test_steps_that_calibrate_give_no_rows(world: _World) -> None:
     world.rows.gives = False
     assert torch.equal(world.step([1]), torch.zeros(1, DIM))
     assert world.held() == set()
+
+
+@pytest.mark.parametrize("rows", [4, 13, 70])
+def test_values_are_chosen_by_the_rule_of_torchrec(rows: int) -> None:
+    """Its own module, given the same steps, keeps the same values at every step, met in the same."""
+    cpu, draws = torch.device("cpu"), torch.Generator().manual_seed(rows)
+    ours, theirs = (kind(rows, cpu, LRU_EvictionPolicy(), 1, 1 << 62, buckets=1) for kind in (ValueRows, MCHManagedCollisionModule))
+    given_up = 0
+    for _ in range(60):
+        values = (60 * torch.rand(20, generator=draws) ** 2).long() + 100
+        before = set(ours._mch_sorted_raw_ids.tolist())
+        found = [each({"table": JaggedTensor(values, lengths=torch.ones(20, dtype=torch.int32))})["table"] for each in (ours, theirs)]
+        assert torch.equal(ours._mch_sorted_raw_ids, theirs._mch_sorted_raw_ids)
+        taken = int(ours.num_taken())
+        assert torch.equal(ours._mch_last_access_iter[:taken], theirs._mch_last_access_iter[:taken])
+        assert torch.equal(*(each.values() == rows - 1 for each in found)), "the same have none"
+        given_up += len(before - set(ours._mch_sorted_raw_ids.tolist()) - {FREE})
+        for each in (ours, theirs):
+            each.evict()
+    assert given_up > 60 if rows < 60 else given_up == 0
