@@ -8,7 +8,8 @@ three towers 3,328-128-64-1, global batches of 8,192 and 65,536, in float32 and 
 
 bare: TorchRec's pipeline over batches that lie in memory, no metrics. metrics: `train` over those batches. parquet: `train` from Parquet.
 checkpoint: that, and one checkpoint begun half way (`checkpoint_s`: how much longer than the `parquet` of its round; `written_s`: until
-it was whole). They run in turn in the same processes; a ratio is of the rows/s of one round. On a GPU also what the tables must move a
+it was whole). They run in turn, every other round backwards, in the same processes; a ratio is of the rows/s of one round. On a machine
+whose speed changes by the minute many rounds of few steps say more (`--steps 40 --rounds 15 --no-checkpoint`). On a GPU also what the tables must move a
 step, at the least (rows that are looked up: read, and read and written by the optimizer, once each; pooled outputs and their gradients:
 written and read once), as a share of what a copy moves in that time; and the kernels that take longest. Prints one JSON object.
 """
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def work(data: Path, shape: Shape, batch: int, precision: str, rounds: int, kind
         trainer = FedTrainer(config_of(shape, batch, precision), Dataset.open(data), Path(out), runtime)
         turns = Rounds(trainer, Path(out))
         turns.bare(5)  # warm-up
-        seconds = [{name: turns.seconds_of(getattr(turns, name)) for name in kinds} for _ in range(rounds)]
+        seconds = [{name: turns.seconds_of(getattr(turns, name)) for name in kinds[:: -1 if at % 2 else 1]} for at in range(rounds)]
         rows = trainer.reader.num_rows * shape.epochs
         result = {
             "ranks": runtime.world_size,
@@ -180,6 +181,7 @@ def work(data: Path, shape: Shape, batch: int, precision: str, rounds: int, kind
             **{f"{name}_rows_per_s": [round(rows / each[name]) for each in seconds] for name in kinds},
             "metrics_of_bare": _median([each["bare"] / each["metrics"] for each in seconds]),
             "parquet_of_bare": _median([each["bare"] / each["parquet"] for each in seconds]),
+            "parquet_of_bare_by_round": [round(each["bare"] / each["parquet"], 3) for each in seconds],
             "parquet_of_metrics": _median([each["metrics"] / each["parquet"] for each in seconds]),
         }
         if "checkpoint" in kinds:
@@ -241,11 +243,14 @@ def _median(values: list[float]) -> float:
     return round(statistics.median(values), 3)
 
 
-def launch(ranks: int, data: Path, name: str, batch: int, precision: str, rounds: int, kinds: Sequence[str]) -> dict[str, Any]:
+def launch(
+    ranks: int, data: Path, name: str, steps: int | None, batch: int, precision: str, rounds: int, kinds: Sequence[str]
+) -> dict[str, Any]:
     """Start this file on so many ranks; its result."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     told = ["--worker", str(data), "--shape", name, "--batch", str(batch), "--precision", precision, "--rounds", str(rounds)]
     told += [] if "checkpoint" in kinds else ["--no-checkpoint"]
+    told += [] if steps is None else ["--steps", str(steps)]
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     command = [sys.executable, *start, "-m", "benchmarks.train", *told]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
@@ -260,12 +265,15 @@ def main() -> None:
     options.add_argument("--shape", choices=SHAPES, default="reference")
     options.add_argument("--ranks", type=int, nargs="+")
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--steps", type=int, help="of the smallest batch, an epoch; those of the shape otherwise")
     options.add_argument("--batch", type=int, nargs="+")
     options.add_argument("--precision", nargs="+")
     options.add_argument("--no-checkpoint", action="store_true", help="leave out the checkpoints, which take longest")
     options.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = options.parse_args()
     shape = SHAPES[arguments.shape]
+    if arguments.steps is not None:
+        shape = replace(shape, rows=arguments.steps * shape.batches[0])
     batches, precisions = arguments.batch or shape.batches, arguments.precision or shape.precisions
     kinds = KINDS[:-1] if arguments.no_checkpoint else KINDS
     if arguments.worker is not None:
@@ -276,7 +284,7 @@ def main() -> None:
         data = Path(folder) / "data"
         write_reference_data(data, shape.rows, schema=shape.schema)
         results = [
-            launch(ranks, data, arguments.shape, batch, precision, arguments.rounds, kinds)
+            launch(ranks, data, arguments.shape, arguments.steps, batch, precision, arguments.rounds, kinds)
             for ranks in arguments.ranks or ([1] if gpus == 1 else [1, 2])
             for batch in batches
             for precision in precisions

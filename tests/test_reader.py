@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -453,6 +454,26 @@ sys.exit(3)
 
 
 @pytest.mark.parametrize(("how", "left"), [("full", 0), ("closed", 0), ("stuck", 1)])
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux alone")
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_a_reader_on_cores_gives_way_to_the_step(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, pin_memory: bool) -> None:
+    """By the priority of its thread, and of those that it starts; one that feeds a GPU keeps its own, and so does the caller."""
+    seen: set[int] = set()
+
+    def decode_and_look(*args: Any, **options: Any) -> Columns:
+        seen.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return decode(*args, **options)
+
+    monkeypatch.setattr(reader_module, "decode", decode_and_look)
+    monkeypatch.setattr(reader_module, "assemble", lambda slices, schema, rows, pin_memory: assemble(slices, schema, rows))
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    for threads in (1, 2):
+        seen.clear()
+        assert list(Reader(dataset, "train", 500, decode_threads=threads, pin_memory=pin_memory).epoch(0))
+        assert seen == {own if pin_memory else min(19, own + reader_module.NICENESS)}
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+
+
 def test_a_program_that_leaves_a_reader_in_the_middle_ends(how: str, left: int) -> None:
     """Its thread is waited for: dropped in the middle of Arrow's code it aborted about one process in five. But not for ever."""
     done = subprocess.run([sys.executable, "-c", LEAVING, how], capture_output=True, text=True, timeout=60, check=False)
