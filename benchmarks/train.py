@@ -9,9 +9,11 @@ three towers 3,328-128-64-1, global batches of 8,192 and 65,536, in float32 and 
 bare: TorchRec's pipeline over batches that lie in memory, no metrics. metrics: `train` over those batches. parquet: `train` from Parquet.
 checkpoint: that, and one checkpoint begun half way (`checkpoint_s`: how much longer than the `parquet` of its round; `written_s`: until
 it was whole). They run in turn, every other round backwards, in the same processes; a ratio is of the rows/s of one round. On a machine
-whose speed changes by the minute many rounds of few steps say more (`--steps 40 --rounds 15 --no-checkpoint`). On a GPU also what the tables must move a
-step, at the least (rows that are looked up: read, and read and written by the optimizer, once each; pooled outputs and their gradients:
-written and read once), as a share of what a copy moves in that time; and the kernels that take longest. Prints one JSON object.
+whose speed changes by the minute many rounds of few steps say more (`--steps 40 --rounds 15 --no-checkpoint`).
+
+On a GPU also what the tables must move a step, at the least (rows that are looked up: read, and read and written by the optimizer, once
+each; pooled outputs and their gradients: written and read once), as a share of what a copy moves in that time; and the kernels that take
+longest. Prints one JSON object.
 """
 
 from __future__ import annotations

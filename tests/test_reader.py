@@ -453,7 +453,6 @@ sys.exit(3)
 """
 
 
-@pytest.mark.parametrize(("how", "left"), [("full", 0), ("closed", 0), ("stuck", 1)])
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux alone")
 @pytest.mark.parametrize("pin_memory", [False, True])
 def test_a_reader_on_cores_gives_way_to_the_step(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, pin_memory: bool) -> None:
@@ -474,6 +473,7 @@ def test_a_reader_on_cores_gives_way_to_the_step(dataset: Dataset, monkeypatch: 
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
 
+@pytest.mark.parametrize(("how", "left"), [("full", 0), ("closed", 0), ("stuck", 1)])
 def test_a_program_that_leaves_a_reader_in_the_middle_ends(how: str, left: int) -> None:
     """Its thread is waited for: dropped in the middle of Arrow's code it aborted about one process in five. But not for ever."""
     done = subprocess.run([sys.executable, "-c", LEAVING, how], capture_output=True, text=True, timeout=60, check=False)
