@@ -9,7 +9,8 @@ three towers 3,328-128-64-1, global batches of 8,192 and 65,536, in float32 and 
 bare: TorchRec's pipeline over batches that lie in memory, no metrics. metrics: `train` over those batches. parquet: `train` from Parquet.
 checkpoint: that, and one checkpoint begun half way (`checkpoint_s`: how much longer than the `parquet` of its round; `written_s`: until
 it was whole). They run in turn, every other round backwards, in the same processes; a ratio is of the rows/s of one round. On a machine
-whose speed changes by the minute many rounds of few steps say more (`--steps 40 --rounds 15 --no-checkpoint`).
+whose speed changes by the minute many rounds of few steps say more (`--steps 60 --rounds 12 --no-checkpoint`). What a round begins with
+would then weigh in: `step_*` are of the steps after the first 5 alone, mean and median.
 
 On a GPU also what the tables must move a step, at the least (rows that are looked up: read, and read and written by the optimizer, once
 each; pooled outputs and their gradients: written and read once), as a share of what a copy moves in that time; and the kernels that take
@@ -30,8 +31,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
@@ -44,12 +46,14 @@ from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import Schema
 from escm2rec.sharding.runtime import Runtime, distributed_runtime
+from escm2rec.training import trainer as trainer_module
 from escm2rec.training.checkpoint import Checkpoints
 from escm2rec.training.owner import Owner
 from escm2rec.training.trainer import Trainer
 
 KINDS = ("bare", "metrics", "parquet", "checkpoint")
 PROFILED_STEPS, KERNELS = 10, 12
+FIRST_STEPS = 5  # of an epoch: while its first batches are read
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,27 @@ class _InTheMiddle(Checkpoints):
         self._writing.add_done_callback(lambda _: self.written_s.append(time.perf_counter() - began))
 
 
+class ClockedPipeline(TrainPipelineSparseDist):
+    """Notes when each step was done."""
+
+    ends: ClassVar[list[float]] = []
+
+    def progress(self, dataloader_iter: Iterator[Batch]) -> Any:
+        """As TorchRec's."""
+        done = super().progress(dataloader_iter)
+        self.ends.append(time.perf_counter())
+        return done
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of an epoch; a step's, s, of those after the first few."""
+
+    seconds: float
+    step_mean: float
+    step_median: float
+
+
 class Rounds:
     """One epoch after another of one trainer, each fed in its way."""
 
@@ -123,19 +148,21 @@ class Rounds:
         self.batches = list(trainer.reader.epoch(0))
         self.written_s: list[float] = []
 
-    def seconds_of(self, epoch: Callable[[], None]) -> float:
+    def time_of(self, epoch: Callable[[], None]) -> Times:
         """How long an epoch took, on all ranks."""
         self.trainer.step = 0
+        ClockedPipeline.ends = []
         self._synchronise()
         began = time.perf_counter()
         epoch()
         self._synchronise()
-        return time.perf_counter() - began
+        steps = np.diff(ClockedPipeline.ends[FIRST_STEPS - 1 : self.trainer.total_steps])
+        return Times(time.perf_counter() - began, float(steps.mean()), float(np.median(steps)))
 
     def bare(self, steps: int | None = None) -> None:
         """TorchRec's pipeline alone."""
         trainer = self.trainer
-        pipeline = TrainPipelineSparseDist(trainer.module, trainer.optimizer, self.runtime.device, execute_all_batches=True)
+        pipeline = ClockedPipeline(trainer.module, trainer.optimizer, self.runtime.device, execute_all_batches=True)
         source = iter(self.batches[:steps] if steps is not None else self.batches * trainer.config.training.epochs)
         with contextlib.suppress(StopIteration):
             while True:
@@ -168,11 +195,13 @@ class Rounds:
 
 def work(data: Path, shape: Shape, batch: int, precision: str, rounds: int, kinds: Sequence[str]) -> None:
     """One rank: rounds of all in turn; rank 0 prints the result."""
+    trainer_module.TrainPipelineSparseDist = ClockedPipeline  # type: ignore[attr-defined]
     with distributed_runtime() as runtime, tempfile.TemporaryDirectory() as out:
         trainer = FedTrainer(config_of(shape, batch, precision), Dataset.open(data), Path(out), runtime)
         turns = Rounds(trainer, Path(out))
         turns.bare(5)  # warm-up
-        seconds = [{name: turns.seconds_of(getattr(turns, name)) for name in kinds[:: -1 if at % 2 else 1]} for at in range(rounds)]
+        timed = [{name: turns.time_of(getattr(turns, name)) for name in kinds[:: -1 if at % 2 else 1]} for at in range(rounds)]
+        seconds = [{name: times.seconds for name, times in each.items()} for each in timed]
         rows = trainer.reader.num_rows * shape.epochs
         result = {
             "ranks": runtime.world_size,
@@ -183,8 +212,8 @@ def work(data: Path, shape: Shape, batch: int, precision: str, rounds: int, kind
             **{f"{name}_rows_per_s": [round(rows / each[name]) for each in seconds] for name in kinds},
             "metrics_of_bare": _median([each["bare"] / each["metrics"] for each in seconds]),
             "parquet_of_bare": _median([each["bare"] / each["parquet"] for each in seconds]),
-            "parquet_of_bare_by_round": [round(each["bare"] / each["parquet"], 3) for each in seconds],
             "parquet_of_metrics": _median([each["metrics"] / each["parquet"] for each in seconds]),
+            **_steps_against_bare(timed),
         }
         if "checkpoint" in kinds:
             longer = [each["checkpoint"] - each["parquet"] for each in seconds]
@@ -194,6 +223,17 @@ def work(data: Path, shape: Shape, batch: int, precision: str, rounds: int, kind
             result |= gpu_facts(turns, shape.dim, min(each["bare"] for each in seconds) / trainer.total_steps)
         if runtime.is_main:
             print("RESULT " + json.dumps(result), flush=True)
+
+
+def _steps_against_bare(timed: list[dict[str, Times]]) -> dict[str, Any]:
+    """A step of the bare pipeline over one of the others, by the mean of a round's steps and by their median."""
+    found: dict[str, Any] = {"step_bare_ms": [round(1e3 * each["bare"].step_mean, 1) for each in timed]}
+    for name in ("metrics", "parquet"):
+        means = [each["bare"].step_mean / each[name].step_mean for each in timed]
+        found[f"step_{name}_of_bare"] = _median(means)
+        found[f"step_{name}_of_bare_by_round"] = [round(each, 3) for each in means]
+        found[f"step_{name}_of_bare_by_medians"] = _median([each["bare"].step_median / each[name].step_median for each in timed])
+    return found
 
 
 def gpu_facts(turns: Rounds, dim: int, step_s: float) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The planner laboratory: which plan, for which cluster, without either."""

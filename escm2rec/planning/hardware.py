@@ -1,0 +1,79 @@
+"""What one node of a cluster is made of: `hardware.yaml`, and entries of one's own in the same form."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from escm2rec.errors import ConfigError
+
+BUILT_IN = Path(__file__).with_name("hardware.yaml")
+
+
+class Hardware(BaseModel):
+    """A rank's device, and the node that it is in. GB/s are 10^9 bytes a second, in one direction; GiB are 2^30 bytes.
+
+    `host_*` are of a whole node, whose ranks share them alike; everything else is one rank's. Cores (`device: cpu`) have the host's memory
+    alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: Literal["cuda", "cpu"]
+    memory_gib: float = Field(0.0, ge=0)
+    memory_gb_per_s: float = Field(0.0, ge=0)
+    host_memory_gib: float = Field(gt=0)
+    host_memory_gb_per_s: float = Field(gt=0)
+    host_link_gb_per_s: float = Field(32.0, gt=0)  # between the device and the host's memory
+    intra_node_gb_per_s: float = Field(gt=0)
+    inter_node_gb_per_s: float = Field(gt=0)
+    price_per_hour: float | None = Field(None, ge=0)  # of one rank
+    sources: tuple[str, ...] = ()
+
+    @classmethod
+    def numbers(cls) -> list[str]:
+        """Fields that a cluster may override."""
+        return [name for name in cls.model_fields if name not in ("device", "sources")]
+
+
+@cache
+def hardware_table(own: Path | None = None) -> dict[str, Hardware]:
+    """Entries by name, those of the file `own` before the built-in ones; ConfigError where it is none."""
+    table = _read(BUILT_IN)
+    return table if own is None else table | _read(own)
+
+
+def find_hardware(name: str, own: Path | None = None) -> Hardware:
+    """The entry of a name; ConfigError with the nearest names where there is none."""
+    table = hardware_table(own)
+    if name in table:
+        return table[name]
+    near = get_close_matches(name, table, n=3, cutoff=0.4) or sorted(table)
+    raise ConfigError(
+        f"no hardware {name!r}; the nearest are {', '.join(near)}",
+        "escm2rec plan hardware lists all; add an entry of your own with --hardware FILE.yaml",
+    )
+
+
+def _read(path: Path) -> dict[str, Hardware]:
+    try:
+        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--hardware {path} cannot be read: {error}", f"write it as {BUILT_IN.name} of the package is written") from error
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"--hardware {path} holds no entries by name", "write NAME: {device: cuda, memory_gib: 80, ...}")
+    table = {}
+    for name, entry in tree.items():
+        try:
+            table[str(name)] = hardware = Hardware.model_validate(entry)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'the entry'}: {each['msg']}" for each in error.errors())
+            raise ConfigError(f"--hardware {path}, entry {name!r}: {wrong}", f"fields are {', '.join(Hardware.model_fields)}") from error
+        if hardware.device == "cuda" and not (hardware.memory_gib and hardware.memory_gb_per_s):
+            raise ConfigError(f"--hardware {path}, entry {name!r}: a GPU needs memory_gib and memory_gb_per_s", "add them")
+    return table

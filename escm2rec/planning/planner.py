@@ -1,0 +1,146 @@
+"""A plan for tables on a cluster, by TorchRec's planner with our search in it, or with its own."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.proposers import DynamicProgrammingProposer, GreedyProposer, GridSearchProposer, UniformProposer
+from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
+from torchrec.distributed.planner.types import PlannerError, Proposer, ShardingOption
+from torchrec.distributed.types import ModuleSharder
+
+from escm2rec.config import SparseOptimizer
+from escm2rec.planning.bound import lower_bound
+from escm2rec.planning.cluster import Cluster
+from escm2rec.planning.enumerator import TYPES, Enumerator
+from escm2rec.planning.options import Floats, Options, rooms_of
+from escm2rec.planning.partitioner import Partitioning
+from escm2rec.planning.proposer import Pricing
+from escm2rec.planning.tables import Table, Tables, constraints_of
+
+PlannerName = Literal["priced", "torchrec", "greedy", "uniform", "grid", "dynamic"]
+KERNELS = {"cuda": ["fused", "fused_uvm", "fused_uvm_caching", "dense"], "cpu": ["fused", "dense"]}
+RESERVED = 0.15  # of a GPU's memory, beside what is counted
+
+
+class AnyType(EmbeddingBagCollectionSharder):
+    """Offers all types on cores too, where TorchRec runs them; constraints say which are meant."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """All of them."""
+        return list(TYPES)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is asked for; `allowed` gives the sharding types of single tables, '*' those of the others."""
+
+    tables: Sequence[Table]
+    cluster: Cluster
+    batch_size: int  # impressions a rank and step
+    optimizer: SparseOptimizer = "rowwise_adagrad"
+    planner: PlannerName = "priced"
+    allowed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    kernels: Sequence[str] | None = None
+    model: nn.Module | None = None  # that holds the tables, with what else takes memory; the tables alone where it is None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a planner found: the options that it took, with ranks, and what it had to choose from. No options: nothing fits."""
+
+    request: Request
+    chosen: list[ShardingOption] | None
+    search_space: list[ShardingOption]
+    rooms: Floats  # bytes that each rank has for tables, [ranks, 3]: of the device, the host, a disk
+    bound: float  # ms that the slowest rank takes at the least
+    seconds: float
+    error: PlannerError | None = None
+
+
+def find_plan(request: Request) -> Planned:
+    """Search. It takes a second for a hundred tables and half a minute for a thousand on 128 ranks."""
+    began = time.perf_counter()
+    topology = request.cluster.topology()
+    constraints = {table.name: constraints_of(table, types_of(request, table.name), kernels_of(request)) for table in request.tables}
+    module = request.model if request.model is not None else Tables(list(request.tables), request.optimizer)
+    sharders: list[ModuleSharder[nn.Module]] = [AnyType()]
+    enumerator = (Enumerator if request.planner == "priced" else EmbeddingEnumerator)(topology, request.batch_size, constraints)
+    reservation, keeper = HeuristicalStorageReservation(percentage=RESERVED), _Keeper()
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=request.batch_size,
+        constraints=constraints,
+        enumerator=enumerator,
+        proposer=_proposers(request.planner),
+        partitioner=Partitioning() if request.planner == "priced" else None,
+        storage_reservation=reservation,
+        stats=[],
+        callbacks=[keeper.keep],
+    )
+    error = None
+    with _quietly():
+        try:
+            planner.plan(module, sharders)
+        except PlannerError as raised:
+            error = raised
+    reserved = reservation.last_reserved_topology
+    space = enumerator.last_stored_search_space or []
+    rooms = rooms_of(reserved if reserved is not None else topology)
+    bound = lower_bound(Options.of(space), rooms)
+    return Planned(request, keeper.chosen, space, rooms, bound, time.perf_counter() - began, error)
+
+
+def types_of(request: Request, table: str) -> list[str]:
+    """Sharding types that a table may have."""
+    default = [each for each in TYPES if each != "grid_shard"]
+    return list(request.allowed.get(table, request.allowed.get("*", default)))
+
+
+def kernels_of(request: Request) -> list[str]:
+    """Kernels that tables may have."""
+    return list(request.kernels) if request.kernels is not None else KERNELS[request.cluster.hardware.device]
+
+
+class _Keeper:
+    """Takes the options of the plan that the planner has settled on."""
+
+    def __init__(self) -> None:
+        self.chosen: list[ShardingOption] | None = None
+
+    def keep(self, plan: list[ShardingOption]) -> list[ShardingOption]:
+        self.chosen = plan
+        return plan
+
+
+def _proposers(name: PlannerName) -> list[Proposer] | None:
+    """None stands for TorchRec's own four."""
+    return {
+        "priced": [Pricing()],
+        "torchrec": None,
+        "greedy": [GreedyProposer()],
+        "uniform": [UniformProposer()],
+        "grid": [GridSearchProposer()],
+        "dynamic": [DynamicProgrammingProposer()],
+    }[name]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """TorchRec's planner tells at length what it does."""
+    logger = logging.getLogger("torchrec")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
