@@ -135,6 +135,9 @@ def train(
     data: DataFolder,
     out: Annotated[Path, typer.Option("--out", help="Folder for the run: config, plan, metrics, checkpoints.", show_default=False)],
     overrides: Overrides = [],  # noqa: B006
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Shard as this plan of escm2rec plan says, its file or folder.", show_default=False)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --out, if any.")] = False,
     overwrite: Overwrite = False,
     profile: Annotated[bool, typer.Option("--profile", help="Trace some steps: --out/profile tells where their time goes.")] = False,
@@ -159,6 +162,8 @@ def train(
     from escm2rec.paths import data_path
     from escm2rec.training.train import train
 
+    if plan is not None:
+        overrides = [*overrides, f"training.plan={plan.absolute()}"]
     return train(load_config(config, overrides), data_path(data), out, resume, overwrite, profile, warm_start, copy_to)
 
 

@@ -759,6 +759,17 @@ class TrainingConfig(Section):
         description="Sharding forced per feature's table ('*' for all); the planner chooses for the rest. data_parallel: every rank holds all of it. Managed tables are always row_wise.",
     )
 
+    plan: str | None = Field(
+        None,
+        description="A plan.json that escm2rec plan wrote, or its folder: tables are sharded as it says. `train --plan` sets it.",
+    )
+
+    @model_validator(mode="after")
+    def _plan_decides(self) -> Self:
+        if self.plan is not None and self.sharding:
+            raise ValueError("plan says how every table is sharded, and sharding says so of some: leave one of them out")
+        return self
+
     @model_validator(mode="after")
     def _mlflow_is_no_secret(self) -> Self:
         if self.mlflow_experiment is not None and self.mlflow is None:

@@ -14,7 +14,6 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import DynamicProgrammingProposer, GreedyProposer, GridSearchProposer, UniformProposer
-from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
 from torchrec.distributed.planner.types import PlannerError, Proposer, ShardingOption
 from torchrec.distributed.types import ModuleSharder
 
@@ -25,11 +24,11 @@ from escm2rec.planning.enumerator import TYPES, Enumerator
 from escm2rec.planning.options import Floats, Options, rooms_of
 from escm2rec.planning.partitioner import Partitioning
 from escm2rec.planning.proposer import Pricing
+from escm2rec.planning.reservation import Reservation, beside_shards
 from escm2rec.planning.tables import Table, Tables, constraints_of
 
 PlannerName = Literal["priced", "torchrec", "greedy", "uniform", "grid", "dynamic"]
 KERNELS = {"cuda": ["fused", "fused_uvm", "fused_uvm_caching", "dense"], "cpu": ["fused", "dense"]}
-RESERVED = 0.15  # of a GPU's memory, beside what is counted
 
 
 class AnyType(EmbeddingBagCollectionSharder):
@@ -51,7 +50,13 @@ class Request:
     planner: PlannerName = "priced"
     allowed: Mapping[str, Sequence[str]] = field(default_factory=dict)
     kernels: Sequence[str] | None = None
-    model: nn.Module | None = None  # that holds the tables, with what else takes memory; the tables alone where it is None
+    dense_bytes: int = 0  # of what is no table, with its gradients and its optimizer's state, on each rank
+
+    @property
+    def beside_shards(self) -> dict[str, int]:
+        """Bytes of each rank that no shard takes, by part."""
+        ids = sum(table.pooling_factor * table.features for table in self.tables) * self.batch_size
+        return beside_shards(ids, self.dense_bytes, self.cluster.hardware.device, self.cluster.device_bytes)
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,21 @@ class Planned:
     seconds: float
     error: PlannerError | None = None
 
+    @property
+    def tables(self) -> dict[str, Table]:
+        """Those of the request, by name."""
+        return {table.name: table for table in self.request.tables}
+
 
 def find_plan(request: Request) -> Planned:
     """Search. It takes a second for a hundred tables and half a minute for a thousand on 128 ranks."""
     began = time.perf_counter()
     topology = request.cluster.topology()
     constraints = {table.name: constraints_of(table, types_of(request, table.name), kernels_of(request)) for table in request.tables}
-    module = request.model if request.model is not None else Tables(list(request.tables), request.optimizer)
+    module = Tables(list(request.tables), request.optimizer)
     sharders: list[ModuleSharder[nn.Module]] = [AnyType()]
     enumerator = (Enumerator if request.planner == "priced" else EmbeddingEnumerator)(topology, request.batch_size, constraints)
-    reservation, keeper = HeuristicalStorageReservation(percentage=RESERVED), _Keeper()
+    reservation, keeper = Reservation(sum(request.beside_shards.values())), _Keeper()
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=request.batch_size,
@@ -93,9 +103,8 @@ def find_plan(request: Request) -> Planned:
             planner.plan(module, sharders)
         except PlannerError as raised:
             error = raised
-    reserved = reservation.last_reserved_topology
     space = enumerator.last_stored_search_space or []
-    rooms = rooms_of(reserved if reserved is not None else topology)
+    rooms = rooms_of(reservation.reserve(topology, request.batch_size, module, sharders))
     bound = lower_bound(Options.of(space), rooms)
     return Planned(request, keeper.chosen, space, rooms, bound, time.perf_counter() - began, error)
 

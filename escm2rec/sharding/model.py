@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from escm2rec.config import SparseOptimizer
 from escm2rec.errors import ConfigError
+from escm2rec.sharding.followed import follow
 from escm2rec.sharding.initialise import initialise_tables
 from escm2rec.sharding.managed import sharded_managed
 from escm2rec.sharding.planner import plan_tables, sharders
@@ -58,12 +60,14 @@ def shard_model(
     forced: Mapping[str, str],
     in_bfloat16: bool,
     in_half_bytes: bool = False,
+    followed: Path | None = None,
 ) -> ShardedModel:
     """Shard `module`, whose tables are on the meta device and whose dense part is alike on all ranks.
 
     Tables take `optimizer` inside the backward pass, but for `whole_tables`, which take none here; ConfigError where this device has none
     such. `in_bfloat16` says that tables on a GPU hand on what they pool in bfloat16, and are handed gradients in it (they add in float32);
-    FBGEMM's tables on a CPU cannot. With `in_half_bytes` ranks send each other 16 bits for a number.
+    FBGEMM's tables on a CPU cannot. With `in_half_bytes` ranks send each other 16 bits for a number. `followed` is a plan that was made
+    before; else one is made here, with sharding types `forced`.
     """
     embeddings = [parameter for name, parameter in module.named_parameters() if ".embedding_bags." in name]
     kind, on_cpu = OPTIMIZERS[optimizer]
@@ -74,8 +78,14 @@ def shard_model(
         )
     apply_optimizer_in_backward(kind, embeddings, {"lr": learning_rate})
     in_bfloat16 = in_bfloat16 and runtime.device.type == "cuda"
-    ranks = (runtime.world_size, runtime.local_world_size, runtime.device.type, runtime.memory_bytes())
-    plan = on_main(runtime, lambda: plan_tables(module, tables, forced, *ranks, max(1, local_batch_size), in_bfloat16))
+    ranks = runtime.world_size, runtime.local_world_size, runtime.device.type
+
+    def plan_them() -> ShardingPlan:
+        if followed is not None:
+            return follow(followed, module, *ranks)
+        return plan_tables(module, tables, forced, *ranks, runtime.memory_bytes(), max(1, local_batch_size), in_bfloat16)
+
+    plan = on_main(runtime, plan_them)
     sharded = DistributedModelParallel(
         module,
         env=ShardingEnv.from_process_group(runtime.group),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -141,8 +142,8 @@ def build_model(
     return Escm2Model(schema.tables, embeddings, head)
 
 
-def shard(module: nn.Module, schema: Schema, config: Config, runtime: Runtime) -> ShardedModel:
-    """Shard a module that holds the model over the ranks of this job, as the config says."""
+def shard(module: nn.Module, schema: Schema, config: Config, runtime: Runtime, followed: Path | None = None) -> ShardedModel:
+    """Shard a module that holds the model over the ranks of this job, by a plan that was made before or as the config says."""
     training = config.training
     return shard_model(
         module,
@@ -156,6 +157,7 @@ def shard(module: nn.Module, schema: Schema, config: Config, runtime: Runtime) -
         forced=training.sharding,
         in_bfloat16=training.in_bfloat16,
         in_half_bytes=training.communication == "half",
+        followed=followed,
     )
 
 

@@ -24,7 +24,7 @@ FREE_SETTINGS = tuple(
     f"training.{name}"
     for name in (
         *("epochs", "checkpoint_every", "keep_checkpoints", "evaluate_every", "keep_best", "early_stopping", "log_every"),
-        *("max_skipped_steps", "prefetch_batches", "decode_threads", "sharding", "mlflow"),
+        *("max_skipped_steps", "prefetch_batches", "decode_threads", "sharding", "plan", "mlflow"),
     )
 )
 """What may change when a run is resumed."""

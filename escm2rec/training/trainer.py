@@ -106,7 +106,7 @@ class Trainer:
         model = TrainingModel(
             build_model(dataset.schema, config.model, config.objective, self.rates, training.seed, training.in_bfloat16), self.loss
         )
-        sharded = shard(model, dataset.schema, config, runtime)
+        sharded = shard(model, dataset.schema, config, runtime, None if training.plan is None else Path(training.plan))
         self.module: DistributedModelParallel = sharded.module
         self.plan = {"world_size": runtime.world_size, **plan_as_json(sharded.plan)}
         if runtime.device.type == "cpu":

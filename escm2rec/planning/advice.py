@@ -1,0 +1,92 @@
+"""Where no plan fits: by how much, because of which tables, and what would make one fit, each change tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from escm2rec.errors import RunError
+from escm2rec.planning.options import Options
+from escm2rec.planning.planner import KERNELS, Planned, Request, find_plan
+from escm2rec.planning.record import Record, record_of
+from escm2rec.planning.tables import Table
+
+LARGEST = 3  # tables that are named
+GIB = 2**30
+CHEAPER_DTYPES = {"fp32": ("bf16", "int8"), "fp16": ("int8",), "bf16": ("int8",), "int8": ()}
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A change, and the plan that it allows; None where it is not enough."""
+
+    change: str
+    record: Record | None
+
+    def __str__(self) -> str:
+        if self.record is None:
+            return f"not enough: {self.change}"
+        estimate = self.record["estimate"]
+        return f"fits: {self.change} ({estimate['step_ms']:.2f} ms a step, fullest rank {100 * estimate['fullest_share']:.0f}%)"
+
+
+def does_not_fit(planned: Planned) -> RunError:
+    """The error of a plan that was not found."""
+    tried = [Tried(change, _record(request)) for change, request in changes(planned.request)]
+    enough = [each for each in tried if each.record is not None]
+    hint = "\n".join(f"  {each}" for each in [*enough, *(each for each in tried if each.record is None)])
+    return RunError(_shortfall(planned), f"each of these was tried alone:\n{hint}")
+
+
+def changes(request: Request) -> Iterator[tuple[str, Request]]:
+    """Changes of a request that take less memory or give more, the least painful first."""
+    tables, cluster = list(request.tables), request.cluster
+    if request.optimizer not in ("rowwise_adagrad", "sgd"):
+        yield f"rowwise_adagrad instead of {request.optimizer}", replace(request, optimizer="rowwise_adagrad")
+    allowed = set(KERNELS[cluster.hardware.device])
+    if request.kernels is not None and not allowed <= set(request.kernels):
+        yield "any kernel, those in the host's memory too", replace(request, kernels=None)
+    if request.allowed:
+        yield "any sharding type for every table", replace(request, allowed={})
+    for dtype in ("bf16", "int8"):
+        if any(dtype in CHEAPER_DTYPES[table.dtype] for table in tables):
+            smaller = [table.model_copy(update={"dtype": dtype}) if dtype in CHEAPER_DTYPES[table.dtype] else table for table in tables]
+            yield f"weights in {dtype}", replace(request, tables=smaller)
+    if all(table.dimension % 8 == 0 for table in tables):
+        yield (
+            "half the dimension",
+            replace(request, tables=[table.model_copy(update={"dimension": table.dimension // 2}) for table in tables]),
+        )
+    largest = max(tables, key=lambda table: table.weight_bytes)
+    yield f"hashing the largest table, {largest.name}, to a quarter of its rows", replace(request, tables=_hashed(tables, {largest.name}))
+    top = {table.name for table in sorted(tables, key=lambda table: -table.weight_bytes)[: max(1, len(tables) // 10)]}
+    if len(top) > 1:
+        yield f"hashing the {len(top)} largest tables to a quarter of their rows", replace(request, tables=_hashed(tables, top))
+    for factor in (2, 4):
+        yield f"{factor} times the nodes", replace(request, cluster=replace(cluster, nodes=factor * cluster.nodes))
+
+
+def _hashed(tables: list[Table], names: set[str]) -> list[Table]:
+    return [table.model_copy(update={"rows": max(1, table.rows // 4)}) if table.name in names else table for table in tables]
+
+
+def _record(request: Request) -> Record | None:
+    planned = find_plan(request)
+    return None if planned.chosen is None else record_of(planned)
+
+
+def _shortfall(planned: Planned) -> str:
+    request, rooms = planned.request, planned.rooms
+    room = float(np.maximum(rooms[:, :2], 0).sum())
+    options = Options.of(planned.search_space)
+    least = np.full(options.num_tables, np.inf)
+    np.minimum.at(least, options.table, options.bytes[:, :2].sum(axis=1))
+    need = float(least.sum())
+    large = sorted(request.tables, key=lambda table: -table.weight_bytes)[:LARGEST]
+    named = ", ".join(f"{table.name} ({table.weight_bytes / GIB:,.1f} GiB)" for table in large)
+    said = f"no plan fits {request.cluster.name}: with their optimizer and outputs tables take {need / GIB:,.1f} GiB at the least, "
+    if need > room:
+        return f"{said}{(need - room) / GIB:,.1f} GiB more than all ranks have for them; the largest weights are {named}"
+    return f"{said}and all ranks have {room / GIB:,.1f} GiB, but no way was found to cut them so that each rank's share fits; the largest weights are {named}"
