@@ -6,26 +6,22 @@ result, from rank 0; everything else goes to stderr.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, ParamSpec
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from escm2rec import __version__
 from escm2rec.errors import ConfigError, Escm2Error
-from escm2rec.lineage import tell_trackers
-
-Result = dict[str, Any]
-P = ParamSpec("P")
+from escm2rec.planning.verbs import plan_app
+from escm2rec.verb import ConfigFile, DataFolder, Overrides, Overwrite, Result, RunFolder, names, rank, verb
 
 EXIT_UNEXPECTED = 1
 EXIT_USAGE = 2
@@ -37,28 +33,7 @@ SLOW_RANK = re.compile("Timed out waiting [0-9]+ms for (send|recv) operation|App
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 config_app = typer.Typer(help="Look at a config before it is used.", rich_markup_mode=None)
 app.add_typer(config_app, name="config")
-
-ConfigFile = Annotated[Path, typer.Option("--config", help="YAML config file.", show_default=False)]
-Overrides = Annotated[list[str], typer.Option("--set", help="Override a config key, as a.b=value; may be repeated.", metavar="KEY=VALUE")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
-DataFolder = Annotated[  # text, because a Path would make s3:/ of s3://
-    str, typer.Option("--data", help="Data set folder, as preprocess writes it, or its fsspec URL (s3://...).", show_default=False)
-]
-RunFolder = Annotated[str, typer.Option("--run", help="Run folder, as train writes it, or its fsspec URL (s3://...).", show_default=False)]
-
-
-def _verb(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Keep stdout for the result: what a library prints while the verb works goes to stderr. TorchX's trackers are told of the result."""
-
-    @functools.wraps(function)
-    def work(*args: P.args, **kwargs: P.kwargs) -> Result:
-        with contextlib.redirect_stdout(sys.stderr):
-            result = function(*args, **kwargs)
-            if _rank() == 0:
-                tell_trackers(function.__name__, kwargs, result)
-            return result
-
-    return work
+app.add_typer(plan_app, name="plan")
 
 
 @app.callback()
@@ -70,7 +45,7 @@ def _options(
 
 
 @app.command()
-@_verb
+@verb
 def simulate(
     out: Annotated[Path, typer.Option("--out", help="Folder for the simulated logs.", show_default=False)],
     impressions: Annotated[int, typer.Option("--impressions", min=1, help="How many impressions to draw.", show_default=False)],
@@ -93,7 +68,7 @@ def simulate(
 
 
 @app.command()
-@_verb
+@verb
 def preprocess(
     config: ConfigFile,
     input: Annotated[
@@ -129,7 +104,7 @@ def preprocess(
 
 
 @app.command()
-@_verb
+@verb
 def train(
     config: ConfigFile,
     data: DataFolder,
@@ -168,7 +143,7 @@ def train(
 
 
 @app.command()
-@_verb
+@verb
 def evaluate(
     run: RunFolder,
     data: DataFolder,
@@ -190,11 +165,11 @@ def evaluate(
     from escm2rec.evaluation.evaluate import evaluate
     from escm2rec.paths import data_path
 
-    return evaluate(data_path(run), data_path(data), split, _names(by), user, overwrite)
+    return evaluate(data_path(run), data_path(data), split, names(by), user, overwrite)
 
 
 @app.command()
-@_verb
+@verb
 def score(
     run: RunFolder,
     input: Annotated[list[Path], typer.Option("--input", help="Candidate logs, a file or a folder; may be repeated.", show_default=False)],
@@ -212,11 +187,11 @@ def score(
     from escm2rec.paths import data_path
     from escm2rec.scoring.score import score
 
-    return score(data_path(run), input, out, _names(keep) or None, overwrite)
+    return score(data_path(run), input, out, names(keep) or None, overwrite)
 
 
 @app.command()
-@_verb
+@verb
 def pipeline(
     config: ConfigFile,
     input: Annotated[Path, typer.Option("--input", help="Raw logs, as of preprocess.", show_default=False)],
@@ -253,7 +228,7 @@ def pipeline(
 
 
 @app.command()
-@_verb
+@verb
 def study(
     out: Annotated[Path, typer.Option("--out", help="Folder for the study.", show_default=False)],
     preset: Annotated[Literal["quick", "full"], typer.Option("--preset", help="2 worlds in minutes, or 20 in an hour or two.")] = "quick",
@@ -285,11 +260,11 @@ def study(
         raise ConfigError("--draws is of labels drawn on --ratings", "leave it out; --seeds says how often a world is drawn")
     from escm2rec.study.study import study
 
-    return study(out, preset, _names(objectives), _names(worlds), seeds, overwrite)
+    return study(out, preset, names(objectives), names(worlds), seeds, overwrite)
 
 
 @app.command()
-@_verb
+@verb
 def inspect(
     data: Annotated[str, typer.Argument(help="Data set folder, as preprocess writes it, or its fsspec URL.", show_default=False)],
     top: Annotated[int, typer.Option("--top", min=1, max=1000, help="How many of the most frequent values to tell, of each feature.")] = 10,
@@ -308,7 +283,7 @@ def inspect(
 
 
 @app.command()
-@_verb
+@verb
 def doctor() -> Result:
     """Check that torch, torchrec and fbgemm fit each other."""
     from escm2rec.doctor import check_installation
@@ -317,7 +292,7 @@ def doctor() -> Result:
 
 
 @config_app.command("schema")
-@_verb
+@verb
 def config_schema() -> Result:
     """Print the JSON Schema of the config, for editors."""
     from escm2rec.config import config_json_schema
@@ -326,7 +301,7 @@ def config_schema() -> Result:
 
 
 @config_app.command("check")
-@_verb
+@verb
 def config_check(
     config: Annotated[Path, typer.Argument(help="YAML config file.", show_default=False)],
     overrides: Overrides = [],  # noqa: B006
@@ -357,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         result = app(args, prog_name="escm2rec", standalone_mode=False)
         if isinstance(result, int):  # not a result: typer's exit code after --help or an interrupt
             sys.exit(result)
-        if _rank() == 0:
+        if rank() == 0:
             _tell(_to_json(result))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(EXIT_INTERRUPTED)
@@ -393,8 +368,8 @@ def _report_error(error: Exception, debug: bool) -> int:
     else:
         message = f"{type(error).__name__}: {error}"
         hint, code = "" if debug else f"run the same command with {DEBUG_FLAG} to see where it happened", EXIT_UNEXPECTED
-    rank = _rank()
-    print(f"error: {message}" if rank == 0 else f"error (rank {rank}): {message}", file=sys.stderr)
+    mine = rank()
+    print(f"error: {message}" if mine == 0 else f"error (rank {mine}): {message}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
     return code
@@ -403,25 +378,12 @@ def _report_error(error: Exception, debug: bool) -> int:
 def _configure_logging(debug: bool) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     talk = logging.DEBUG if debug else logging.INFO
-    logging.getLogger("escm2rec").setLevel(talk if _rank() == 0 else logging.ERROR)
+    logging.getLogger("escm2rec").setLevel(talk if rank() == 0 else logging.ERROR)
 
 
 def _to_json(result: Result) -> str:
     # JSON has no NaN and no infinity: they become null.
     return json.dumps(json.loads(json.dumps(result, default=os.fspath), parse_constant=lambda _: None), indent=2)
-
-
-def _rank() -> int:
-    """The rank that torchrun gave this process; 0 without torchrun."""
-    return int(os.environ.get("RANK") or 0)
-
-
-def _names(values: Sequence[str]) -> list[str]:
-    """Names of a repeated option whose values may be comma lists; ConfigError where it was given and names nothing."""
-    names = [name.strip() for value in values for name in value.split(",") if name.strip()]
-    if values and not names:
-        raise ConfigError(f"an option that takes names was given none: {list(values)}", "leave it out to take the default")
-    return names
 
 
 def _require_matching_packages() -> None:

@@ -28,7 +28,7 @@ from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.scoring.score import score
 from escm2rec.sharding.runtime import distributed_runtime, on_main
-from escm2rec.sharding.shards import held
+from escm2rec.sharding.shards import held, table_of
 from escm2rec.training.metrics import TrainingMetrics
 from escm2rec.training.optimizer import TableSteps
 from escm2rec.training.owner import Owner
@@ -157,6 +157,20 @@ def table_states(data: str, out: str, overrides: list[str]) -> dict[str, list[fl
     for name, start, values in sorted(chain.from_iterable(every)):
         assert start == len(found.setdefault(name, [])), "each place once"
         found[name] += values
+    return found
+
+
+def shards_held(data: str, out: str, overrides: list[str]) -> dict[str, list[list[Any]]]:
+    """What each rank of a built model holds of every table: rank, offsets and sizes of each part, of all ranks."""
+    with distributed_runtime() as runtime:
+        trainer = Trainer(config(*overrides), Dataset.open(Path(data)), Path(out), runtime)
+        named = {table_of(name): each for name, each in trainer.module.state_dict().items() if ".embedding_bags." in name}
+        mine = [(name, runtime.rank, part.offsets, tuple(part.tensor.shape)) for name, each in named.items() for part in held(each)]
+        every: list[list[tuple[Any, ...]]] = [[]] * runtime.world_size
+        dist.all_gather_object(every, mine, group=runtime.group)
+    found: dict[str, list[list[Any]]] = {}
+    for name, *part in sorted(chain.from_iterable(every)):
+        found.setdefault(name, []).append(part)
     return found
 
 

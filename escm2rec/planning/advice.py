@@ -89,4 +89,5 @@ def _shortfall(planned: Planned) -> str:
     said = f"no plan fits {request.cluster.name}: with their optimizer and outputs tables take {need / GIB:,.1f} GiB at the least, "
     if need > room:
         return f"{said}{(need - room) / GIB:,.1f} GiB more than all ranks have for them; the largest weights are {named}"
-    return f"{said}and all ranks have {room / GIB:,.1f} GiB, but no way was found to cut them so that each rank's share fits; the largest weights are {named}"
+    cut = "but no way was found to cut them so that each rank's share fits"
+    return f"{said}and all ranks have {room / GIB:,.1f} GiB, {cut}; the largest weights are {named}"

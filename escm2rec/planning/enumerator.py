@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Self, cast
 
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.types import Shard, ShardingOption
+from torchrec.distributed.planner.types import Shard, ShardingOption, Storage
 
 TYPES = ("table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard", "data_parallel")
 
@@ -58,6 +58,19 @@ class Enumerator(EmbeddingEnumerator):
         for option, shards in zip(sharding_options, every, strict=True):
             priced = {tuple(shard.size): shard for shard in option.shards}
             option.shards = Shards(_like(shard, priced[tuple(shard.size)]) for shard in shards)
+            if option.sharding_type == "data_parallel":
+                _count_gradients(option)
+
+
+def _count_gradients(option: ShardingOption) -> None:
+    """Those of a table that every rank holds are as large as it, and so is the buffer that sums them; TorchRec counts neither."""
+    gradients = 2 * option.tensor.numel() * option.tensor.element_size()
+    first = option.shards[0].storage
+    assert first is not None
+    on_device = first.hbm > 0
+    whole = first + Storage(hbm=gradients if on_device else 0, ddr=0 if on_device else gradients)
+    for shard in option.shards:
+        shard.storage = whole
 
 
 def _one_a_size(shards: Iterable[Shard]) -> list[Shard]:

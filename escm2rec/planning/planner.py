@@ -9,13 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import DynamicProgrammingProposer, GreedyProposer, GridSearchProposer, UniformProposer
 from torchrec.distributed.planner.types import PlannerError, Proposer, ShardingOption
-from torchrec.distributed.types import ModuleSharder
 
 from escm2rec.config import SparseOptimizer
 from escm2rec.planning.bound import lower_bound
@@ -26,6 +24,7 @@ from escm2rec.planning.partitioner import Partitioning
 from escm2rec.planning.proposer import Pricing
 from escm2rec.planning.reservation import Reservation, beside_shards
 from escm2rec.planning.tables import Table, Tables, constraints_of
+from escm2rec.sharding.runtime import is_news
 
 PlannerName = Literal["priced", "torchrec", "greedy", "uniform", "grid", "dynamic"]
 KERNELS = {"cuda": ["fused", "fused_uvm", "fused_uvm_caching", "dense"], "cpu": ["fused", "dense"]}
@@ -58,6 +57,11 @@ class Request:
         ids = sum(table.pooling_factor * table.features for table in self.tables) * self.batch_size
         return beside_shards(ids, self.dense_bytes, self.cluster.hardware.device, self.cluster.device_bytes)
 
+    @property
+    def reservation(self) -> Reservation:
+        """The same, for TorchRec's planner."""
+        return Reservation(sum(self.beside_shards.values()))
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -80,16 +84,11 @@ class Planned:
 def find_plan(request: Request) -> Planned:
     """Search. It takes a second for a hundred tables and half a minute for a thousand on 128 ranks."""
     began = time.perf_counter()
-    topology = request.cluster.topology()
-    constraints = {table.name: constraints_of(table, types_of(request, table.name), kernels_of(request)) for table in request.tables}
-    module = Tables(list(request.tables), request.optimizer)
-    sharders: list[ModuleSharder[nn.Module]] = [AnyType()]
-    enumerator = (Enumerator if request.planner == "priced" else EmbeddingEnumerator)(topology, request.batch_size, constraints)
-    reservation, keeper = Reservation(sum(request.beside_shards.values())), _Keeper()
+    topology, reservation, keeper = request.cluster.topology(), request.reservation, _Keeper()
+    enumerator = _enumerator(request, topology)
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=request.batch_size,
-        constraints=constraints,
         enumerator=enumerator,
         proposer=_proposers(request.planner),
         partitioner=Partitioning() if request.planner == "priced" else None,
@@ -100,13 +99,24 @@ def find_plan(request: Request) -> Planned:
     error = None
     with _quietly():
         try:
-            planner.plan(module, sharders)
+            planner.plan(Tables(list(request.tables), request.optimizer), [AnyType()])
         except PlannerError as raised:
             error = raised
     space = enumerator.last_stored_search_space or []
-    rooms = rooms_of(reservation.reserve(topology, request.batch_size, module, sharders))
+    rooms = rooms_of(reservation.taken_from(topology))
     bound = lower_bound(Options.of(space), rooms)
     return Planned(request, keeper.chosen, space, rooms, bound, time.perf_counter() - began, error)
+
+
+def search_space(request: Request) -> list[ShardingOption]:
+    """All options of all tables, priced."""
+    with _quietly():
+        return _enumerator(request, request.cluster.topology()).enumerate(Tables(list(request.tables), request.optimizer), [AnyType()])
+
+
+def _enumerator(request: Request, topology: Topology) -> EmbeddingEnumerator:
+    constraints = {table.name: constraints_of(table, types_of(request, table.name), kernels_of(request)) for table in request.tables}
+    return (Enumerator if request.planner == "priced" else EmbeddingEnumerator)(topology, request.batch_size, constraints)
 
 
 def types_of(request: Request, table: str) -> list[str]:
@@ -146,10 +156,12 @@ def _proposers(name: PlannerName) -> list[Proposer] | None:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """TorchRec's planner tells at length what it does."""
-    logger = logging.getLogger("torchrec")
+    logger, root = logging.getLogger("torchrec"), logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)
+    root.addFilter(is_news)
     try:
         yield
     finally:
         logger.setLevel(level)
+        root.removeFilter(is_news)

@@ -39,6 +39,10 @@ class Reservation(StorageReservation):
         sharders: list[ModuleSharder[nn.Module]],
         constraints: Mapping[str, ParameterConstraints] | None = None,
     ) -> Topology:
+        """As `taken_from`."""
+        return self.taken_from(topology)
+
+    def taken_from(self, topology: Topology) -> Topology:
         """A topology that has what is left, which may be less than nothing."""
         reserved = copy.deepcopy(topology)
         is_gpu = topology.compute_device == "cuda"

@@ -49,7 +49,8 @@ def _read(path: Path) -> dict[str, Any]:
         sharded = {
             name: [(shard["rank"], shard["size"], shard["offset"]) for shard in table["shards"]] for name, table in record["tables"].items()
         }
-        assert sharded and isinstance(record["world_size"], int)
+        assert sharded
+        assert isinstance(record["world_size"], int)
     except (OSError, ValueError) as error:
         raise ConfigError(f"training.plan: {file} cannot be read: {error}", "give the plan.json that escm2rec plan wrote") from error
     except (KeyError, TypeError, AttributeError, AssertionError) as error:

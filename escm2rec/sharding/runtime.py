@@ -104,12 +104,12 @@ def _quiet_libraries() -> None:
     """Silence what torch and TorchRec say of their own insides at every start, so that what is left is worth reading."""
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger().addFilter(_is_news)
+    logging.getLogger().addFilter(is_news)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|torchrec|escm2rec)\.")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|torchrec)\.")
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def is_news(record: logging.LogRecord) -> bool:
     """TorchRec's planner warns of each table of data_parallel, by the root logger, that it is not split."""
     return not str(record.msg).startswith("Sharding spec not found for ")
 

@@ -1,0 +1,125 @@
+"""Many plans side by side: over clusters, batch sizes, dimensions, sharding types and planners."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from escm2rec.errors import ConfigError
+from escm2rec.folder import new_folder, write_json, write_manifest
+from escm2rec.planning.cluster import Cluster
+from escm2rec.planning.planner import PlannerName, Request, find_plan
+from escm2rec.planning.record import Record, record_of
+
+logger = logging.getLogger(__name__)
+MS_AN_HOUR = 3_600_000
+
+
+def variants(
+    request: Request,
+    clusters: Sequence[Cluster],
+    batch_sizes: Sequence[int],
+    dimensions: Sequence[int],
+    types: Sequence[Sequence[str]],
+    planners: Sequence[PlannerName],
+) -> Iterator[tuple[str, Request]]:
+    """All combinations, each with a name of what varies; an empty list leaves what the request has.
+
+    Batch sizes are of a rank, as everywhere in a request.
+    """
+    axes: list[list[tuple[str, dict[str, Any]]]] = [
+        [(cluster.name, {"cluster": cluster}) for cluster in clusters],
+        [(f"batch {size}", {"batch_size": size}) for size in batch_sizes],
+        [(f"dimension {dimension}", {"tables": _of_dimension(request, dimension)}) for dimension in dimensions],
+        [("+".join(each), {"allowed": {**request.allowed, "*": list(each)}}) for each in types],
+        [(planner, {"planner": planner}) for planner in planners],
+    ]
+    varied = [axis for axis in axes if axis]
+    for combination in product(*varied):
+        changed = {key: value for _, changes in combination for key, value in changes.items()}
+        name = ", ".join(text for axis, (text, _) in zip(varied, combination, strict=True) if len(axis) > 1)
+        yield name or request.cluster.name, replace(request, **changed)
+
+
+def sweep(named: Sequence[tuple[str, Request]], prices: Mapping[str, float]) -> tuple[list[Record], list[Record]]:
+    """The plans, each with its name, and a row of each for a table; one that does not fit has a row without a plan."""
+    plans, rows = [], []
+    for number, (name, request) in enumerate(named, 1):
+        planned = find_plan(request)
+        row: Record = {"name": name, "ranks": request.cluster.world_size, "batch_size": request.batch_size, "planner": request.planner}
+        if planned.chosen is None:
+            logger.info("%d of %d, %s: no plan fits", number, len(named), name)
+            rows.append({**row, "fits": False})
+            continue
+        record = {"name": name, **record_of(planned)}
+        plans.append(record)
+        rows.append({**row, "fits": True, **summary(record, prices)})
+        logger.info("%d of %d, %s: %.3f ms a step", number, len(named), name, record["estimate"]["step_ms"])
+    return plans, rows
+
+
+def write_sweep(plans: Sequence[Record], rows: Sequence[Record], out: Path, prices: Mapping[str, float], overwrite: bool) -> None:
+    """Write `out/sweep.json`, `out/sweep.html` and each plan as `out/plans/NUMBER.json`; ConfigError where `out` may not be replaced."""
+    from escm2rec.planning.html import write_plans
+
+    with new_folder(out, "sweep", overwrite) as folder:
+        (folder / "plans").mkdir()
+        for number, plan in enumerate(plans, 1):
+            write_json(folder / "plans" / f"{number:03}.json", plan)
+        write_json(folder / "sweep.json", list(rows))
+        if plans:
+            write_plans(plans, folder / "sweep.html", prices)
+        write_manifest(folder, "sweep", {"plans": len(plans)})
+
+
+def summary(record: Record, prices: Mapping[str, float]) -> Record:
+    """What plans are compared by; cost in the unit of the prices, of the tables' part of the steps alone."""
+    estimate = record["estimate"]
+    price = prices.get(record["cluster"]["hardware"], record["cluster"]["price_per_hour"])
+    cost = None if price is None else price / MS_AN_HOUR * estimate["step_ms"] / record["batch_size"] * 1e6
+    keys = ("step_ms", "mean_ms", "bound_ms", "imbalance", "limited_by", "fullest_share")
+    return {**{key: estimate[key] for key in keys}, "cost_per_million_rows": cost, "seconds": record["seconds"]}
+
+
+def compare(records: Sequence[Record], names: Sequence[str], prices: Mapping[str, float]) -> Record:
+    """Plans side by side, and the tables that they shard otherwise."""
+    rows = [{"name": name, **summary(record, prices)} for name, record in zip(names, records, strict=True)]
+    tables = sorted({table for record in records for table in record["tables"]})
+    moved = {}
+    for table in tables:
+        told = [_told(record["tables"].get(table)) for record in records]
+        if any(each != told[0] for each in told):
+            moved[table] = dict(zip(names, told, strict=True))
+    fastest = min(rows, key=lambda row: float(row["step_ms"]))
+    return {"plans": rows, "fastest": fastest["name"], "tables_alike": len(tables) - len(moved), "tables_otherwise": moved}
+
+
+def parse_prices(texts: Sequence[str]) -> dict[str, float]:
+    """Prices of a rank an hour, as NAME=NUMBER; ConfigError where one is none."""
+    prices = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            prices[name] = float(value)
+        except ValueError:
+            prices[name] = -1.0
+        if not name or not prices[name] >= 0 or prices[name] == float("inf"):
+            raise ConfigError(f"--price {text!r} is no price", "write HARDWARE=NUMBER, such as h100-80gb=2.5, per rank and hour")
+    return prices
+
+
+def _of_dimension(request: Request, dimension: int) -> list[Any]:
+    if dimension < 4 or dimension % 4:
+        raise ConfigError(f"--dimension {dimension} is none that tables can have", "give a multiple of 4")
+    return [table.model_copy(update={"dimension": dimension}) for table in request.tables]
+
+
+def _told(table: Record | None) -> Record | None:
+    if table is None:
+        return None
+    ranks = sorted(set(table["ranks"]))
+    return {"sharding_type": table["sharding_type"], "compute_kernel": table["compute_kernel"], "ranks": ranks, "ms": table["ms"]}

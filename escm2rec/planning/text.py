@@ -1,0 +1,105 @@
+"""The tables of `escm2rec plan`, for people, on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from escm2rec.planning.record import Record
+
+WIDTH = 150  # where no terminal says
+TABLES_SHOWN = 40
+RANKS_SHOWN = 32
+GIB = 2**30
+
+
+def print_plan(record: Record) -> None:
+    """Print the tables that take longest, the ranks, and what limits."""
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
+    tables = sorted(record["tables"].items(), key=lambda item: -float(item[1]["ms"]))
+    console.print(_tables(tables[:TABLES_SHOWN]))
+    if len(tables) > TABLES_SHOWN:
+        console.print(f"{len(tables) - TABLES_SHOWN} more tables take less time each.", markup=False, highlight=False)
+    console.print(_ranks(record))
+    for line in said(record):
+        console.print(line, markup=False, highlight=False)
+
+
+def said(record: Record) -> list[str]:
+    """What limits a plan, in words."""
+    estimate = record["estimate"]
+    above = estimate["step_ms"] / estimate["bound_ms"] - 1 if estimate["bound_ms"] else 0.0
+    longer, limit = 100 * (estimate["imbalance"] - 1), estimate["limited_by"].replace("_", " ")
+    return [
+        f"The slowest rank, {estimate['worst_rank']}, takes {estimate['step_ms']:.3f} ms a step, {longer:.1f}% more than the mean; most of "
+        f"it is {limit}.",
+        f"No plan takes less than {estimate['bound_ms']:.3f} ms by these estimates: this one is {100 * above:.1f}% above.",
+        f"The fullest rank, {estimate['fullest_rank']}, has {100 * estimate['fullest_share']:.0f}% of its memory taken.",
+    ]
+
+
+def print_comparison(rows: Sequence[Record]) -> None:
+    """Print plans, a line each."""
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
+    numbers = ["ms a step", "mean", "bound", "imbalance", "fullest", "cost per M rows", "planned in s"]
+    table = _table("Plans", ["plan"], numbers, ["limited by"])
+    for row in rows:
+        if not row.get("fits", True):
+            table.add_row(row["name"], "does not fit", *[""] * len(numbers))
+            continue
+        ms = [f"{row[name]:.3f}" for name in ("step_ms", "mean_ms", "bound_ms", "imbalance")]
+        cost = "–" if row["cost_per_million_rows"] is None else f"{row['cost_per_million_rows']:.4f}"
+        limit = row["limited_by"].replace("_", " ")
+        table.add_row(row["name"], *ms, f"{100 * row['fullest_share']:.0f}%", cost, f"{row['seconds']:.1f}", limit)
+    console.print(table)
+
+
+def _tables(tables: Sequence[tuple[str, Record]]) -> Table:
+    shown = _table("Tables", ["table", "sharding type", "kernel", "ranks"], ["rows", "dimension", "pooling", "GiB", "ms"])
+    for name, table in tables:
+        gib = (table["bytes"] + table["host_bytes"]) / GIB
+        numbers = [f"{table['rows']:,}", str(table["dimension"]), f"{table['pooling_factor']:g}", f"{gib:,.3f}", f"{table['ms']:.3f}"]
+        shown.add_row(name, table["sharding_type"], table["compute_kernel"], ranges(table["ranks"]), *numbers)
+    return shown
+
+
+def _ranks(record: Record) -> Table:
+    shown = _table("Ranks", ["rank"], ["ms", "lookup", "forward\ncomm.", "backward", "backward\ncomm.", "device GiB", "host GiB", "taken"])
+    ranks = record["ranks"]
+    capacity, device = record["estimate"]["capacity_bytes"], record["cluster"]["device"]
+    if len(ranks) > RANKS_SHOWN:
+        ranks = sorted(ranks, key=lambda rank: -sum(rank["ms"].values()))[:RANKS_SHOWN]
+        shown.title = f"Ranks, the {RANKS_SHOWN} slowest of {record['world_size']}"
+    for rank in ranks:
+        ms, own, host = rank["ms"], sum(rank["bytes"].values()), sum(rank["host_bytes"].values())
+        parts = [f"{ms[part]:.3f}" for part in ("lookup", "forward_communication", "backward", "backward_communication")]
+        taken = (host if device == "cpu" else own) / capacity
+        shown.add_row(
+            str(rank["rank"]), f"{sum(ms.values()):.3f}", *parts, f"{own / GIB:,.2f}", f"{host / GIB:,.2f}", f"{100 * taken:.0f}%"
+        )
+    return shown
+
+
+def ranges(ranks: Sequence[int]) -> str:
+    """Ranks as 0-7, 9."""
+    found: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if found and rank == found[-1][1] + 1:
+            found[-1][1] = rank
+        else:
+            found.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+
+
+def _table(title: str, text: list[str], numbers: list[str], after: Sequence[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in text:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    for name in after:
+        table.add_column(name)
+    return table
