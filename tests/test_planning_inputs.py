@@ -147,9 +147,9 @@ def test_types_and_kernels() -> None:
     }
     assert allowed_kernels([], "cuda") is None
     assert allowed_kernels(["fused,fused_uvm"], "cuda") == ["fused", "fused_uvm"]
-    with pytest.raises(ConfigError, match=re.escape("--types 'usr=row_wise': there is no table 'usr', did you mean 'user'?")):
+    with pytest.raises(ConfigError, match=re.escape("--types 'usr=row_wise': there is no table 'usr'; did you mean 'user'?")):
         allowed_types(["usr=row_wise"], {"user"})
-    with pytest.raises(ConfigError, match=re.escape("'rowwise' is no sharding type, did you mean 'row_wise'?")):
+    with pytest.raises(ConfigError, match=re.escape("'rowwise' is no sharding type; did you mean 'row_wise'?")):
         allowed_types(["rowwise"])
     with pytest.raises(ConfigError, match=re.escape("'fused_uvm' is no kernel of device cpu")):
         allowed_kernels(["fused_uvm"], "cpu")

@@ -131,8 +131,7 @@ def test_plans_are_near_the_best_of_all(memory_gib: float) -> None:
         gaps.append(check(planned) / best - 1)
     print(f"{memory_gib} GiB: gaps {np.round(gaps, 4)}, none fits {full}")
     assert len(gaps) + full == 12
-    assert max(gaps) <= 0.05
-    assert float(np.mean(gaps)) <= 0.01
+    assert max(gaps) <= 0.01
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,7 @@ def test_no_proposer_of_torchrec_is_faster(tables: list[Table], cluster: str) ->
     ours = check(find_plan(request(tables, cluster)))
     found = {}
     for planner in ("greedy", "uniform", "torchrec"):
-        planned = find_plan(request(tables, cluster, planner))  # type: ignore[arg-type]
+        planned = find_plan(request(tables, cluster, planner))
         if planned.chosen is not None:
             found[planner] = check(planned)
     print({planner: round(ms / ours, 3) for planner, ms in found.items()})
@@ -189,10 +188,9 @@ def test_what_does_not_fit_has_no_plan() -> None:
 
 
 def test_the_bound_is_infinite_where_a_table_fits_nowhere() -> None:
-    planned = find_plan(
-        Request([Table(name="large", rows=10**9, dimension=64)], parse_cluster("1x2:t4-16gb"), 64, kernels=["fused", "dense"])
-    )
+    tables = [Table(name="large", rows=10**9, dimension=64)]
+    planned = find_plan(Request(tables, parse_cluster("1x2:t4-16gb"), 64, kernels=["fused", "dense"]))
     assert planned.chosen is None
     assert planned.bound == float("inf")
-    space = search_space(planned.request)
-    assert lower_bound(Options.of(space), rooms_of(parse_cluster("64x8:h100-80gb").topology())) < float("inf")
+    enough = Request(tables, parse_cluster("2x4:h100-80gb"), 64)
+    assert lower_bound(Options.of(search_space(enough)), rooms_of(enough.cluster.topology())) < float("inf")

@@ -66,6 +66,7 @@ class Cluster:
                 hbm_to_ddr_mem_bw=hardware.host_link_gb_per_s * 1e6,
                 intra_host_bw=hardware.intra_node_gb_per_s * 1e6,
                 inter_host_bw=hardware.inter_node_gb_per_s * 1e6,
+                bwd_compute_multiplier=hardware.backward_multiplier,
             )
         finally:
             quiet.setLevel(level)

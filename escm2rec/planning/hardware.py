@@ -32,6 +32,7 @@ class Hardware(BaseModel):
     host_link_gb_per_s: float = Field(32.0, gt=0)  # between the device and the host's memory
     intra_node_gb_per_s: float = Field(gt=0)
     inter_node_gb_per_s: float = Field(gt=0)
+    backward_multiplier: float = Field(2.0, gt=0)  # time of the backward pass of a lookup over its forward pass, TorchRec's by default
     price_per_hour: float | None = Field(None, ge=0)  # of one rank
     sources: tuple[str, ...] = ()
 

@@ -111,7 +111,9 @@ def find_plan(request: Request) -> Planned:
 def search_space(request: Request) -> list[ShardingOption]:
     """All options of all tables, priced."""
     with _quietly():
-        return _enumerator(request, request.cluster.topology()).enumerate(Tables(list(request.tables), request.optimizer), [AnyType()])
+        enumerator = _enumerator(request, request.cluster.topology())
+        space: list[ShardingOption] = enumerator.enumerate(Tables(list(request.tables), request.optimizer), [AnyType()])
+    return space
 
 
 def _enumerator(request: Request, topology: Topology) -> EmbeddingEnumerator:

@@ -9,25 +9,25 @@ slowest rank are exchanged, one at a time, while that helps.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from itertools import chain, combinations, islice
 
 import numpy as np
 from numpy.typing import NDArray
-from torchrec.distributed.planner.types import Enumerator, PartitionByType, Proposer, ShardingOption, Topology
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Topology
 
 from escm2rec.planning.bound import fits_somewhere, lower_bound, shares
 from escm2rec.planning.options import Floats, Options, perf_of, rooms_of
+from escm2rec.planning.placement import Placer, Ranks
 
 TARGETS = 8  # between the bound and the best so far
 FILLS = ((1.0, 1.0), (0.98, 0.5), (0.95, 0.3), (0.9, 0.2), (0.8, 0.1), (0.6, 0.05))
 """What a choice may take of all memory, and each of its shards of a rank's: what does not fit needs more air, or smaller pieces."""
-EXCHANGES = 16, 3_000  # proposals of exchanged options: at the least, and over the number of tables
-TRIES = 4  # exchanges that may fail, one after another
-BETTER = 1e-6
+EXCHANGES = 100, 30_000  # exchanged options that are placed: at the least, and over the number of tables
+OTHERS = 6  # options of a table that are tried
+FEW_TABLES = 12
+BETTER, HELPS = 1e-6, 1e-3
 
 Choice = list[int]
-Places = list[tuple[NDArray[np.int64], Floats]]
-"""Of each table the ranks of its shards, and their times."""
 
 
 class Pricing(Proposer):
@@ -37,8 +37,7 @@ class Pricing(Proposer):
         """Begin a search."""
         self.options = Options.of(search_space)
         self.rooms: Floats | None = None
-        self.group = 1
-        self.best: tuple[float, Choice, Places] | None = None
+        self.best: tuple[float, Choice, Ranks] | None = None
         self._tried: set[tuple[int, ...]] = set()
         self._search = self._proposals()
         self._next: Choice | None = next(self._search)
@@ -58,9 +57,10 @@ class Pricing(Proposer):
         assert storage_constraint is not None
         assert self._next is not None
         if self.rooms is None:
-            self.rooms, self.group = rooms_of(storage_constraint), storage_constraint.intra_group_size
+            self.rooms = rooms_of(storage_constraint)
+            self.placer = Placer(self.rooms, storage_constraint.intra_group_size)
         if partitionable and plan is not None and perf_rating is not None and perf_rating < self.rating * (1 - BETTER):
-            self.best = (perf_rating, self._next, [_places(option) for option in plan])
+            self.best = perf_rating, self._next, Ranks.of(plan, self.rooms)
         try:
             self._next = self._search.send(partitionable)
         except StopIteration:
@@ -116,38 +116,47 @@ class Pricing(Proposer):
         return np.asarray(taken <= np.maximum(piece, smallest[self.options.table]))
 
     def _exchanges(self) -> Generator[Choice, bool, None]:
+        """From the best choice on, one exchange after another that makes the slowest rank faster; what comes of it is offered."""
+        if self.best is None:
+            return
+        rating, choice, ranks = self.best
         left = max(EXCHANGES[0], EXCHANGES[1] // self.options.num_tables)
-        while left > 0 and self.best is not None:
-            before = self.rating
-            for _, choice in zip(range(min(TRIES, left)), self._exchanged(*self.best), strict=False):
-                left -= 1
-                yield from self._offer(choice)
-                if self.rating < before:
-                    break
-            if self.rating == before:
-                return
+        while (found := self._exchange(rating, choice, ranks, left)) is not None:
+            ranks, choice, tried = found
+            rating, left = ranks.worst, left - tried
+        if choice != self.best[1]:
+            yield from self._offer(choice)
 
-    def _exchanged(self, rating: float, choice: Choice, places: Places) -> Iterator[Choice]:
-        """The best choice with one other option of a table on the slowest rank, those first that promise most."""
+    def _exchange(self, rating: float, choice: Choice, ranks: Ranks, most: int) -> tuple[Ranks, Choice, int] | None:
+        """The first of `most` exchanges that helps, and how many were tried."""
+        for tried, changed in enumerate(islice(self._exchanged(choice, self._slowest_first(choice, ranks)), most), 1):
+            placed = self.placer.place([self.options.options[index] for index in changed], thorough=False)
+            if placed is not None and placed.worst < rating * (1 - HELPS):
+                return placed, changed, tried
+        return None
+
+    def _slowest_first(self, choice: Choice, ranks: Ranks) -> list[int]:
+        """Tables, those first that take longest on the slowest rank."""
+        slowest, where = int(ranks.load.argmax()), {id(shard): rank for shard, rank in ranks.places()}
+        there = [sum(perf_of(shard) for shard in self.options.options[index].shards if where[id(shard)] == slowest) for index in choice]
+        return sorted(range(len(choice)), key=lambda table: -there[table])
+
+    def _exchanged(self, choice: Choice, tables: list[int]) -> Iterator[Choice]:
+        """The choice with one other option of a table, the options that take least time first; of few tables also with two."""
+        changes = [(table, other) for table in tables for other in self._others(table) if other != choice[table]]
+        pairs = combinations(changes, 2) if len(tables) <= FEW_TABLES else []
+        for changed in chain(((change,) for change in changes), pairs):
+            if len({table for table, _ in changed}) == len(changed):
+                other = choice.copy()
+                for table, option in changed:
+                    other[table] = option
+                yield other
+
+    def _others(self, table: int) -> list[int]:
         assert self.rooms is not None
-        options, allowed = self.options, fits_somewhere(self.options, self.rooms)
-        load = np.zeros(len(self.rooms))
-        for ranks, perfs in places:
-            np.add.at(load, ranks, perfs)
-        slowest = int(load.argmax())
-        promises = []
-        for table, (ranks, perfs) in enumerate(places):
-            if slowest not in ranks:
-                continue
-            rest = load.copy()
-            np.subtract.at(rest, ranks, perfs)
-            for other in np.flatnonzero((options.table == table) & allowed).tolist():
-                if other != choice[table]:
-                    promises.append((_end(rest, options.options[other], self.group), table, other))
-        for end, table, other in sorted(promises):
-            changed = [*choice[:table], other, *choice[table + 1 :]]
-            if end < rating * (1 - BETTER) and tuple(changed) not in self._tried:
-                yield changed
+        found = np.flatnonzero((self.options.table == table) & fits_somewhere(self.options, self.rooms))
+        cheapest: list[int] = found[np.argsort(self.options.total[found], kind="stable")][:OTHERS].tolist()
+        return cheapest
 
 
 def cheapest_within(options: Options, allowed: NDArray[np.bool_], rooms: Floats) -> Choice | None:
@@ -190,31 +199,3 @@ def _at_lowest_price(options: Options, allowed: NDArray[np.bool_], share: Floats
         else:
             low = middle
     return best
-
-
-def _places(option: ShardingOption) -> tuple[NDArray[np.int64], Floats]:
-    ranks = [shard.rank for shard in option.shards]
-    return np.array(ranks, np.int64), np.array([perf_of(shard) for shard in option.shards])
-
-
-def _end(load: Floats, option: ShardingOption, group: int) -> float:
-    """When the slowest rank would end with this option on top of `load`, were there room everywhere."""
-    perfs = np.sort(np.array([perf_of(shard) for shard in option.shards]))[::-1]
-    if option.partition_by == PartitionByType.UNIFORM.value:
-        return float((load + perfs).max()) if len(perfs) == len(load) else float("inf")
-    if option.partition_by == PartitionByType.DEVICE.value:
-        return _spread(load, perfs)
-    hosts = load.reshape(-1, group)
-    size = group if option.sharding_type != ShardingType.TABLE_COLUMN_WISE.value else len(perfs)
-    ends = []
-    for first in range(0, len(perfs), size):
-        part = perfs[first : first + size]
-        ends += sorted(_spread(host, part) for host in hosts)[:1]
-    return max(float(load.max()), *ends)
-
-
-def _spread(load: Floats, perfs: Floats) -> float:
-    """The same of shards that may lie on any rank: the longest on the least loaded, and so round."""
-    order = np.sort(load)
-    ends = [order[i % len(order)] + perf for i, perf in enumerate(perfs)]
-    return max(float(load.max()), *(float(end) for end in ends))

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 
 from torch import nn
-from torchrec.distributed.planner.types import ParameterConstraints, Storage, StorageReservation, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import ParameterConstraints, Storage, Topology
 from torchrec.distributed.types import ModuleSharder
 
 ID_BYTES = 8
@@ -24,12 +25,15 @@ def beside_shards(ids_a_batch: float, dense_bytes: int, device: str, device_byte
     }
 
 
-class Reservation(StorageReservation):
-    """Takes so many bytes from each rank's device, or from its share of the host where it has none."""
+class Reservation(FixedPercentageStorageReservation):
+    """Takes so many bytes from each rank's device, or from its share of the host where it has none.
+
+    Of a percentage, 0, because TorchRec's planner asks any reservation for one when nothing fits.
+    """
 
     def __init__(self, bytes_a_rank: int) -> None:
+        super().__init__(percentage=0.0)
         self.bytes_a_rank = bytes_a_rank
-        self._reserved: Topology | None = None
 
     def reserve(
         self,
@@ -48,10 +52,5 @@ class Reservation(StorageReservation):
         is_gpu = topology.compute_device == "cuda"
         for device in reserved.devices:
             device.storage -= Storage(hbm=self.bytes_a_rank if is_gpu else 0, ddr=0 if is_gpu else self.bytes_a_rank)
-        self._reserved = reserved
+        self._last_reserved_topology = reserved
         return reserved
-
-    @property
-    def last_reserved_topology(self) -> Topology | None:
-        """What the last call gave."""
-        return copy.deepcopy(self._reserved)

@@ -45,7 +45,7 @@ def follow(path: Path, model: nn.Module, world_size: int, local_world_size: int,
 def _read(path: Path) -> dict[str, Any]:
     file = path / "plan.json" if path.is_dir() else path
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         sharded = {
             name: [(shard["rank"], shard["size"], shard["offset"]) for shard in table["shards"]] for name, table in record["tables"].items()
         }
