@@ -135,4 +135,4 @@ def test_a_followed_run_is_evaluated_on_other_ranks(data: Path, tmp_path: Path) 
     run_ranks(2, [train, resumed], tmp_path / "on-2")
     measure = ("tests.training_calls:evaluate_run", {"data": str(data), "run": out, "split": "validation"})
     (report,) = run_ranks(1, [measure], tmp_path / "on-1")
-    assert report["impressions"] == 600
+    assert report["rows"] == 600

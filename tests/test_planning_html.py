@@ -22,11 +22,10 @@ from escm2rec.planning.html import (
     _ranges,
     _table_blocks,
     _ticks,
-    cost_of,
     write_plans,
 )
 from escm2rec.planning.planner import Request, find_plan
-from escm2rec.planning.record import MEMORY, TIMES, Record, record_of
+from escm2rec.planning.record import MEMORY, TIMES, Record, cost_of, record_of
 from escm2rec.planning.tables import Table
 from tests.test_evaluation_html import Page
 
@@ -85,7 +84,7 @@ def plan(cluster: str, planner: str = "priced") -> Record:
 @pytest.fixture(scope="module")
 def tight() -> Record:
     """On GPUs too small for all tables, so that some lie in the host's memory."""
-    return plan("2x2:h100-80gb,memory_gib=1,host_memory_gib=8,price_per_hour=3")
+    return plan("2x2:h100-80gb,memory_gib=0.6,host_memory_gib=8,price_per_hour=3")
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +158,8 @@ def test_states_of_column_shards_are_told_where_there_are_any(tight: Record, tmp
 
 def test_the_cost_is_of_the_own_price_or_of_the_one_given(tight: Record, cores: Record, tmp_path: Path) -> None:
     priced = tight["estimate"]["step_ms"] / 3.6e6 * 3 * 4 / (4096 * 4) * 1e6
-    assert cost_of(tight, {"h100-80gb": 7.0}) == pytest.approx(priced)
+    assert cost_of(tight, {}) == pytest.approx(priced)
+    assert cost_of(tight, {"h100-80gb": 6.0}) == pytest.approx(2 * priced)
     assert cost_of(cores, {"h100-80gb": 7.0}) is None
     assert cost_of(cores, {"cpu-epyc-7763": 0.5}) == pytest.approx(cores["estimate"]["step_ms"] / 3.6e6 * 0.5 / 4096 * 1e6)
     text = page_of([cores], tmp_path)[1]

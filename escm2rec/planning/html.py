@@ -11,7 +11,7 @@ from pathlib import Path
 from escm2rec.evaluation.html import aligned, facts, note, number, table, write_page
 from escm2rec.planning.cluster import Cluster
 from escm2rec.planning.enumerator import TYPES
-from escm2rec.planning.record import MEMORY, TIMES, Record, request_of, state_share
+from escm2rec.planning.record import MEMORY, TIMES, Record, cost_of, request_of, state_share
 
 MAX_RANKS_SHOWN = 32
 """Ranks of a chart; of more, half as many from either end."""
@@ -140,17 +140,6 @@ def write_plans(records: Sequence[Record], path: Path, prices: Mapping[str, floa
         sections = [f'<header><h1>{title}</h1><p class="soft">{len(records)} plans</p></header>', _comparison(records, prices)]
         sections.append("<h2>Each plan</h2>" + "".join(_unfolding(record, prices, len(records)) for record in records))
     write_page(path, title, [_style(), *sections, _words(records, prices)])
-
-
-def cost_of(record: Record, prices: Mapping[str, float]) -> float | None:
-    """Of a million impressions, for the tables' part of the step alone; None where no price is known."""
-    price = record["cluster"]["price_per_hour"]
-    price = prices.get(record["cluster"]["hardware"]) if price is None else price
-    if price is None:
-        return None
-    ranks = record["world_size"]
-    a_step = price * ranks * record["estimate"]["step_ms"] / 3.6e6
-    return float(a_step / (record["batch_size"] * ranks) * 1e6)
 
 
 def _style() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from escm2rec.planning.tables import Table
 
 Record = dict[str, Any]
 PLAN_VERSION = 1
+MS_AN_HOUR = 3_600_000
 TIMES = {
     "lookup": "fwd_compute",
     "forward_communication": "fwd_comms",
@@ -128,6 +130,16 @@ def _shard_bytes(shard: Shard, option: ShardingOption, table: Table, request: Re
 def state_share(optimizer: str, dimension: int) -> float:
     """Bytes of a table's optimizer state over bytes of its weights, as TorchRec counts them."""
     return {"sgd": 0.0, "rowwise_adagrad": 1 / dimension, "adagrad": 1.0, "adam": 2.0, "rowwise_adam": 1.0}[optimizer]
+
+
+def cost_of(record: Record, prices: Mapping[str, float]) -> float | None:
+    """Of a million impressions, for the tables' part of the steps alone, in the unit of the price of a rank and hour.
+
+    `prices` are by hardware, before what the cluster itself says; None where neither knows one.
+    """
+    cluster = record["cluster"]
+    price = prices.get(cluster["hardware"], cluster["price_per_hour"])
+    return None if price is None else float(price * record["estimate"]["step_ms"] / MS_AN_HOUR / record["batch_size"] * 1e6)
 
 
 def request_of(record: Record) -> Request:

@@ -13,10 +13,9 @@ from escm2rec.errors import ConfigError
 from escm2rec.folder import new_folder, write_json, write_manifest
 from escm2rec.planning.cluster import Cluster
 from escm2rec.planning.planner import PlannerName, Request, find_plan
-from escm2rec.planning.record import Record, record_of
+from escm2rec.planning.record import Record, cost_of, record_of
 
 logger = logging.getLogger(__name__)
-MS_AN_HOUR = 3_600_000
 
 
 def variants(
@@ -79,10 +78,8 @@ def write_sweep(plans: Sequence[Record], rows: Sequence[Record], out: Path, pric
 def summary(record: Record, prices: Mapping[str, float]) -> Record:
     """What plans are compared by; cost in the unit of the prices, of the tables' part of the steps alone."""
     estimate = record["estimate"]
-    price = prices.get(record["cluster"]["hardware"], record["cluster"]["price_per_hour"])
-    cost = None if price is None else price / MS_AN_HOUR * estimate["step_ms"] / record["batch_size"] * 1e6
     keys = ("step_ms", "mean_ms", "bound_ms", "imbalance", "limited_by", "fullest_share")
-    return {**{key: estimate[key] for key in keys}, "cost_per_million_rows": cost, "seconds": record["seconds"]}
+    return {**{key: estimate[key] for key in keys}, "cost_per_million_rows": cost_of(record, prices), "seconds": record["seconds"]}
 
 
 def compare(records: Sequence[Record], names: Sequence[str], prices: Mapping[str, float]) -> Record:

@@ -74,20 +74,13 @@ def _check_tables(planned: Mapping[str, Any], there: Mapping[str, tuple[int, ...
 
 
 def _sharding(table: Mapping[str, Any], local_world_size: int, device: str) -> ParameterSharding:
-    shards = table["shards"]
-    spec = EnumerableShardingSpec(
-        [
-            ShardMetadata(
-                shard_offsets=list(shard["offset"]),
-                shard_sizes=list(shard["size"]),
-                placement=placement(device, shard["rank"], local_world_size),
-            )
-            for shard in shards
+    spec = None  # of data_parallel, which is not cut
+    if table["sharding_type"] != "data_parallel":
+        shards = [
+            ShardMetadata(list(shard["offset"]), list(shard["size"]), placement(device, shard["rank"], local_world_size))
+            for shard in table["shards"]
         ]
-    )
+        spec = EnumerableShardingSpec(shards)
     return ParameterSharding(
-        sharding_spec=None if table["sharding_type"] == "data_parallel" else spec,
-        sharding_type=table["sharding_type"],
-        compute_kernel=table["compute_kernel"],
-        ranks=list(table["ranks"]),
+        sharding_spec=spec, sharding_type=table["sharding_type"], compute_kernel=table["compute_kernel"], ranks=list(table["ranks"])
     )
