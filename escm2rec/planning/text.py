@@ -51,7 +51,7 @@ def print_comparison(rows: Sequence[Record]) -> None:
             table.add_row(row["name"], "does not fit", *[""] * len(numbers))
             continue
         ms = [f"{row[name]:.3f}" for name in ("step_ms", "mean_ms", "bound_ms", "imbalance")]
-        cost = "–" if row["cost_per_million_rows"] is None else f"{row['cost_per_million_rows']:.4f}"
+        cost = "–" if row["cost_per_million_rows"] is None else f"{row['cost_per_million_rows']:.3g}"
         limit = row["limited_by"].replace("_", " ")
         table.add_row(row["name"], *ms, f"{100 * row['fullest_share']:.0f}%", cost, f"{row['seconds']:.1f}", limit)
     console.print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
@@ -31,7 +31,9 @@ BatchOption = Annotated[
     list[int],
     typer.Option("--batch-size", help="Impressions a rank and step.", show_default="the config's, or 4096 with --tables"),
 ]
-Planners = Annotated[list[Planner], typer.Option("--planner", help="Ours, TorchRec's default, or one of its proposers.")]
+Planners = Annotated[
+    list[str], typer.Option("--planner", help=f"{', '.join(get_args(Planner))}; may be repeated.", show_default="priced, which is ours")
+]
 OptimizerOption = Annotated[Optimizer, typer.Option("--optimizer", help="Of the tables, with --tables.")]
 Types = Annotated[
     list[str],
@@ -133,7 +135,7 @@ def plan_sweep(
     tables: TablesOption = None,
     batch_size: BatchOption = [],  # noqa: B006
     dimension: Annotated[list[int], typer.Option("--dimension", help="Of all tables; may be repeated.", show_default="the tables'")] = [],  # noqa: B006
-    planner: Planners = ["priced"],  # noqa: B006
+    planner: Planners = [],  # noqa: B006
     optimizer: OptimizerOption = "rowwise_adagrad",
     types: Annotated[
         list[str], typer.Option("--types", help="Sharding types allowed, as TYPE,TYPE; may be repeated.", show_default="all but grid_shard")
@@ -153,7 +155,7 @@ def plan_sweep(
     request = _request(config, data, tables, cluster[0], hardware, overrides, optimizer, [], kernels)
     clusters = [parse_cluster(each, hardware) for each in cluster]
     kinds = [allowed_types([each])["*"] for each in types]
-    plans, rows = sweep(list(variants(request, clusters, batch_size, dimension, kinds, planner)), prices)
+    plans, rows = sweep(list(variants(request, clusters, batch_size, dimension, kinds, _planners(planner))), prices)
     write_sweep(plans, rows, out, prices, overwrite)
     print_comparison(rows)
     return {"sweep": str(out), "plans": rows}
@@ -172,6 +174,19 @@ def plan_explain(
     result = explain(read_plan(plan), table)
     print(options_text(result), file=sys.stderr)
     return result
+
+
+@plan_app.command("calibrate")
+@verb
+def plan_calibrate(
+    out: Annotated[Path, typer.Option("--out", help="File for the entry, which --hardware reads.", show_default=False)],
+    name: Annotated[str, typer.Option("--name", help="Of the entry.")] = "this-machine",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
+) -> Result:
+    """Measure the hardware that is here: lookups and collectives, on every rank that torchrun starts."""
+    from escm2rec.planning.calibrate import calibrate
+
+    return calibrate(name, out, overwrite)
 
 
 @plan_app.command("hardware")
@@ -219,6 +234,13 @@ def _request(
         request = Request(read_tables(tables), place, BATCH_SIZE, optimizer)
     allowed = dict(request.allowed) | allowed_types(types, {table.name for table in request.tables})
     return replace(request, allowed=allowed, kernels=allowed_kernels(kernels, place.hardware.device))
+
+
+def _planners(texts: list[str]) -> list[Planner]:
+    for text in texts:
+        if text not in get_args(Planner):
+            raise ConfigError(f"--planner {text!r} is no planner", f"they are {', '.join(get_args(Planner))}")
+    return cast(list[Planner], texts)
 
 
 def allowed_types(texts: list[str], tables: set[str] | None = None) -> dict[str, list[str]]:
