@@ -2,9 +2,9 @@
 
     python -m benchmarks.planner
 
-Sets of tables (`benchmarks/table_sets.py`) on clusters up to 1,000 tables and 128 GPUs, kernels of the host's memory among the options. Told
-are seconds, the slowest rank's estimated ms, and that over the bound that no plan can beat. TorchRec's own default, its four proposers, is run
-where it ends in minutes. Prints one JSON object.
+Sets of tables (`benchmarks/table_sets.py`) on clusters of up to 128 GPUs, kernels of the host's memory among the options. Told are
+seconds, the estimated ms of the slowest rank, and that over the bound that no plan can beat. TorchRec's default, which is four proposers
+one after another, is run where it ends in minutes. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -22,9 +22,11 @@ from escm2rec.planning.tables import Table, Tables
 from escm2rec.sharding.followed import follow
 from tests.encoded import TABLE_ROWS, schema, write_dataset
 from tests.ranks import run_ranks
+from tests.training_calls import initial, looked_up
 
 NUM_STEPS = 6
 DIMENSION = 256  # TorchRec makes no column shard of less than 128
+LEARNING_RATE = 1.0  # of `Tables`
 SETTINGS = [f"model.embedding_dim={DIMENSION}", "training.sparse_optimizer=adagrad"]
 
 
@@ -80,6 +82,37 @@ def test_every_type_is_built_as_planned_and_trains_as_the_unsharded(data: Path, 
 def _losses(run: Path) -> list[dict[str, float]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name.startswith("loss_")} for record in records]
+
+
+def stepped_alone(rows: int, steps: int, ranks: int, pieces: int) -> torch.Tensor:
+    """Row-wise Adagrad written out, with a state for each row of each of `pieces` column pieces: what such a plan is to compute."""
+    weights, state = initial(rows, DIMENSION), torch.zeros(rows, pieces)
+    for step in range(steps):
+        gradient = torch.zeros(rows, DIMENSION)
+        for rank in range(ranks):
+            ids, coefficients = looked_up(step, rank, rows, DIMENSION)
+            gradient.index_add_(0, ids, coefficients / ranks)  # as the dense part's gradients are averaged
+        by_piece = gradient.view(rows, pieces, -1)
+        state += by_piece.square().mean(dim=2)
+        weights -= LEARNING_RATE * (by_piece / (state.sqrt() + 1e-8).unsqueeze(2)).view(rows, DIMENSION)
+    return weights
+
+
+def test_row_wise_adagrad_has_a_state_for_each_column_shard(tmp_path: Path) -> None:
+    """Cut by columns the tables step as an unsharded one with a state for each piece of a row; not cut, as one with a state a row."""
+    pieces = {"column_wise": 2, "table_column_wise": 2, "grid_shard": 2, "table_wise": 1, "row_wise": 1, "table_row_wise": 1}
+    calls = []
+    for kind, count in pieces.items():
+        tables = [Table(name="table", rows=40, dimension=DIMENSION)]
+        record = make_plan(Request(tables, parse_cluster("1x2:cpu-epyc-7763"), 16, allowed={"*": [kind]}))
+        assert len({tuple(shard["offset"])[1] for shard in record["tables"]["table"]["shards"]}) == count
+        told = {"plan": write(record, tmp_path / f"{kind}.json"), "rows": 40, "dimension": DIMENSION, "steps": 4}
+        calls.append(("tests.training_calls:step_by_plan", told))
+    results = run_ranks(2, calls, tmp_path / "on-2")
+    expected = {count: stepped_alone(40, 4, 2, count) for count in (1, 2)}
+    assert not torch.allclose(expected[1], expected[2], atol=1e-3)
+    for (kind, count), weights in zip(pieces.items(), results, strict=True):
+        assert torch.allclose(torch.tensor(weights), expected[count], atol=1e-5), kind
 
 
 class _Model(nn.Module):

@@ -12,21 +12,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from escm2rec.config import load_config
 from escm2rec.errors import DataError
 from escm2rec.evaluation.evaluate import evaluate
 from escm2rec.paths import RemotePath, data_path, store_path
+from escm2rec.planning.tables import Table, Tables
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
 from escm2rec.scoring.score import score
+from escm2rec.sharding.followed import follow
+from escm2rec.sharding.planner import sharders
 from escm2rec.sharding.runtime import distributed_runtime, on_main
 from escm2rec.sharding.shards import held, table_of
 from escm2rec.training.metrics import TrainingMetrics
@@ -172,6 +179,42 @@ def shards_held(data: str, out: str, overrides: list[str]) -> dict[str, list[lis
     for name, *part in sorted(chain.from_iterable(every)):
         found.setdefault(name, []).append(part)
     return found
+
+
+def step_by_plan(plan: str, rows: int, dimension: int, steps: int) -> list[list[float]]:
+    """Weights of one table after steps of row-wise Adagrad by a plan; `stepped_alone` in test_planning_followed.py takes the same ones."""
+    with distributed_runtime() as runtime:
+        model = nn.Module()
+        model.embeddings = Tables([Table(name="table", rows=rows, dimension=dimension)], "rowwise_adagrad")
+        followed = follow(Path(plan), model, runtime.world_size, runtime.local_world_size, runtime.device.type)
+        env = ShardingEnv.from_process_group(runtime.group)
+        sharded = DistributedModelParallel(model, env=env, device=runtime.device, plan=followed, sharders=sharders())
+        (weights,) = [each for name, each in sharded.state_dict().items() if name.endswith(".weight")]
+        whole = initial(rows, dimension)
+        for part in held(weights):
+            (row, column), (height, width) = part.offsets, part.tensor.shape
+            part.tensor.copy_(whole[row : row + height, column : column + width])
+        for step in range(steps):
+            ids, coefficients = looked_up(step, runtime.rank, rows, dimension)
+            batch = KeyedJaggedTensor(["table"], ids, lengths=torch.ones(len(ids), dtype=torch.int64))
+            (sharded.module.embeddings.collection(batch).values() * coefficients).sum().backward()
+        mine = [(part.offsets, part.tensor) for part in held(weights)]
+        every: list[list[tuple[tuple[int, ...], torch.Tensor]]] = [[]] * runtime.world_size
+        dist.all_gather_object(every, mine, group=runtime.group)
+    for (row, column), tensor in chain.from_iterable(every):
+        whole[row : row + tensor.shape[0], column : column + tensor.shape[1]] = tensor
+    return cast(list[list[float]], whole.tolist())
+
+
+def initial(rows: int, dimension: int) -> torch.Tensor:
+    """Weights to begin with."""
+    return torch.arange(rows * dimension, dtype=torch.float32).view(rows, dimension).sin()
+
+
+def looked_up(step: int, rank: int, rows: int, dimension: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of a rank's batch, some of them twice, and what the outputs are weighed by."""
+    draw = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randint(rows, (16,), generator=draw), torch.randn(16, dimension, generator=draw)
 
 
 def train_with_bad_steps(data: str, out: str, overrides: list[str], bad: list[int], gone: bool = False, resume: bool = False) -> Any:
