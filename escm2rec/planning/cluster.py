@@ -109,5 +109,8 @@ def _overridden(hardware: Hardware, overrides: str, text: str) -> Hardware:
     try:
         return Hardware.model_validate({**hardware.model_dump(), **changed})
     except ValidationError as error:
-        wrong = "; ".join(f"{each['loc'][0]}={each['input']}: {each['msg']}" for each in error.errors())
+        wrong = "; ".join(
+            f"{each['loc'][0]}={each['input']}: {each['msg']}" if each["loc"] else each["msg"].removeprefix("Value error, ")
+            for each in error.errors()
+        )
         raise ConfigError(f"--cluster {text!r}: {wrong}", SHAPE) from error

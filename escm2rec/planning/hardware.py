@@ -5,10 +5,10 @@ from __future__ import annotations
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from escm2rec.errors import ConfigError
 
@@ -22,7 +22,7 @@ class Hardware(BaseModel):
     alone.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     device: Literal["cuda", "cpu"]
     memory_gib: float = Field(0.0, ge=0)
@@ -35,6 +35,12 @@ class Hardware(BaseModel):
     backward_multiplier: float = Field(2.0, gt=0)  # time of the backward pass of a lookup over its forward pass, TorchRec's by default
     price_per_hour: float | None = Field(None, ge=0)  # of one rank
     sources: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_memory(self) -> Self:
+        if self.device == "cuda" and not (self.memory_gib and self.memory_gb_per_s):
+            raise ValueError("a GPU needs memory_gib and memory_gb_per_s")
+        return self
 
     @classmethod
     def numbers(cls) -> list[str]:
@@ -71,10 +77,10 @@ def _read(path: Path) -> dict[str, Hardware]:
     table = {}
     for name, entry in tree.items():
         try:
-            table[str(name)] = hardware = Hardware.model_validate(entry)
+            table[str(name)] = Hardware.model_validate(entry)
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'the entry'}: {each['msg']}" for each in error.errors())
+            wrong = "; ".join(
+                f"{'.'.join(map(str, each['loc'])) or 'the entry'}: {each['msg'].removeprefix('Value error, ')}" for each in error.errors()
+            )
             raise ConfigError(f"--hardware {path}, entry {name!r}: {wrong}", f"fields are {', '.join(Hardware.model_fields)}") from error
-        if hardware.device == "cuda" and not (hardware.memory_gib and hardware.memory_gb_per_s):
-            raise ConfigError(f"--hardware {path}, entry {name!r}: a GPU needs memory_gib and memory_gb_per_s", "add them")
     return table
