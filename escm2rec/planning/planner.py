@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torchrec.distributed.planner.proposers import DynamicProgrammingProposer, G
 from torchrec.distributed.planner.types import PlannerError, Proposer, ShardingOption
 
 from escm2rec.config import SparseOptimizer
+from escm2rec.errors import ConfigError
 from escm2rec.planning.bound import lower_bound
 from escm2rec.planning.cluster import Cluster
 from escm2rec.planning.enumerator import TYPES, Enumerator
@@ -27,6 +29,7 @@ from escm2rec.planning.tables import Table, Tables, constraints_of
 from escm2rec.sharding.runtime import is_news
 
 PlannerName = Literal["priced", "torchrec", "greedy", "uniform", "grid", "dynamic"]
+NO_OPTION = re.compile("No available sharding type and compute kernel combination after applying user provided constraints for ([^ ]+)\\. ")
 KERNELS = {"cuda": ["fused", "fused_uvm", "fused_uvm_caching", "dense"], "cpu": ["fused", "dense"]}
 
 
@@ -82,7 +85,10 @@ class Planned:
 
 
 def find_plan(request: Request) -> Planned:
-    """Search. It takes a second for a hundred tables and half a minute for a thousand on 128 ranks."""
+    """Search. It takes a second for a hundred tables and half a minute for a thousand on 128 ranks.
+
+    ConfigError where the sharding types and kernels that are allowed leave a table no option.
+    """
     began = time.perf_counter()
     topology, reservation, keeper = request.cluster.topology(), request.reservation, _Keeper()
     enumerator = _enumerator(request, topology)
@@ -164,6 +170,13 @@ def _quietly() -> Iterator[None]:
     root.addFilter(is_news)
     try:
         yield
+    except RuntimeError as error:
+        if (match := NO_OPTION.match(str(error))) is None:
+            raise
+        raise ConfigError(
+            f"table {match[1]!r}: no sharding type that it may have goes with a kernel that is allowed",
+            "allow more by --types or --kernels: data_parallel goes with dense alone, all others with the other kernels",
+        ) from error
     finally:
         logger.setLevel(level)
         root.removeFilter(is_news)
