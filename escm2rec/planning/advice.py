@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from escm2rec.errors import RunError
-from escm2rec.planning.options import Options
+from escm2rec.planning.options import Floats, Options
 from escm2rec.planning.planner import KERNELS, Planned, Request, find_plan
 from escm2rec.planning.record import Record, record_of
 from escm2rec.planning.tables import Table
@@ -43,6 +43,8 @@ def does_not_fit(planned: Planned) -> RunError:
 def changes(request: Request) -> Iterator[tuple[str, Request]]:
     """Changes of a request that take less memory or give more, the least painful first."""
     tables, cluster = list(request.tables), request.cluster
+    if request.planner != "priced":
+        yield f"planner priced instead of {request.planner}", replace(request, planner="priced")
     if request.optimizer not in ("rowwise_adagrad", "sgd"):
         yield f"rowwise_adagrad instead of {request.optimizer}", replace(request, optimizer="rowwise_adagrad")
     allowed = set(KERNELS[cluster.hardware.device])
@@ -78,16 +80,24 @@ def _record(request: Request) -> Record | None:
 
 
 def _shortfall(planned: Planned) -> str:
-    request, rooms = planned.request, planned.rooms
-    room = float(np.maximum(rooms[:, :2], 0).sum())
-    options = Options.of(planned.search_space)
-    least = np.full(options.num_tables, np.inf)
-    np.minimum.at(least, options.table, options.bytes[:, :2].sum(axis=1))
-    need = float(least.sum())
+    request, rooms, options = planned.request, np.maximum(planned.rooms[:, :2], 0).sum(axis=0), Options.of(planned.search_space)
+    places = [("", options.bytes[:, :2].sum(axis=1), float(rooms.sum()))]
+    if request.cluster.hardware.device == "cuda":
+        places += [(" of the GPUs' memory", options.bytes[:, 0], rooms[0]), (" of the hosts' memory", options.bytes[:, 1], rooms[1])]
+    needs = [(where, _least(options, taken), room) for where, taken, room in places]
+    where, need, room = max((each for each in needs if each[1] > each[2]), key=lambda each: each[1] - each[2], default=needs[0])
     large = sorted(request.tables, key=lambda table: -table.weight_bytes)[:LARGEST]
     named = ", ".join(f"{table.name} ({table.weight_bytes / GIB:,.1f} GiB)" for table in large)
-    said = f"no plan fits {request.cluster.name}: with their optimizer and outputs tables take {need / GIB:,.1f} GiB at the least, "
+    found = "no plan fits" if request.planner == "priced" else f"planner {request.planner} found no plan for"
+    said = f"{found} {request.cluster.name}: with their optimizer and outputs tables take {need / GIB:,.1f} GiB{where} at the least, "
     if need > room:
         return f"{said}{(need - room) / GIB:,.1f} GiB more than all ranks have for them; the largest weights are {named}"
     cut = "but no way was found to cut them so that each rank's share fits"
     return f"{said}and all ranks have {room / GIB:,.1f} GiB, {cut}; the largest weights are {named}"
+
+
+def _least(options: Options, taken: Floats) -> float:
+    """What all tables take where each has the option that takes least."""
+    least = np.full(options.num_tables, np.inf)
+    np.minimum.at(least, options.table, taken)
+    return float(least.sum())
