@@ -167,8 +167,8 @@ def read_plan(path: Path) -> Record:
         raise DataError(f"no plan at {file}", "escm2rec plan --out FOLDER writes one") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{file} is no readable JSON: {error}", "plan again") from error
-    if not isinstance(record, dict) or record.get("kind") != "plan":
+    if not isinstance(record, dict) or record.get("kind") != "plan" or not isinstance(record.get("version"), int):
         raise DataError(f"{file} holds no plan", "give a plan.json that escm2rec plan wrote; a run's says where its tables lie, not why")
-    if record.get("version", 0) > PLAN_VERSION:
+    if record["version"] > PLAN_VERSION:
         raise DataError(f"{file} has layout version {record['version']}, this escm2rec reads up to {PLAN_VERSION}", "use a newer escm2rec")
     return record
