@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def variants(
     request: Request,
-    clusters: Sequence[Cluster],
+    clusters: Mapping[str, Cluster],
     batch_sizes: Sequence[int],
     dimensions: Sequence[int],
     types: Sequence[Sequence[str]],
@@ -28,10 +28,11 @@ def variants(
 ) -> Iterator[tuple[str, Request]]:
     """All combinations, each with a name of what varies; an empty list leaves what the request has.
 
-    Batch sizes are of a rank, as everywhere in a request.
+    Clusters are by what they are called, which tells apart those that differ in what is overridden. Batch sizes are of a rank, as
+    everywhere in a request.
     """
     axes: list[list[tuple[str, dict[str, Any]]]] = [
-        [(cluster.name, {"cluster": cluster}) for cluster in clusters],
+        [(text, {"cluster": cluster}) for text, cluster in clusters.items()],
         [(f"batch {size}", {"batch_size": size}) for size in batch_sizes],
         [(f"dimension {dimension}", {"tables": _of_dimension(request, dimension)}) for dimension in dimensions],
         [("+".join(each), {"allowed": {**request.allowed, "*": list(each)}}) for each in types],

@@ -29,7 +29,7 @@ Clusters = Annotated[
 ]
 BatchOption = Annotated[
     list[int],
-    typer.Option("--batch-size", help="Impressions a rank and step.", show_default="the config's, or 4096 with --tables"),
+    typer.Option("--batch-size", min=1, help="Impressions a rank and step.", show_default="the config's, or 4096 with --tables"),
 ]
 Planners = Annotated[
     list[str], typer.Option("--planner", help=f"{', '.join(get_args(Planner))}; may be repeated.", show_default="priced, which is ours")
@@ -153,8 +153,10 @@ def plan_sweep(
 
     prices = parse_prices(price)
     request = _request(config, data, tables, cluster[0], hardware, overrides, optimizer, [], kernels)
-    clusters = [parse_cluster(each, hardware) for each in cluster]
-    kinds = [allowed_types([each])["*"] for each in types]
+    clusters = {each: parse_cluster(each, hardware) for each in cluster}
+    for each in clusters.values():
+        allowed_kernels(kernels, each.hardware.device)
+    kinds = [_types_of_all(each) for each in types]
     plans, rows = sweep(list(variants(request, clusters, batch_size, dimension, kinds, _planners(planner))), prices)
     write_sweep(plans, rows, out, prices, overwrite)
     print_comparison(rows)
@@ -264,6 +266,13 @@ def allowed_types(texts: list[str], tables: set[str] | None = None) -> dict[str,
     return allowed
 
 
+def _types_of_all(text: str) -> list[str]:
+    """One --types of a sweep."""
+    if "=" in text:
+        raise ConfigError(f"--types {text!r}: a sweep's are of all tables", "write TYPE,TYPE; escm2rec plan takes TABLE=TYPE,TYPE")
+    return allowed_types([text])["*"]
+
+
 def allowed_kernels(texts: list[str], device: str) -> list[str] | None:
     """Kernels, None for all of the device; ConfigError where one is none of it."""
     from escm2rec.planning.planner import KERNELS
@@ -278,6 +287,8 @@ def allowed_kernels(texts: list[str], device: str) -> list[str] | None:
 def _write_page(records: list[Result], path: Path, prices: dict[str, float], overwrite: bool) -> None:
     from escm2rec.planning.html import write_plans
 
-    if path.exists() and not overwrite:
+    if path.exists() and not (overwrite and path.is_file()):
         raise ConfigError(f"--html {path} exists", "add --overwrite to replace it, or choose another file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"no folder {path.parent} for the page", "make it first, or choose another place")
     write_plans(records, path, prices)
