@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, did_you_mean
 from escm2rec.folder import new_folder, write_json, write_manifest
 from escm2rec.planning.cluster import Cluster
 from escm2rec.planning.planner import PlannerName, Request, find_plan
@@ -96,8 +96,8 @@ def compare(records: Sequence[Record], names: Sequence[str], prices: Mapping[str
     return {"plans": rows, "fastest": fastest["name"], "tables_alike": len(tables) - len(moved), "tables_otherwise": moved}
 
 
-def parse_prices(texts: Sequence[str]) -> dict[str, float]:
-    """Prices of a rank an hour, as NAME=NUMBER; ConfigError where one is none."""
+def parse_prices(texts: Sequence[str], hardware: Collection[str]) -> dict[str, float]:
+    """Prices of a rank an hour, as NAME=NUMBER; ConfigError where one is none, or not of the `hardware` that is planned for."""
     prices = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -107,6 +107,10 @@ def parse_prices(texts: Sequence[str]) -> dict[str, float]:
             prices[name] = -1.0
         if not name or not prices[name] >= 0 or prices[name] == float("inf"):
             raise ConfigError(f"--price {text!r} is no price", "write HARDWARE=NUMBER, such as h100-80gb=2.5, per rank and hour")
+        if name not in hardware:
+            raise ConfigError(
+                f"--price {text!r}: no plan is for {name!r}{did_you_mean(name, hardware)}", f"they are for {', '.join(sorted(hardware))}"
+            )
     return prices
 
 

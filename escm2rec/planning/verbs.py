@@ -116,7 +116,8 @@ def plan_compare(
 
     if len(plans) < 2:
         raise ConfigError(f"there is nothing to compare {plans[0]} with", "give two plans or more")
-    prices, records = parse_prices(price), [read_plan(path) for path in plans]
+    records = [read_plan(path) for path in plans]
+    prices = parse_prices(price, {record["cluster"]["hardware"] for record in records})
     named = [str(path) for path in plans]
     result = compare(records, named, prices)
     if html is not None:
@@ -151,11 +152,11 @@ def plan_sweep(
     from escm2rec.planning.sweep import parse_prices, sweep, variants, write_sweep
     from escm2rec.planning.text import print_comparison
 
-    prices = parse_prices(price)
     request = _request(config, data, tables, cluster[0], hardware, overrides, optimizer, [], kernels)
     clusters = {each: parse_cluster(each, hardware) for each in cluster}
     for each in clusters.values():
         allowed_kernels(kernels, each.hardware.device)
+    prices = parse_prices(price, {each.hardware_name for each in clusters.values()})
     kinds = [_types_of_all(each) for each in types]
     plans, rows = sweep(list(variants(request, clusters, batch_size, dimension, kinds, _planners(planner))), prices)
     write_sweep(plans, rows, out, prices, overwrite)
