@@ -34,7 +34,9 @@ BatchOption = Annotated[
 Planners = Annotated[
     list[str], typer.Option("--planner", help=f"{', '.join(get_args(Planner))}; may be repeated.", show_default="priced, which is ours")
 ]
-OptimizerOption = Annotated[Optimizer, typer.Option("--optimizer", help="Of the tables, with --tables.")]
+OptimizerOption = Annotated[
+    Optimizer | None, typer.Option("--optimizer", help="Of the tables, with --tables.", show_default="rowwise_adagrad")
+]
 Types = Annotated[
     list[str],
     typer.Option("--types", help="Sharding types allowed, as TYPE,TYPE or TABLE=TYPE,TYPE.", show_default="all but grid_shard"),
@@ -59,7 +61,7 @@ def _plan(
         typer.Option("--batch-size", min=1, help="Impressions a rank and step.", show_default="the config's, or 4096 with --tables"),
     ] = None,
     planner: Annotated[Planner, typer.Option("--planner", help="Ours, TorchRec's default, or one of its proposers.")] = "priced",
-    optimizer: OptimizerOption = "rowwise_adagrad",
+    optimizer: OptimizerOption = None,
     types: Types = [],  # noqa: B006
     kernels: Kernels = [],  # noqa: B006
     hardware: HardwareFile = None,
@@ -137,7 +139,7 @@ def plan_sweep(
     batch_size: BatchOption = [],  # noqa: B006
     dimension: Annotated[list[int], typer.Option("--dimension", help="Of all tables; may be repeated.", show_default="the tables'")] = [],  # noqa: B006
     planner: Planners = [],  # noqa: B006
-    optimizer: OptimizerOption = "rowwise_adagrad",
+    optimizer: OptimizerOption = None,
     types: Annotated[
         list[str], typer.Option("--types", help="Sharding types allowed, as TYPE,TYPE; may be repeated.", show_default="all but grid_shard")
     ] = [],  # noqa: B006
@@ -208,7 +210,7 @@ def _request(
     cluster: str,
     hardware: Path | None,
     overrides: list[str],
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     types: list[str],
     kernels: list[str],
 ) -> Request:
@@ -223,6 +225,8 @@ def _request(
         raise ConfigError("give either --config and --data, or --tables", "tables come from a data set, or from a list of them")
     place = parse_cluster(cluster, hardware)
     if config is not None:
+        if optimizer is not None:
+            raise ConfigError("--optimizer is of --tables", "a config has its own: add --set training.sparse_optimizer=...")
         from escm2rec.config import load_config
         from escm2rec.paths import data_path
         from escm2rec.planning.model import request_of_config
@@ -234,7 +238,7 @@ def _request(
         assert tables is not None
         if overrides:
             raise ConfigError("--set is of a config", "leave it out with --tables")
-        request = Request(read_tables(tables), place, BATCH_SIZE, optimizer)
+        request = Request(read_tables(tables), place, BATCH_SIZE, optimizer or "rowwise_adagrad")
     allowed = dict(request.allowed) | allowed_types(types, {table.name for table in request.tables})
     return replace(request, allowed=allowed, kernels=allowed_kernels(kernels, place.hardware.device))
 
