@@ -390,6 +390,16 @@ def test_every_option_of_a_table_is_explained(gpus: tuple[Path, Done], table: st
     assert sum("longer; most of the table's time is " in line for line in lines) >= 5
 
 
+def test_a_plan_that_is_not_the_best_is_told_what_is(tables: Path, tmp_path: Path) -> None:
+    """Of TorchRec's search over memory, which leaves the table that takes most of the time on one rank."""
+    options = ["--planner", "dynamic", "--types", "table_wise,row_wise", "--kernels", "fused", "--out", tmp_path / "plan"]
+    assert plan("--tables", tables, "--cluster", GPUS, *options).result["tables"]["history"]["sharding_type"] == "table_wise"
+    first, second = plan("explain", "history", "--plan", tmp_path / "plan").result["options"]
+    assert (first["sharding_type"], first["why"]) == ("table_wise", "chosen")
+    assert second["step_ms"] < first["step_ms"]
+    assert re.match(r"the step would be \d+\.\d% shorter; ", second["why"])
+
+
 def test_an_option_that_does_not_fit_is_said_to(tables: Path, tmp_path: Path) -> None:
     assert (
         plan("--tables", tables, "--cluster", f"{CORES},host_memory_gib=1.6", "--types", "row_wise", "--out", tmp_path / "plan").code == 0
