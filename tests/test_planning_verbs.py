@@ -392,7 +392,7 @@ def test_every_option_of_a_table_is_explained(gpus: tuple[Path, Done], table: st
 
 def test_a_plan_that_is_not_the_best_is_told_what_is(tables: Path, tmp_path: Path) -> None:
     """Of TorchRec's search over memory, which leaves the table that takes most of the time on one rank."""
-    options = ["--planner", "dynamic", "--types", "table_wise,row_wise", "--kernels", "fused", "--out", tmp_path / "plan"]
+    options: list[str | Path] = ["--planner", "dynamic", "--types", "table_wise,row_wise", "--kernels", "fused", "--out", tmp_path / "plan"]
     assert plan("--tables", tables, "--cluster", GPUS, *options).result["tables"]["history"]["sharding_type"] == "table_wise"
     first, second = plan("explain", "history", "--plan", tmp_path / "plan").result["options"]
     assert (first["sharding_type"], first["why"]) == ("table_wise", "chosen")
@@ -401,9 +401,8 @@ def test_a_plan_that_is_not_the_best_is_told_what_is(tables: Path, tmp_path: Pat
 
 
 def test_an_option_that_does_not_fit_is_said_to(tables: Path, tmp_path: Path) -> None:
-    assert (
-        plan("--tables", tables, "--cluster", f"{CORES},host_memory_gib=1.6", "--types", "row_wise", "--out", tmp_path / "plan").code == 0
-    )
+    cluster = f"{CORES},host_memory_gib=1.6"
+    assert plan("--tables", tables, "--cluster", cluster, "--types", "row_wise", "--out", tmp_path / "plan").code == 0
     record = json.loads((tmp_path / "plan" / "plan.json").read_text())
     record["allowed"] = {"*": ["row_wise"], "user": ["row_wise", "table_wise"]}
     (tmp_path / "plan" / "plan.json").write_text(json.dumps(record))
