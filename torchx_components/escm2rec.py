@@ -160,6 +160,7 @@ def train(
     profile: bool = False,
     warm_start: Optional[str] = None,
     copy_to: Optional[str] = None,
+    plan: Optional[str] = None,
     j: str = "1x2",
     image: str = torchx.IMAGE,
     name: str = "train",
@@ -184,6 +185,7 @@ def train(
         profile: trace some steps: out/profile tells where their time goes
         warm_start: a finished run, whose weights it begins with
         copy_to: fsspec URL where the run is kept too; with resume it may be fetched from there
+        plan: a plan of escm2rec plan that the tables are sharded by, its file or folder
         j: {nodes}x{processes per node}; with GPUs, one process each
         image: container image, or the directory to run in on schedulers without containers
         name: name of the job
@@ -196,7 +198,7 @@ def train(
         rdzv_port: port on the first node where the ranks meet; several nodes only
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
-    given = {"resume": resume, "overwrite": overwrite, "profile": profile, "warm_start": warm_start, "copy_to": copy_to}
+    given = {"resume": resume, "overwrite": overwrite, "profile": profile, "warm_start": warm_start, "copy_to": copy_to, "plan": plan}
     arguments = _options(config=config, data=data, out=out, set=_overrides(set), **given)
     return _distributed("train", arguments, image, name, h, cpu, gpu, memory_mb, j, env, max_retries, rdzv_port, mounts)
 
