@@ -328,6 +328,20 @@ def test_a_comparison_needs_two_and_a_place(gpus: tuple[Path, Done], tmp_path: P
 # --- sweep --------------------------------------------------------------------------------------
 
 
+def test_a_page_takes_the_place_of_a_page_alone(gpus: tuple[Path, Done], cores: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.html"
+    notes.write_text("mine")
+    refused("it is no page that escm2rec made", "choose another", "compare", gpus[0], cores, "--html", notes, "--overwrite")
+    assert notes.read_text() == "mine"
+
+
+def test_a_plan_that_was_cut_is_refused(gpus: tuple[Path, Done], tmp_path: Path) -> None:
+    record = read_plan(gpus[0])
+    del record["cluster"], record["kernels"]
+    (tmp_path / "plan.json").write_text(json.dumps(record))
+    refused("lacks cluster, kernels", "plan again", "explain", "user", "--plan", tmp_path)
+
+
 def test_a_sweep_plans_every_combination(tables: Path, tmp_path: Path) -> None:
     small = f"{GPUS},memory_gib=0.4"
     sizes = ["--batch-size", "512", "--batch-size", "4096"]
@@ -340,6 +354,7 @@ def test_a_sweep_plans_every_combination(tables: Path, tmp_path: Path) -> None:
     assert [row["fits"] for row in rows] == [True] * 4 + [False] * 4
     assert json.loads((out / "sweep.json").read_text()) == rows
     fitting = [row for row in rows if row["fits"]]
+    assert [row["plan"] for row in fitting] == [f"plans/{number:03}.json" for number in range(1, 5)]
     plans = sorted((out / "plans").iterdir())
     assert [path.name for path in plans] == ["001.json", "002.json", "003.json", "004.json"]
     for row, path in zip(fitting, plans, strict=True):
@@ -351,6 +366,14 @@ def test_a_sweep_plans_every_combination(tables: Path, tmp_path: Path) -> None:
     assert (out / "sweep.html").read_text().count("<details>") == 4
     assert plan("explain", "scene", "--plan", plans[-1]).result["table"] == "scene"
     refused("sweep exists", "--overwrite", "sweep", "--tables", tables, "--cluster", GPUS, "--out", out)
+
+
+def test_a_sweep_divides_a_configs_batch_by_the_ranks_of_each_cluster(config: Path, data: Path, tmp_path: Path) -> None:
+    clusters = ["--cluster", GPUS, "--cluster", "2x4:h100-80gb"]
+    done = plan(
+        "sweep", "--config", config, "--data", data, *clusters, "--set", "training.global_batch_size=640", "--out", tmp_path / "sweep"
+    )
+    assert [row["batch_size"] for row in done.result["plans"]] == [320, 80]
 
 
 def test_a_sweep_varies_dimensions_and_types(tables: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def request_of_config(config: Config, dataset: Dataset, cluster: Cluster) -> Req
         max(1, training.global_batch_size // cluster.world_size),
         training.sparse_optimizer,
         allowed=allowed,
+        global_batch_size=training.global_batch_size,
         dense_bytes=_dense_bytes(config, dataset),
     )
 

@@ -53,6 +53,7 @@ class Request:
     allowed: Mapping[str, Sequence[str]] = field(default_factory=dict)
     kernels: Sequence[str] | None = None
     dense_bytes: int = 0  # of what is no table, with its gradients and its optimizer's state, on each rank
+    global_batch_size: int | None = None  # of a config: it is divided anew on a cluster of other ranks; None where a batch is a rank's
 
     @property
     def beside_shards(self) -> dict[str, int]:

@@ -20,6 +20,7 @@ from escm2rec.planning.tables import Table
 
 Record = dict[str, Any]
 PLAN_VERSION = 1
+KEYS = {"world_size", "cluster", "batch_size", "optimizer", "dense_bytes", "planner", "allowed", "kernels", "estimate", "ranks", "tables"}
 MS_AN_HOUR = 3_600_000
 TIMES = {
     "lookup": "fwd_compute",
@@ -171,4 +172,6 @@ def read_plan(path: Path) -> Record:
         raise DataError(f"{file} holds no plan", "give a plan.json that escm2rec plan wrote; a run's says where its tables lie, not why")
     if record["version"] > PLAN_VERSION:
         raise DataError(f"{file} has layout version {record['version']}, this escm2rec reads up to {PLAN_VERSION}", "use a newer escm2rec")
+    if missing := sorted(KEYS - record.keys()):
+        raise DataError(f"{file} lacks {', '.join(missing)}", "it was changed after it was written: plan again")
     return record

@@ -32,7 +32,7 @@ def variants(
     everywhere in a request.
     """
     axes: list[list[tuple[str, dict[str, Any]]]] = [
-        [(text, {"cluster": cluster}) for text, cluster in clusters.items()],
+        [(text, _on(request, cluster)) for text, cluster in clusters.items()],
         [(f"batch {size}", {"batch_size": size}) for size in batch_sizes],
         [(f"dimension {dimension}", {"tables": _of_dimension(request, dimension)}) for dimension in dimensions],
         [("+".join(each), {"allowed": {**request.allowed, "*": list(each)}}) for each in types],
@@ -57,9 +57,14 @@ def sweep(named: Sequence[tuple[str, Request]], prices: Mapping[str, float]) -> 
             continue
         record = {"name": name, **record_of(planned)}
         plans.append(record)
-        rows.append({**row, "fits": True, **summary(record, prices)})
+        rows.append({**row, "fits": True, "plan": plan_file(len(plans)), **summary(record, prices)})
         logger.info("%d of %d, %s: %.3f ms a step", number, len(named), name, record["estimate"]["step_ms"])
     return plans, rows
+
+
+def plan_file(number: int) -> str:
+    """Where the folder of a sweep has its plan of a number, from 1."""
+    return f"plans/{number:03}.json"
 
 
 def write_sweep(plans: Sequence[Record], rows: Sequence[Record], out: Path, prices: Mapping[str, float], overwrite: bool) -> None:
@@ -69,7 +74,7 @@ def write_sweep(plans: Sequence[Record], rows: Sequence[Record], out: Path, pric
     with new_folder(out, "sweep", overwrite) as folder:
         (folder / "plans").mkdir()
         for number, plan in enumerate(plans, 1):
-            write_json(folder / "plans" / f"{number:03}.json", plan)
+            write_json(folder / plan_file(number), plan)
         write_json(folder / "sweep.json", list(rows))
         if plans:
             write_plans(plans, folder / "sweep.html", prices)
@@ -112,6 +117,12 @@ def parse_prices(texts: Sequence[str], hardware: Collection[str]) -> dict[str, f
                 f"--price {text!r}: no plan is for {name!r}{did_you_mean(name, hardware)}", f"they are for {', '.join(sorted(hardware))}"
             )
     return prices
+
+
+def _on(request: Request, cluster: Cluster) -> dict[str, Any]:
+    """What a request becomes on a cluster: a config's batch is of all ranks together."""
+    whole = request.global_batch_size
+    return {"cluster": cluster} if whole is None else {"cluster": cluster, "batch_size": max(1, whole // cluster.world_size)}
 
 
 def _of_dimension(request: Request, dimension: int) -> list[Any]:

@@ -82,8 +82,12 @@ def _plan(
     def plan() -> Result:
         from dataclasses import replace
 
+        from escm2rec.folder import refuse_existing
         from escm2rec.planning.plan import make_plan, write_plan
         from escm2rec.planning.text import print_plan
+
+        if out is not None:
+            refuse_existing(out, "plan", overwrite)  # before a search of half a minute
 
         request = replace(_request(config, data, tables, cluster, hardware, overrides, optimizer, types, kernels), planner=planner)
         record = make_plan(request if batch_size is None else replace(request, batch_size=batch_size))
@@ -150,10 +154,12 @@ def plan_sweep(
     overwrite: Overwrite = False,
 ) -> Result:
     """Plan for all combinations of what is given more than once: clusters, batch sizes, dimensions, sharding types, planners."""
+    from escm2rec.folder import refuse_existing
     from escm2rec.planning.cluster import parse_cluster
     from escm2rec.planning.sweep import parse_prices, sweep, variants, write_sweep
     from escm2rec.planning.text import print_comparison
 
+    refuse_existing(out, "sweep", overwrite)
     request = _request(config, data, tables, cluster[0], hardware, overrides, optimizer, [], kernels)
     clusters = {each: parse_cluster(each, hardware) for each in cluster}
     for each in clusters.values():
@@ -290,10 +296,13 @@ def allowed_kernels(texts: list[str], device: str) -> list[str] | None:
 
 
 def _write_page(records: list[Result], path: Path, prices: dict[str, float], overwrite: bool) -> None:
+    from escm2rec.evaluation.html import is_page
     from escm2rec.planning.html import write_plans
 
     if path.exists() and not (overwrite and path.is_file()):
         raise ConfigError(f"--html {path} exists", "add --overwrite to replace it, or choose another file")
+    if path.exists() and not is_page(path):
+        raise ConfigError(f"will not overwrite {path}: it is no page that escm2rec made", "choose another, or remove it by hand")
     if not path.parent.is_dir():
         raise ConfigError(f"no folder {path.parent} for the page", "make it first, or choose another place")
     write_plans(records, path, prices)
