@@ -138,7 +138,7 @@ def train(
     from escm2rec.training.train import train
 
     if plan is not None:
-        overrides = [*overrides, f"training.plan={plan.absolute()}"]
+        overrides = [*overrides, f"training.plan={json.dumps(str(plan.resolve()))}"]
     return train(load_config(config, overrides), data_path(data), out, resume, overwrite, profile, warm_start, copy_to)
 
 

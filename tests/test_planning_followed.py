@@ -138,17 +138,17 @@ def test_plans_for_something_else_are_refused(tmp_path: Path) -> None:
     write(record, path)
     assert follow(path, model, 2, 2, "cpu").plan.keys() == {"embeddings.collection", "embeddings.weighted_collection"}
     assert follow(tmp_path, model, 2, 2, "cpu").plan.keys() == {"embeddings.collection", "embeddings.weighted_collection"}
-    refused(f"the plan at {path} is for 2 ranks, and there are 4", (4, 2, "cpu"))
+    refused(f"the plan at {path} is for 2 rank(s), and there are 4", (4, 2, "cpu"))
     refused("is for device 'cpu', and ranks have 'cuda'", (2, 2, "cuda"))
     refused("has a table user, which the data set has not", of=_Model([table for table in asked.tables if table.name != "user"]))
     more = [*asked.tables, Table(name="item", rows=7, dimension=DIMENSION)]
     refused("has no table item, which the data set has", of=_Model(more))
     grown = [table.model_copy(update={"rows": 2 * table.rows}) for table in asked.tables]
-    refused("covers 76,800 numbers of table 'user', which has 600 rows of 256", of=_Model(grown))
+    refused("table 'user': its shards cover 76,800 numbers, it has 600 rows of 256", of=_Model(grown))
     twice = {**record, "tables": {**record["tables"], "user": {**record["tables"]["user"]}}}
     twice["tables"]["user"]["shards"] = [record["tables"]["user"]["shards"][0]] * 2
     write(twice, path)
-    refused("covers 38,400 numbers of table 'user', which has 300 rows of 256")
+    refused("table 'user': its shards cover 38,400 numbers, it has 300 rows of 256")
     assert torch.device("meta") == next(model.parameters()).device
 
 

@@ -102,7 +102,7 @@ def cores() -> Record:
 def test_one_plan_is_one_page_of_all_that_it_holds(tight: Record, tmp_path: Path) -> None:
     page, text = page_of([tight], tmp_path)
     assert page.headings == [
-        "Sharding plan for 2x2:h100-80gb",
+        "Sharding plan for 2x2:h100-80gb,memory_gib=1,host_memory_gib=6,price_per_hour=3",
         "Memory of the ranks",
         "The ranks' shares of the host's memory",
         "Time by rank",
@@ -182,7 +182,11 @@ def test_several_plans_are_compared_and_each_unfolds(tight: Record, cores: Recor
     page, text = page_of([tight, cores, named], tmp_path)
     assert page.headings == ["Sharding plans", "Comparison", "Each plan", "What the words mean"]
     rows = re.findall(r"<tr><th[^>]*>(.*?)</th>(.*?)</tr>", text.split("</table>")[0].split("<tbody>")[1])
-    assert [unescape(name) for name, _ in rows] == ["2x2:h100-80gb, batch 4,096, priced", "1x2:cpu-epyc-7763, batch 4,096, priced", ODD]
+    assert [unescape(name) for name, _ in rows] == [
+        "2x2:h100-80gb,memory_gib=1,host_memory_gib=6,price_per_hour=3, batch 4,096, priced",
+        "1x2:cpu-epyc-7763, batch 4,096, priced",
+        ODD,
+    ]
     cells = [re.sub(r'<span class="pad".*?</span>|<.*?>', " ", row).split() for _, row in rows]
     assert [row[0] for row in cells] == ["4", "2", "2"]
     assert [row[-1] == "–" for row in cells] == [False, True, True]  # without a price no cost

@@ -30,7 +30,12 @@ def test_every_figure_of_the_table_has_a_source() -> None:
 
 def test_a_cluster_is_read_and_told() -> None:
     cluster = parse_cluster("2x8:h100-80gb,inter_node_gb_per_s=25,price_per_hour=2.5")
-    assert (cluster.nodes, cluster.ranks_per_node, cluster.world_size, cluster.name) == (2, 8, 16, "2x8:h100-80gb")
+    assert (cluster.nodes, cluster.ranks_per_node, cluster.world_size, cluster.name) == (
+        2,
+        8,
+        16,
+        "2x8:h100-80gb,inter_node_gb_per_s=25,price_per_hour=2.5",
+    )
     assert (cluster.hardware.inter_node_gb_per_s, cluster.hardware.price_per_hour) == (25, 2.5)
     assert cluster.device_bytes == 80 * 2**30
     topology = cluster.topology()
@@ -125,7 +130,7 @@ def test_tables_of_a_list(tmp_path: Path) -> None:
         ("- {name: a, rows: 0, dimension: 8}", "table 1 ('a'): rows: Input should be greater than 0, and is 0"),
         ("- {name: a, rows: 3, dimension: 6}", "table 1 ('a'): dimension: Input should be a multiple of 4, and is 6"),
         ("- {name: a, rows: 3, dimension: 8}\n- {name: b, dimension: 8}", "table 2 ('b'): rows: Field required"),
-        ("- {name: a, rows: 3, dimension: 8, dtype: fp8}", "dtype: Input should be 'fp32', 'fp16', 'bf16' or 'int8', and is 'fp8'"),
+        ("- {name: a, rows: 3, dimension: 8, dtype: fp8}", "dtype: Input should be 'fp32', 'fp16' or 'bf16', and is 'fp8'"),
         ("- {name: a, rows: 3, dimension: 8, rank: 1}", "rank: Extra inputs are not permitted"),
         ("- {name: a, rows: 3, dimension: 8, pooling_factor: .nan}", "pooling_factor"),
         ("- {name: a, rows: 3, dimension: 8}\n- {name: a, rows: 3, dimension: 8}", "tables 1 and 2 are both named 'a'"),

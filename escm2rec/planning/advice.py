@@ -15,7 +15,6 @@ from escm2rec.planning.tables import Table
 
 LARGEST = 3  # tables that are named
 GIB = 2**30
-CHEAPER_DTYPES = {"fp32": ("bf16", "int8"), "fp16": ("int8",), "bf16": ("int8",), "int8": ()}
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,9 @@ def changes(request: Request) -> Iterator[tuple[str, Request]]:
         yield "any kernel, those in the host's memory too", replace(request, kernels=None)
     if request.allowed:
         yield "any sharding type for every table", replace(request, allowed={})
-    for dtype in ("bf16", "int8"):
-        if any(dtype in CHEAPER_DTYPES[table.dtype] for table in tables):
-            smaller = [table.model_copy(update={"dtype": dtype}) if dtype in CHEAPER_DTYPES[table.dtype] else table for table in tables]
-            yield f"weights in {dtype}", replace(request, tables=smaller)
+    if any(table.dtype == "fp32" for table in tables):
+        halved = [table.model_copy(update={"dtype": "bf16"}) if table.dtype == "fp32" else table for table in tables]
+        yield "weights in bf16", replace(request, tables=halved)
     if all(table.dimension % 8 == 0 for table in tables):
         yield (
             "half the dimension",

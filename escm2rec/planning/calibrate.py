@@ -46,8 +46,10 @@ def calibrate(name: str, out: Path, overwrite: bool) -> dict[str, Any]:
 
 
 def _refuse(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise ConfigError(f"--out {out} exists", "add --overwrite to replace it, or choose another file")
+    if out.exists() and not (overwrite and out.is_file()):
+        raise ConfigError(f"--out {out} exists", "add --overwrite to replace a file, or choose another")
+    if not out.parent.is_dir():
+        raise ConfigError(f"no folder {out.parent} for the entry", "make it first, or choose another place")
 
 
 def _entry(runtime: Runtime, bytes_per_ms: float, multiplier: float, all_to_all: float | None, all_reduce: float | None) -> Hardware:

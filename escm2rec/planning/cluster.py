@@ -14,7 +14,7 @@ from torchrec.distributed.planner import Topology
 from escm2rec.errors import ConfigError
 from escm2rec.planning.hardware import Hardware, find_hardware
 
-FORM = re.compile(r"(?:(?P<nodes>\d+)x)?(?P<ranks>\d+):(?P<hardware>[^,]+)(?P<overrides>(?:,[^,]*)*)")
+FORM = re.compile(r"(?:(?P<nodes>\d{1,9})x)?(?P<ranks>\d{1,9}):(?P<hardware>[^,]+)(?P<overrides>(?:,[^,]*)*)")
 MAX_RANKS = 65_536
 SHAPE = "write it as NODESxRANKS:HARDWARE, such as 2x8:h100-80gb, or 2x8:h100-80gb,inter_node_gb_per_s=25"
 
@@ -27,6 +27,7 @@ class Cluster:
     ranks_per_node: int
     hardware_name: str
     hardware: Hardware
+    overrides: str = ""  # of the hardware's figures, as they were asked for: ",NAME=NUMBER,..."
 
     @property
     def world_size(self) -> int:
@@ -35,8 +36,8 @@ class Cluster:
 
     @property
     def name(self) -> str:
-        """As it is asked for, without what was overridden."""
-        return f"{self.nodes}x{self.ranks_per_node}:{self.hardware_name}"
+        """As it is asked for."""
+        return f"{self.nodes}x{self.ranks_per_node}:{self.hardware_name}{self.overrides}"
 
     @property
     def device_bytes(self) -> int:
@@ -77,6 +78,7 @@ class Cluster:
             "nodes": self.nodes,
             "ranks_per_node": self.ranks_per_node,
             "hardware": self.hardware_name,
+            "overrides": self.overrides,
             **self.hardware.model_dump(mode="json", exclude={"sources"}),
         }
 
@@ -84,7 +86,8 @@ class Cluster:
     def from_json(cls, tree: dict[str, Any]) -> Cluster:
         """What `as_json` gave."""
         rest = dict(tree)
-        return cls(rest.pop("nodes"), rest.pop("ranks_per_node"), rest.pop("hardware"), Hardware.model_validate(rest))
+        nodes, ranks, name, overrides = (rest.pop(key) for key in ("nodes", "ranks_per_node", "hardware", "overrides"))
+        return cls(nodes, ranks, name, Hardware.model_validate(rest), overrides)
 
 
 def parse_cluster(text: str, own: Path | None = None) -> Cluster:
@@ -96,7 +99,7 @@ def parse_cluster(text: str, own: Path | None = None) -> Cluster:
     if nodes < 1 or ranks < 1 or nodes * ranks > MAX_RANKS:
         raise ConfigError(f"--cluster {text!r} has {nodes * ranks:,} ranks", f"give it 1 to {MAX_RANKS:,}")
     hardware = find_hardware(match["hardware"], own)
-    return Cluster(nodes, ranks, match["hardware"], _overridden(hardware, match["overrides"], text))
+    return Cluster(nodes, ranks, match["hardware"], _overridden(hardware, match["overrides"], text), match["overrides"])
 
 
 def _overridden(hardware: Hardware, overrides: str, text: str) -> Hardware:

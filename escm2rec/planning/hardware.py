@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from escm2rec.errors import ConfigError
 
+MOST = 1e9  # of any figure: beyond it is a slip
 BUILT_IN = Path(__file__).with_name("hardware.yaml")
 
 
@@ -25,15 +26,15 @@ class Hardware(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     device: Literal["cuda", "cpu"]
-    memory_gib: float = Field(0.0, ge=0)
-    memory_gb_per_s: float = Field(0.0, ge=0)
-    host_memory_gib: float = Field(gt=0)
-    host_memory_gb_per_s: float = Field(gt=0)
-    host_link_gb_per_s: float = Field(32.0, gt=0)  # between the device and the host's memory
-    intra_node_gb_per_s: float = Field(gt=0)
-    inter_node_gb_per_s: float = Field(gt=0)
-    backward_multiplier: float = Field(2.0, gt=0)  # time of the backward pass of a lookup over its forward pass, TorchRec's by default
-    price_per_hour: float | None = Field(None, ge=0)  # of one rank
+    memory_gib: float = Field(0.0, ge=0, le=MOST)
+    memory_gb_per_s: float = Field(0.0, ge=0, le=MOST)
+    host_memory_gib: float = Field(gt=0, le=MOST)
+    host_memory_gb_per_s: float = Field(gt=0, le=MOST)
+    host_link_gb_per_s: float = Field(32.0, gt=0, le=MOST)  # between the device and the host's memory
+    intra_node_gb_per_s: float = Field(gt=0, le=MOST)
+    inter_node_gb_per_s: float = Field(gt=0, le=MOST)
+    backward_multiplier: float = Field(2.0, gt=0, le=1_000)  # time of a lookup's backward over its forward pass
+    price_per_hour: float | None = Field(None, ge=0, le=MOST)  # of one rank
     sources: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -63,14 +64,14 @@ def find_hardware(name: str, own: Path | None = None) -> Hardware:
     near = get_close_matches(name, table, n=3, cutoff=0.4) or sorted(table)
     raise ConfigError(
         f"no hardware {name!r}; the nearest are {', '.join(near)}",
-        "escm2rec plan hardware lists all; add an entry of your own with --hardware FILE.yaml",
+        "escm2rec plan hardware lists all; --hardware FILE.yaml adds your own, which escm2rec plan calibrate can measure",
     )
 
 
 def _read(path: Path) -> dict[str, Hardware]:
     try:
         tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--hardware {path} cannot be read: {error}", f"write it as {BUILT_IN.name} of the package is written") from error
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"--hardware {path} holds no entries by name", "write NAME: {device: cuda, memory_gib: 80, ...}")

@@ -197,7 +197,7 @@ def _comparison(records: Sequence[Record], prices: Mapping[str, float]) -> str:
     if any(cost is not None for cost in costs):
         heads.append("Cost of a million\nimpressions")
         columns.append(aligned(costs))
-        said += " So is the cost, which is in the unit of the price of an hour."
+        said += " The cost is of that part too, in the unit of the price of a rank and hour."
     bars = []
     for record, each in zip(records, estimates, strict=True):
         blocks = _time_blocks(record["ranks"][each["worst_rank"]]["ms"])
@@ -300,7 +300,7 @@ def _time(record: Record, heading: str) -> str:
     lines = {f"{name} {number(estimate[f'{name}_ms'], 3)} ms": estimate[f"{name}_ms"] for name in ("mean", "bound")}
     parts = [part for part in TIMES if any(rank["ms"][part] for rank in record["ranks"])]
     drawn = _chart(bars, max(ms), 1.0, "ms", lines)
-    said = note("Estimated, of a step; no plan of these tables on this cluster can end below the bound.")
+    said = note("Estimated, of a step; no plan of these tables on this cluster, by the types and kernels allowed, can end below the bound.")
     return f"<{heading}>Time by rank</{heading}>{said}{_legend(parts)}{drawn}"
 
 

@@ -13,6 +13,7 @@ from itertools import chain, combinations, islice
 
 import numpy as np
 from numpy.typing import NDArray
+from torchrec.distributed.planner.proposers import GreedyProposer
 from torchrec.distributed.planner.types import Enumerator, Proposer, ShardingOption, Topology
 
 from escm2rec.planning.bound import fits_somewhere, lower_bound, shares
@@ -20,6 +21,8 @@ from escm2rec.planning.options import Floats, Options, perf_of, rooms_of
 from escm2rec.planning.placement import Placer, Ranks
 
 TARGETS = 8  # between the bound and the best so far
+LENGTHS = 0.2, 0.5, 1.0  # how much of an option's cost is its longest shard, as if all ranks took as long
+GREEDY = 300  # proposals of TorchRec's greedy proposer, where nothing else fits
 FILLS = ((1.0, 1.0), (0.98, 0.5), (0.95, 0.3), (0.9, 0.2), (0.8, 0.1), (0.6, 0.05))
 """What a choice may take of all memory, and each of its shards of a rank's: what does not fit needs more air, or smaller pieces."""
 EXCHANGES = 100, 30_000  # exchanged options that are placed: at the least, and over the number of tables
@@ -86,6 +89,11 @@ class Pricing(Proposer):
             target = lowest * (highest / lowest) ** (at / TARGETS) * (1 + BETTER)
             allowed = fits_somewhere(options, self.rooms) & (options.longest <= target)
             fill = yield from self._fill(allowed, fill)
+        for weight in LENGTHS:
+            cost = (1 - weight) * options.total + weight * len(self.rooms) * options.longest
+            fill = yield from self._fill(fits_somewhere(options, self.rooms), fill, cost)
+        if self.best is None:
+            yield from self._greedily()
         yield from self._exchanges()
 
     def _offer(self, choice: Choice) -> Generator[Choice, bool, bool]:
@@ -93,12 +101,12 @@ class Pricing(Proposer):
         fits = yield choice
         return fits
 
-    def _fill(self, allowed: NDArray[np.bool_], start: int) -> Generator[Choice, bool, int]:
-        """Offer choices that leave ever more memory free, until one fits: which of FILLS did."""
+    def _fill(self, allowed: NDArray[np.bool_], start: int, cost: Floats | None = None) -> Generator[Choice, bool, int]:
+        """Offer choices that leave ever more memory free, until one fits: which of FILLS did. `cost` is of `cheapest_within`."""
         assert self.rooms is not None
         for fill in range(start, len(FILLS)):
             filled, piece = FILLS[fill]
-            choice = cheapest_within(self.options, allowed & self._in_pieces(allowed, piece), self.rooms * filled)
+            choice = cheapest_within(self.options, allowed & self._in_pieces(allowed, piece), self.rooms * filled, cost)
             if choice is None:
                 break
             if tuple(choice) in self._tried:
@@ -114,6 +122,18 @@ class Pricing(Proposer):
         smallest = np.full(self.options.num_tables, np.inf)
         np.minimum.at(smallest, self.options.table[allowed], taken[allowed])
         return np.asarray(taken <= np.maximum(piece, smallest[self.options.table]))
+
+    def _greedily(self) -> Generator[Choice, bool, None]:
+        """Where nothing has fitted: what TorchRec's greedy proposer walks through, up to the first that does."""
+        greedy, number = GreedyProposer(), {id(option): index for index, option in enumerate(self.options.options)}
+        greedy.load(self.options.options)
+        for _ in range(GREEDY):
+            proposal = greedy.propose()
+            if proposal is None or self.best is not None:
+                return
+            choice = sorted((number[id(option)] for option in proposal), key=lambda index: int(self.options.table[index]))
+            if not (yield from self._offer(choice)):
+                greedy.feedback(partitionable=False, plan=proposal)
 
     def _exchanges(self) -> Generator[Choice, bool, None]:
         """From the best choice on, one exchange after another that makes the slowest rank faster; what comes of it is offered."""
@@ -159,31 +179,35 @@ class Pricing(Proposer):
         return cheapest
 
 
-def cheapest_within(options: Options, allowed: NDArray[np.bool_], rooms: Floats) -> Choice | None:
-    """Of each table the allowed option that costs least, at the lowest price of memory at which all together fit `rooms`, [ranks, 3].
+def cheapest_within(options: Options, allowed: NDArray[np.bool_], rooms: Floats, cost: Floats | None = None) -> Choice | None:
+    """Of each table the allowed option of the least `cost` (the time of all its shards, where it is None), at the lowest price of memory at
+    which all together fit `rooms`, [ranks, 3].
 
     None when that is not found: a table has no allowed option, or no price is high enough.
     """
     share = shares(options, rooms)
     taken = share * np.ones(3)
     weights = np.ones(3)
-    choice = options.cheapest(options.total, allowed)
+    cost = options.total if cost is None else cost
+    choice = options.cheapest(cost, allowed)
     if choice is None or (taken[choice].sum(axis=0) <= 1).all():
         return choice
-    scale = max(float(options.total[choice].sum()), 1e-9)
+    scale = max(float(cost[choice].sum()), 1e-9)
     for _ in range(6):
-        found = _at_lowest_price(options, allowed, share, weights, scale)
+        found = _at_lowest_price(options, allowed, share, weights, scale, cost)
         if isinstance(found, list):
             return found
         weights = np.where(found > 1, weights * 4, weights)  # one kind of memory is short, not the other
     return None
 
 
-def _at_lowest_price(options: Options, allowed: NDArray[np.bool_], share: Floats, weights: Floats, scale: float) -> Choice | Floats:
+def _at_lowest_price(
+    options: Options, allowed: NDArray[np.bool_], share: Floats, weights: Floats, scale: float, cost: Floats
+) -> Choice | Floats:
     """The choice; or, where no price is high enough, what the choice at the highest takes of each kind of memory."""
 
     def at(price: float) -> tuple[Choice, Floats]:
-        choice = options.cheapest(options.total + price * (share @ weights), allowed)
+        choice = options.cheapest(cost + price * (share @ weights), allowed)
         assert choice is not None
         return choice, share[choice].sum(axis=0)
 

@@ -166,7 +166,7 @@ def read_plan(path: Path) -> Record:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"no plan at {file}", "escm2rec plan --out FOLDER writes one") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is no readable JSON: {error}", "plan again") from error
     if not isinstance(record, dict) or record.get("kind") != "plan" or not isinstance(record.get("version"), int):
         raise DataError(f"{file} holds no plan", "give a plan.json that escm2rec plan wrote; a run's says where its tables lie, not why")
@@ -174,4 +174,24 @@ def read_plan(path: Path) -> Record:
         raise DataError(f"{file} has layout version {record['version']}, this escm2rec reads up to {PLAN_VERSION}", "use a newer escm2rec")
     if missing := sorted(KEYS - record.keys()):
         raise DataError(f"{file} lacks {', '.join(missing)}", "it was changed after it was written: plan again")
+    try:
+        _check(record)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        said = str(error).splitlines()[0]
+        raise DataError(f"{file} is damaged: {type(error).__name__}: {said}", "it was changed after it was written: plan again") from error
     return record
+
+
+def _check(record: Record) -> None:
+    """What `explain`, `compare` and pages read of a plan, read once."""
+    request = request_of(record)
+    assert request.tables
+    float(sum(record["estimate"][name] for name in ("step_ms", "mean_ms", "bound_ms", "imbalance", "fullest_share", "capacity_bytes")))
+    if len(record["ranks"]) != request.cluster.world_size or record["world_size"] != request.cluster.world_size:
+        raise ValueError(f"{len(record['ranks'])} ranks, and a cluster of {request.cluster.world_size}")
+    for rank in record["ranks"]:
+        float(sum(rank["ms"][part] for part in TIMES) + sum(rank[where][part] for where in ("bytes", "host_bytes") for part in MEMORY))
+    for table in record["tables"].values():
+        float(table["ms"] + table["longest_ms"] + table["bytes"] + table["host_bytes"])
+        if not table["shards"] or [shard["rank"] for shard in table["shards"]] != table["ranks"]:
+            raise ValueError("a table has no shards, or not on the ranks that it names")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.planner.types import ParameterConstraints
@@ -18,7 +18,7 @@ from escm2rec.config import SparseOptimizer
 from escm2rec.errors import ConfigError
 from escm2rec.sharding.model import OPTIMIZERS
 
-DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16, "int8": DataType.INT8}
+DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}  # TorchRec counts int8 as float16
 WRITE = (
     "write a list of {name: ..., rows: ..., dimension: ...}, with pooling_factor, features, weighted and dtype where they are not "
     "1, 1, false and fp32"
@@ -28,15 +28,22 @@ WRITE = (
 class Table(BaseModel):
     """One embedding table, and how it is looked up."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(min_length=1, pattern=r"^[^.\s]+$")
-    rows: int = Field(gt=0)
-    dimension: int = Field(gt=0, multiple_of=4)  # FBGEMM's tables
-    pooling_factor: float = Field(1.0, gt=0)  # ids an impression, on average, of each feature
-    features: int = Field(1, gt=0)  # that look it up
+    rows: int = Field(gt=0, le=2**40)
+    dimension: int = Field(gt=0, le=2**16, multiple_of=4)  # FBGEMM's tables
+    pooling_factor: float = Field(1.0, ge=1e-6, le=1e6)  # ids an impression, on average, of each feature
+    features: int = Field(1, gt=0, le=1_000)  # that look it up
     weighted: bool = False
-    dtype: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_attribute(cls, name: str) -> str:
+        if hasattr(nn.ModuleDict(), name):
+            raise ValueError("TorchRec keeps tables in a torch.nn.ModuleDict, which has an attribute of this name: choose another")
+        return name
 
     @property
     def weight_bytes(self) -> int:
@@ -46,14 +53,14 @@ class Table(BaseModel):
     @property
     def row_bytes(self) -> int:
         """Of one row."""
-        return self.dimension * {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}[self.dtype]
+        return self.dimension * {"fp32": 4, "fp16": 2, "bf16": 2}[self.dtype]
 
 
 def read_tables(path: Path) -> list[Table]:
     """Tables of a YAML list; ConfigError with the place of what is wrong."""
     try:
         tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--tables {path} cannot be read: {error}", WRITE) from error
     if not isinstance(tree, list) or not tree:
         raise ConfigError(f"--tables {path} holds no list of tables", WRITE)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from escm2rec.planning.record import Record
@@ -36,7 +37,7 @@ def said(record: Record) -> list[str]:
     return [
         f"The slowest rank, {estimate['worst_rank']}, takes {estimate['step_ms']:.3f} ms a step, {longer:.1f}% more than the mean; most of "
         f"it is {limit}.",
-        f"No plan takes less than {estimate['bound_ms']:.3f} ms by these estimates: this one is {100 * above:.1f}% above.",
+        f"No plan of the types and kernels allowed takes less than {estimate['bound_ms']:.3f} ms: this one is {100 * above:.1f}% above.",
         f"The fullest rank, {estimate['fullest_rank']}, has {100 * estimate['fullest_share']:.0f}% of its memory taken.",
     ]
 
@@ -44,25 +45,35 @@ def said(record: Record) -> list[str]:
 def print_comparison(rows: Sequence[Record]) -> None:
     """Print plans, a line each."""
     console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
-    numbers = ["ms a step", "mean", "bound", "imbalance", "fullest", "cost per M rows", "planned in s"]
+    priced = any(row.get("cost_per_million_rows") is not None for row in rows)
+    numbers = [
+        "ms a step",
+        "mean",
+        "bound",
+        "imbalance",
+        "fullest",
+        *(["cost of a million\nimpressions"] if priced else []),
+        "planned in s",
+    ]
     table = _table("Plans", ["plan"], numbers, ["limited by"])
     for row in rows:
         if not row.get("fits", True):
-            table.add_row(row["name"], "does not fit", *[""] * len(numbers))
+            table.add_row(escape(row["name"]), "does not fit", *[""] * len(numbers))
             continue
         ms = [f"{row[name]:.3f}" for name in ("step_ms", "mean_ms", "bound_ms", "imbalance")]
-        cost = "–" if row["cost_per_million_rows"] is None else f"{row['cost_per_million_rows']:.3g}"
+        cost = row["cost_per_million_rows"]
+        costs = ["–" if cost is None else f"{cost:.3g}"] if priced else []
         limit = row["limited_by"].replace("_", " ")
-        table.add_row(row["name"], *ms, f"{100 * row['fullest_share']:.0f}%", cost, f"{row['seconds']:.1f}", limit)
+        table.add_row(escape(row["name"]), *ms, f"{100 * row['fullest_share']:.0f}%", *costs, f"{row['seconds']:.1f}", limit)
     console.print(table)
 
 
 def _tables(tables: Sequence[tuple[str, Record]]) -> Table:
-    shown = _table("Tables", ["table", "sharding type", "kernel", "ranks"], ["rows", "dimension", "pooling", "GiB", "ms"])
+    shown = _table("Tables", ["table", "sharding type", "kernel", "ranks"], ["rows", "dimension", "pooling", "GiB", "ms,\nall ranks"])
     for name, table in tables:
         gib = (table["bytes"] + table["host_bytes"]) / GIB
-        numbers = [f"{table['rows']:,}", str(table["dimension"]), f"{table['pooling_factor']:g}", f"{gib:,.3f}", f"{table['ms']:.3f}"]
-        shown.add_row(name, table["sharding_type"], table["compute_kernel"], ranges(table["ranks"]), *numbers)
+        numbers = [f"{table['rows']:,}", str(table["dimension"]), f"{table['pooling_factor']:.4g}", f"{gib:,.3f}", f"{table['ms']:.3f}"]
+        shown.add_row(escape(name), table["sharding_type"], table["compute_kernel"], ranges(table["ranks"]), *numbers)
     return shown
 
 

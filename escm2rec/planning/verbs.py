@@ -29,7 +29,7 @@ Clusters = Annotated[
 ]
 BatchOption = Annotated[
     list[int],
-    typer.Option("--batch-size", min=1, help="Impressions a rank and step.", show_default="the config's, or 4096 with --tables"),
+    typer.Option("--batch-size", min=1, help="Impressions a rank and step.", show_default="the config's by ranks, 4096 with --tables"),
 ]
 Planners = Annotated[
     list[str], typer.Option("--planner", help=f"{', '.join(get_args(Planner))}; may be repeated.", show_default="priced, which is ours")
@@ -58,7 +58,7 @@ def _plan(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", min=1, help="Impressions a rank and step.", show_default="the config's, or 4096 with --tables"),
+        typer.Option("--batch-size", min=1, help="Impressions a rank and step.", show_default="the config's by ranks, 4096 with --tables"),
     ] = None,
     planner: Annotated[Planner, typer.Option("--planner", help="Ours, TorchRec's default, or one of its proposers.")] = "priced",
     optimizer: OptimizerOption = None,

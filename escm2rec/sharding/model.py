@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from escm2rec.sharding.managed import sharded_managed
 from escm2rec.sharding.planner import plan_tables, sharders
 from escm2rec.sharding.runtime import Runtime, on_main
 
+logger = logging.getLogger(__name__)
 OPTIMIZERS: dict[SparseOptimizer, tuple[type[torch.optim.Optimizer], bool]] = {
     "rowwise_adagrad": (RowWiseAdagrad, True),
     "adagrad": (torch.optim.Adagrad, True),
@@ -82,6 +84,7 @@ def shard_model(
 
     def plan_them() -> ShardingPlan:
         if followed is not None:
+            logger.info("tables are sharded as the plan at %s says", followed)
             return follow(followed, module, *ranks)
         return plan_tables(module, tables, forced, *ranks, runtime.memory_bytes(), max(1, local_batch_size), in_bfloat16)
 
