@@ -93,6 +93,20 @@ def test_managed_tables_cost_what_their_decision_says() -> None:
     assert f"chooses the same values in {torchrec[0]}, {torchrec[1]} and {torchrec[2]} |" in README
 
 
+def test_plans_are_as_fast_and_as_good_as_told() -> None:
+    sets = json.loads((ROOT / "docs" / "results" / "planner.json").read_text(encoding="utf-8"))["sets"]
+    many, most = sets["100 tables, 64 H100"], sets["1,000 tables, 128 H100"]["priced"]
+    ours, theirs = many["priced"], many["torchrec"]
+    found = f"{theirs['step_ms'] / ours['step_ms']:.2f} times as fast a step as what TorchRec's default finds in {theirs['seconds']:.0f} s"
+    assert f"in {ours['seconds']:.1f} s, {found}, {100 * (ours['over_bound'] - 1):.1f}% above what no plan can beat" in README
+    assert f"1,000 tables on 128 in {most['seconds']:.0f} s, {100 * (most['over_bound'] - 1):.1f}% above" in README
+    assert ours["seconds"] < 5
+    assert most["seconds"] < 60
+    for told in sets.values():
+        others = [told[planner]["step_ms"] for planner in ("torchrec", "greedy", "uniform") if "step_ms" in told.get(planner, {})]
+        assert all(told["priced"]["step_ms"] <= 1.01 * other for other in others)
+
+
 def _short(ms: float) -> str:
     return f"{ms:.1f}" if ms < 20 else f"{ms:.0f}"
 
@@ -125,6 +139,7 @@ def test_figures_are_those_of_the_results() -> None:
         "slurm",
         "metrics",
         "managed",
+        "planner",
     }
     text = results["preprocess"]
     _, middle, largest = text["whole"]
