@@ -14,12 +14,12 @@ from torch import nn
 
 from escm2rec.errors import ConfigError
 from escm2rec.planning.cluster import parse_cluster
-from escm2rec.planning.enumerator import TYPES
 from escm2rec.planning.plan import make_plan
 from escm2rec.planning.planner import Request
 from escm2rec.planning.record import Record
 from escm2rec.planning.tables import Table, Tables
 from escm2rec.sharding.followed import follow
+from escm2rec.sharding.planner import ALL_TYPES
 from tests.encoded import TABLE_ROWS, schema, write_dataset
 from tests.ranks import run_ranks
 from tests.training_calls import initial, looked_up
@@ -56,7 +56,7 @@ def where(record: Record) -> dict[str, list[list[Any]]]:
 
 def test_every_type_is_built_as_planned_and_trains_as_the_unsharded(data: Path, tmp_path: Path) -> None:
     """Element-wise Adagrad, whose state does not depend on how a table is cut, so that one unsharded training is the truth for all."""
-    plans = {kind: make_plan(request({"*": [kind]})) for kind in TYPES}
+    plans = {kind: make_plan(request({"*": [kind]})) for kind in ALL_TYPES}
     mixed = {"user": ["row_wise"], "tags": ["column_wise"], "history": ["table_wise"], "scene": ["data_parallel"]}
     plans["mixed"] = make_plan(request(mixed))
     calls: list[tuple[str, dict[str, Any]]] = []

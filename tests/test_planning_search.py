@@ -18,10 +18,11 @@ from torchrec.distributed.planner.types import ShardingOption
 from benchmarks.table_sets import criteo_multi_hot, power_law
 from escm2rec.planning.bound import lower_bound
 from escm2rec.planning.cluster import parse_cluster
-from escm2rec.planning.enumerator import TYPES, Enumerator
+from escm2rec.planning.enumerator import Enumerator
 from escm2rec.planning.options import Floats, Options, perf_of, rooms_of, storage_of
-from escm2rec.planning.planner import KERNELS, AnyType, Planned, PlannerName, Request, find_plan, search_space
+from escm2rec.planning.planner import KERNELS, Planned, PlannerName, Request, find_plan, search_space
 from escm2rec.planning.tables import Table, Tables, constraints_of
+from escm2rec.sharding.planner import ALL_TYPES, RowWiseSharder
 
 
 def request(tables: list[Table], cluster: str, planner: PlannerName = "priced", batch_size: int = 4_096) -> Request:
@@ -66,16 +67,16 @@ def test_options_sizes_and_prices_are_torchrecs(cluster: str) -> None:
         Table(name="shared", rows=70_001, dimension=256, features=3, dtype="fp16"),
     ]
     asked = request(tables, cluster)
-    constraints = {table.name: constraints_of(table, list(TYPES), KERNELS[asked.cluster.hardware.device]) for table in tables}
+    constraints = {table.name: constraints_of(table, list(ALL_TYPES), KERNELS[asked.cluster.hardware.device]) for table in tables}
     ours, theirs = (
         {
             (option.name, option.sharding_type, option.compute_kernel): option.shards
-            for option in kind(asked.cluster.topology(), 4_096, constraints).enumerate(Tables(tables, "adagrad"), [AnyType()])
+            for option in kind(asked.cluster.topology(), 4_096, constraints).enumerate(Tables(tables, "adagrad"), [RowWiseSharder()])
         }
         for kind in (Enumerator, EmbeddingEnumerator)
     )
     assert ours.keys() == theirs.keys()
-    assert {kind for _, kind, _ in ours} == set(TYPES)
+    assert {kind for _, kind, _ in ours} == set(ALL_TYPES)
     for key, shards in theirs.items():
         assert [(each.size, each.offset, each.perf) for each in ours[key]] == [(each.size, each.offset, each.perf) for each in shards]
         # The gradients of a table that every rank holds, and the buffer that these are summed in: TorchRec counts neither.

@@ -21,15 +21,20 @@ from torch import Tensor
 from torchrec.modules.mc_modules import LRU_EvictionPolicy, MCHManagedCollisionModule
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from escm2rec.config import parse_config
+from escm2rec.config import load_config, parse_config
 from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.inspection.inspect import inspect
 from escm2rec.models.embeddings import PooledEmbeddings
+from escm2rec.planning.cluster import parse_cluster
+from escm2rec.planning.model import request_of_config
+from escm2rec.planning.plan import make_plan
 from escm2rec.preprocess import preprocess
 from escm2rec.preprocess.stable_hash import hash64
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.columns import decode
+from escm2rec.reader.dataset import Dataset
 from escm2rec.schema import MANAGED_IDS, Feature, Schema
+from escm2rec.sharding.followed import follow
 from escm2rec.sharding.initialise import initial_rows
 from escm2rec.sharding.managed import FREE, ValueRows, sharded_managed
 from escm2rec.sharding.model import shard_model
@@ -194,6 +199,27 @@ def test_any_number_of_ranks_takes_the_same_steps(folder: Path, ranks: str) -> N
         for value, (weights, state) in rows[0].items():
             assert rows[1][value][0] == pytest.approx(weights, abs=1e-5)
             assert rows[1][value][1] == pytest.approx(state, rel=1e-3)
+
+
+def test_a_plan_made_before_is_followed(folder: Path, tmp_path: Path) -> None:
+    """Managed tables by rows, whatever types are allowed: the steps are those of the run that planned for itself."""
+    config, data = load_config(folder / "log.yaml"), Dataset.open(folder / "log")
+    record = make_plan(request_of_config(config, data, parse_cluster("1x2:cpu-epyc-7763")))
+    assert {name: record["tables"][name]["sharding_type"] for name in MANAGED} == dict.fromkeys(MANAGED, "row_wise")
+    (tmp_path / "plan.json").write_text(json.dumps(record))
+    out = str(tmp_path / "followed")
+    run_ranks(2, [_train(folder, "log", out, f"training.plan={tmp_path / 'plan.json'}")], tmp_path / "ranks")
+    planned = json.loads((tmp_path / "followed" / "plan.json").read_text())["tables"]
+    assert {name: told["shards"] for name, told in planned.items() if told["sharding_type"] != "data_parallel"} == {
+        name: told["shards"] for name, told in record["tables"].items() if told["sharding_type"] != "data_parallel"
+    }
+    assert np.allclose(_losses(tmp_path / "followed"), _losses(folder / "one"), atol=1e-5)
+    moved = {**record["tables"]["user"], "sharding_type": "column_wise"}
+    (tmp_path / "plan.json").write_text(json.dumps({**record, "tables": {**record["tables"], "user": moved}}))
+    model = torch.nn.Module()
+    model.embeddings = PooledEmbeddings(data.schema.tables, config.model.embedding_dim, torch.device("meta"))
+    with pytest.raises(ConfigError, match="it is column_wise, and managed tables are always row_wise"):
+        follow(tmp_path, model, 2, 2, "cpu")
 
 
 def test_it_learns_what_a_vocabulary_of_all_values_learns(folder: Path) -> None:

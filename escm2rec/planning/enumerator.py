@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import Shard, ShardingOption, Storage
 
-TYPES = ("table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard", "data_parallel")
+from escm2rec.sharding.planner import ALL_TYPES
 
 
 class PricedShard(Shard):
@@ -44,7 +44,7 @@ class Enumerator(EmbeddingEnumerator):
 
     def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], sharder_key: str = "") -> list[str]:
         found = super()._filter_sharding_types(name, allowed_sharding_types, sharder_key)
-        return sorted(found, key=TYPES.index)
+        return sorted(found, key=ALL_TYPES.index)
 
     def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:
         return sorted(super()._filter_compute_kernels(name, allowed_compute_kernels, sharding_type))

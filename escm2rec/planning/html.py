@@ -10,8 +10,8 @@ from pathlib import Path
 
 from escm2rec.evaluation.html import aligned, facts, note, number, table, write_page
 from escm2rec.planning.cluster import Cluster
-from escm2rec.planning.enumerator import TYPES
 from escm2rec.planning.record import MEMORY, TIMES, Record, cost_of, request_of, state_share
+from escm2rec.sharding.planner import ALL_TYPES
 
 MAX_RANKS_SHOWN = 32
 """Ranks of a chart; of more, half as many from either end."""
@@ -274,7 +274,7 @@ def _table_blocks(record: Record, place: str, ranks: Sequence[int]) -> list[list
         kind = told["sharding_type"]
         for rank, size in sizes.items():
             found[rank].append(Block(f"{of.name}, {kind}, {told['compute_kernel']}, {_size(size)}", size, kind, of.name))
-    return [sorted(blocks, key=lambda block: (TYPES.index(block.kind), -block.size, block.label)) for blocks in found.values()]
+    return [sorted(blocks, key=lambda block: (ALL_TYPES.index(block.kind), -block.size, block.label)) for blocks in found.values()]
 
 
 def _merged(blocks: list[Block], least: float, room: int) -> list[Block]:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import DynamicProgrammingProposer, GreedyProposer, GridSearchProposer, UniformProposer
@@ -20,25 +19,18 @@ from escm2rec.config import SparseOptimizer
 from escm2rec.errors import ConfigError
 from escm2rec.planning.bound import lower_bound
 from escm2rec.planning.cluster import Cluster
-from escm2rec.planning.enumerator import TYPES, Enumerator
+from escm2rec.planning.enumerator import Enumerator
 from escm2rec.planning.options import Floats, Options, rooms_of
 from escm2rec.planning.partitioner import Partitioning
 from escm2rec.planning.proposer import Pricing
 from escm2rec.planning.reservation import Reservation, beside_shards
 from escm2rec.planning.tables import Table, Tables, constraints_of
+from escm2rec.sharding.planner import ALL_TYPES, RowWiseSharder
 from escm2rec.sharding.runtime import is_news
 
 PlannerName = Literal["priced", "torchrec", "greedy", "uniform", "grid", "dynamic"]
 NO_OPTION = re.compile("No available sharding type and compute kernel combination after applying user provided constraints for ([^ ]+)\\. ")
 KERNELS = {"cuda": ["fused", "fused_uvm", "fused_uvm_caching", "dense"], "cpu": ["fused", "dense"]}
-
-
-class AnyType(EmbeddingBagCollectionSharder):
-    """Offers all types on cores too, where TorchRec runs them; constraints say which are meant."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """All of them."""
-        return list(TYPES)
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ def find_plan(request: Request) -> Planned:
     error = None
     with _quietly():
         try:
-            planner.plan(Tables(list(request.tables), request.optimizer), [AnyType()])
+            planner.plan(Tables(list(request.tables), request.optimizer), [RowWiseSharder()])
         except PlannerError as raised:
             error = raised
     space = enumerator.last_stored_search_space or []
@@ -119,7 +111,7 @@ def search_space(request: Request) -> list[ShardingOption]:
     """All options of all tables, priced."""
     with _quietly():
         enumerator = _enumerator(request, request.cluster.topology())
-        space: list[ShardingOption] = enumerator.enumerate(Tables(list(request.tables), request.optimizer), [AnyType()])
+        space: list[ShardingOption] = enumerator.enumerate(Tables(list(request.tables), request.optimizer), [RowWiseSharder()])
     return space
 
 
@@ -130,7 +122,7 @@ def _enumerator(request: Request, topology: Topology) -> EmbeddingEnumerator:
 
 def types_of(request: Request, table: str) -> list[str]:
     """Sharding types that a table may have."""
-    default = [each for each in TYPES if each != "grid_shard"]
+    default = [each for each in ALL_TYPES if each != "grid_shard"]
     return list(request.allowed.get(table, request.allowed.get("*", default)))
 
 

@@ -259,7 +259,7 @@ def _planners(texts: list[str]) -> list[Planner]:
 def allowed_types(texts: list[str], tables: set[str] | None = None) -> dict[str, list[str]]:
     """Sharding types by table, '*' for those that are not named; ConfigError where a type or a table is none."""
     from escm2rec.errors import did_you_mean
-    from escm2rec.planning.enumerator import TYPES
+    from escm2rec.sharding.planner import ALL_TYPES
 
     allowed = {}
     for text in texts:
@@ -269,9 +269,9 @@ def allowed_types(texts: list[str], tables: set[str] | None = None) -> dict[str,
                 f"--types {text!r}: there is no table {table!r}{did_you_mean(table, sorted(tables))}", "name one of the tables"
             )
         for kind in (found := names([kinds])):
-            if kind not in TYPES:
+            if kind not in ALL_TYPES:
                 raise ConfigError(
-                    f"--types {text!r}: {kind!r} is no sharding type{did_you_mean(kind, TYPES)}", f"they are {', '.join(TYPES)}"
+                    f"--types {text!r}: {kind!r} is no sharding type{did_you_mean(kind, ALL_TYPES)}", f"they are {', '.join(ALL_TYPES)}"
                 )
         allowed[table or "*"] = found
     return allowed

@@ -12,6 +12,7 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, Shard
 from torchrec.distributed.planner.utils import placement
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
+from escm2rec.config import ShardingKind
 from escm2rec.errors import ConfigError
 from escm2rec.sharding.managed import managed_in
 from escm2rec.sharding.shards import table_of
@@ -52,7 +53,7 @@ class _Shard(BaseModel):
 class _Table(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    sharding_type: Literal["table_wise", "column_wise", "table_column_wise", "row_wise", "table_row_wise", "grid_shard", "data_parallel"]
+    sharding_type: ShardingKind
     compute_kernel: Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"]
     ranks: list[int]
     shards: list[_Shard]
