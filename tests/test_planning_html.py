@@ -19,7 +19,6 @@ from escm2rec.planning.html import (
     WIDTH,
     Block,
     _merged,
-    _ranges,
     _table_blocks,
     _ticks,
     write_plans,
@@ -27,6 +26,7 @@ from escm2rec.planning.html import (
 from escm2rec.planning.planner import PlannerName, Request, find_plan
 from escm2rec.planning.record import MEMORY, TIMES, Record, cost_of, record_of
 from escm2rec.planning.tables import Table
+from escm2rec.planning.text import ranges
 from tests.test_evaluation_html import Page
 
 ODD = '<b>&"it\'s"'
@@ -300,7 +300,7 @@ def test_small_blocks_are_merged_and_none_alone() -> None:
     ],
 )
 def test_ranks_are_said_in_short(ranks: list[int], said: str) -> None:
-    assert _ranges(ranks) == said
+    assert ranges(ranks) == said
 
 
 @pytest.mark.parametrize("end", [1e-4, 0.7, 1.0, 9.99, 80.0, 3000.0])

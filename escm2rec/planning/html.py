@@ -11,6 +11,7 @@ from pathlib import Path
 from escm2rec.evaluation.html import aligned, facts, note, number, table, write_page
 from escm2rec.planning.cluster import Cluster
 from escm2rec.planning.record import MEMORY, TIMES, Record, cost_of, request_of, state_share
+from escm2rec.planning.text import ranges
 from escm2rec.sharding.planner import ALL_TYPES
 
 MAX_RANKS_SHOWN = 32
@@ -331,25 +332,13 @@ def _tables(record: Record, heading: str) -> str:
     columns = [aligned([each[name] for each in told]) for name in ("rows", "dimension")]
     columns += [aligned([each["pooling_factor"] for each in told])]
     columns += [[each[name] for each in told] for name in ("dtype", "sharding_type", "compute_kernel")]
-    columns += [[_ranges(each["ranks"]) for each in told], [f"{weights[name] / 2**30:,.3f}" for name in shown]]
+    columns += [[ranges(each["ranks"]) for each in told], [f"{weights[name] / 2**30:,.3f}" for name in shown]]
     columns += [aligned([each["ms"] for each in told]), [_percent(each["ms"] / whole) if whole else "–" for each in told]]
     left = [record["tables"][name]["ms"] for name in names[MAX_TABLES_SHOWN:]]
     of_left = f"{_percent(sum(left) / whole) if whole else '–'} of all ms"
     said = f"The {len(shown)} that take longest; {len(left):,} more, with {of_left}, are in plan.json." if left else ""
     body = table(heads, [escape(name) for name in shown], columns, texts=(0, 4, 5, 6, 7))
     return f'<{heading}>Tables</{heading}>{note(said)}<div class="tables">{body}</div>'
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """`0-7, 9`; of many pieces the first, and how many ranks there are."""
-    pieces: list[list[int]] = []
-    for rank in sorted(set(ranks)):
-        if pieces and rank == pieces[-1][1] + 1:
-            pieces[-1][1] = rank
-        else:
-            pieces.append([rank, rank])
-    texts = [str(first) if first == last else f"{first}-{last}" for first, last in pieces]
-    return ", ".join(texts) if len(texts) <= 4 else f"{', '.join(texts[:3])}, … ({len(set(ranks))} ranks)"
 
 
 def _chart(bars: Sequence[Bar | str], end: float, unit: float, unit_name: str, lines: Mapping[str, float]) -> str:

@@ -95,14 +95,15 @@ def _ranks(record: Record) -> Table:
 
 
 def ranges(ranks: Sequence[int]) -> str:
-    """Ranks as 0-7, 9."""
-    found: list[list[int]] = []
+    """`0-7, 9`; of many pieces the first, and how many ranks there are."""
+    pieces: list[list[int]] = []
     for rank in sorted(set(ranks)):
-        if found and rank == found[-1][1] + 1:
-            found[-1][1] = rank
+        if pieces and rank == pieces[-1][1] + 1:
+            pieces[-1][1] = rank
         else:
-            found.append([rank, rank])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+            pieces.append([rank, rank])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in pieces]
+    return ", ".join(texts) if len(texts) <= 4 else f"{', '.join(texts[:3])}, … ({len(set(ranks))} ranks)"
 
 
 def _table(title: str, text: list[str], numbers: list[str], after: Sequence[str] = ()) -> Table:
