@@ -185,7 +185,8 @@ def read_plan(path: Path) -> Record:
 def _check(record: Record) -> None:
     """What `explain`, `compare` and pages read of a plan, read once."""
     request = request_of(record)
-    assert request.tables
+    if not request.tables:
+        raise ValueError("it has no tables")
     float(sum(record["estimate"][name] for name in ("step_ms", "mean_ms", "bound_ms", "imbalance", "fullest_share", "capacity_bytes")))
     if len(record["ranks"]) != request.cluster.world_size or record["world_size"] != request.cluster.world_size:
         raise ValueError(f"{len(record['ranks'])} ranks, and a cluster of {request.cluster.world_size}")
