@@ -4,9 +4,10 @@
 
 The hardware entry of these ranks is calibrated first, by `escm2rec plan calibrate`. Then tables are sharded by one plan after another
 (table-wise in balance, at random and on one rank, by rows, by columns, whole on every rank, mixtures, what the planner chooses), each built
-by `follow`, and a step, forward and backward with row-wise Adagrad, is timed, plans in turn: the median of steps, of the slowest rank. Told
-are Spearman's rank correlation of estimate and measurement, and how far the estimate is off, with the calibrated entry and with the
-built-in one that is nearest. Prints one JSON object.
+and stepped as `train` does it, with row-wise Adagrad, and timed, plans in turn: the median of steps, of the slowest rank. Once where all
+rows are looked up alike, and once where row k is looked up 1 / k as often as the first. Told are Spearman's rank correlation of estimate
+and measurement, and how far the estimate is off: with the calibrated entry, with the built-in one that is nearest, and, of rows that are
+not looked up alike, without the popularity that tells so. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -20,32 +21,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import nn
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner.types import ShardingOption
-from torchrec.distributed.types import ShardingEnv
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.machine import facts
+from escm2rec.config import TrainingConfig
 from escm2rec.planning.cluster import parse_cluster
 from escm2rec.planning.options import perf_of
 from escm2rec.planning.planner import Planned, Request, find_plan, search_space
 from escm2rec.planning.record import Record, record_of
-from escm2rec.planning.tables import Table, Tables
-from escm2rec.sharding.followed import follow
-from escm2rec.sharding.planner import sharders
+from escm2rec.planning.tables import Table
+from escm2rec.sharding.model import ShardedModel, shard_model, whole_tables
 from escm2rec.sharding.runtime import Runtime, distributed_runtime
+from escm2rec.training.whole_tables import WholeTables
 
 BATCH_SIZE = 2_048
 NEAREST = "cpu-epyc-7763"
-STEPS, ROUNDS, WARM = 5, 4, 2
+STEPS, ROUNDS, WARM = 4, 8, 1
 TABLES = [
     Table(name=f"table_{number}", rows=rows, dimension=dimension, pooling_factor=ids)
     for number, (rows, dimension, ids) in enumerate(
@@ -55,8 +59,19 @@ TABLES = [
         ]
     )
 ]
+RANKS_OF_ROWS = np.unique(np.geomspace(1, max(table.rows for table in TABLES), 60).astype(np.int64))
 SMALL = {table.name for table in TABLES if table.rows <= 20_000}
 Places = Callable[[ShardingOption], list[int]]
+
+
+def popular(table: Table) -> Table:
+    """The same, row k looked up 1 / k as often as the first."""
+    shares = np.cumsum(1 / np.arange(1, table.rows + 1))
+    places = [*RANKS_OF_ROWS[table.rows > RANKS_OF_ROWS].tolist(), table.rows]
+    return table.model_copy(update={"popularity": tuple((place, float(shares[place - 1] / shares[-1])) for place in places)})
+
+
+KINDS = {"alike": TABLES, "popular": [popular(table) for table in TABLES]}
 
 
 def plans_of(request: Request) -> dict[str, Record]:
@@ -113,52 +128,87 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embeddings = Tables(TABLES, "rowwise_adagrad")
+        configs = [
+            EmbeddingBagConfig(name=each.name, num_embeddings=each.rows, embedding_dim=each.dimension, feature_names=[each.name])
+            for each in TABLES
+        ]
+        self.embeddings = EmbeddingBagCollection(configs, device=torch.device("meta"))
 
     def forward(self, ids: KeyedJaggedTensor) -> torch.Tensor:
         """A loss, []."""
-        assert self.embeddings.collection is not None
-        loss: torch.Tensor = self.embeddings.collection(ids).values().square().mean()
+        loss: torch.Tensor = self.embeddings(ids).values().square().mean()
         return loss
 
 
-def batch_of(runtime: Runtime) -> KeyedJaggedTensor:
+def batch_of(tables: Sequence[Table], runtime: Runtime) -> KeyedJaggedTensor:
     """One batch of this rank."""
-    draw = torch.Generator().manual_seed(runtime.rank)
-    ids = [torch.randint(table.rows, (BATCH_SIZE * int(table.pooling_factor),), generator=draw) for table in TABLES]
-    lengths = torch.cat([torch.full((BATCH_SIZE,), int(table.pooling_factor)) for table in TABLES])
-    return KeyedJaggedTensor([table.name for table in TABLES], torch.cat(ids), lengths=lengths).to(runtime.device)
+    draw = np.random.default_rng(runtime.rank)
+    ids = [_ids(table, draw) for table in tables]
+    lengths = torch.cat([torch.full((BATCH_SIZE,), int(table.pooling_factor)) for table in tables])
+    return KeyedJaggedTensor([table.name for table in tables], torch.from_numpy(np.concatenate(ids)), lengths=lengths).to(runtime.device)
+
+
+def _ids(table: Table, draw: np.random.Generator) -> NDArray[np.int64]:
+    """As its popularity has it."""
+    rows, shares = zip((0, 0.0), *(table.popularity or ((table.rows, 1.0),)), strict=True)
+    found = np.interp(draw.random(BATCH_SIZE * int(table.pooling_factor)), shares, rows)
+    return np.asarray(np.minimum(found, table.rows - 1), np.int64)
 
 
 def work(plans: Path) -> None:
-    """One rank: each plan built and stepped, in turn; rank 0 prints the times."""
+    """One rank: all plans built, then stepped in turn; rank 0 prints the times."""
     with distributed_runtime() as runtime:
-        batch, told = batch_of(runtime), json.loads(plans.read_text())
-        times: dict[str, list[float]] = {name: [] for name in told}
-        for number in range(ROUNDS):
-            for name in list(told)[:: -1 if number % 2 else 1]:
-                times[name] += _steps(Path(told[name]), batch, runtime)
-        medians = torch.tensor([statistics.median(each) for each in times.values()], dtype=torch.float64)
-        dist.all_reduce(medians, dist.ReduceOp.MAX, group=runtime.group)
+        batches, told = {kind: batch_of(tables, runtime) for kind, tables in KINDS.items()}, json.loads(plans.read_text())
+        built = {name: Built.of(Path(plan), runtime) for name, plan in told.items()}
+        found = {kind: _times(built, batch, runtime) for kind, batch in batches.items()}
         if runtime.is_main:
-            print("RESULT " + json.dumps(dict(zip(times, medians.tolist(), strict=True))), flush=True)
+            print("RESULT " + json.dumps(found), flush=True)
 
 
-def _steps(plan: Path, batch: KeyedJaggedTensor, runtime: Runtime) -> list[float]:
-    model = Model()
-    followed = follow(plan, model, runtime.world_size, runtime.local_world_size, runtime.device.type)
-    env = ShardingEnv.from_process_group(runtime.group)
-    sharded = DistributedModelParallel(model, env=env, device=runtime.device, plan=followed, sharders=sharders())
-    times = []
-    for step in range(WARM + STEPS):
+def _times(built: dict[str, Built], batch: KeyedJaggedTensor, runtime: Runtime) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in built}
+    for number in range(ROUNDS):
+        for name in list(built)[:: -1 if number % 2 else 1]:
+            times[name] += [built[name].step_ms(batch, runtime) for _ in range(WARM + STEPS)][WARM:]
+    medians = torch.tensor([statistics.median(each) for each in times.values()], dtype=torch.float64)
+    dist.all_reduce(medians, dist.ReduceOp.MAX, group=runtime.group)
+    return dict(zip(times, medians.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Built:
+    """Tables sharded as a plan says, and stepped as `train` does it."""
+
+    sharded: ShardedModel
+    whole: WholeTables
+
+    @classmethod
+    def of(cls, plan: Path, runtime: Runtime) -> Built:
+        """Of the plan in a file."""
+        training = TrainingConfig()
+        sharded = shard_model(
+            Model(),
+            [table.name for table in TABLES],
+            runtime,
+            seed=0,
+            init_std=0.01,
+            optimizer=training.sparse_optimizer,
+            learning_rate=training.sparse_learning_rate,
+            local_batch_size=BATCH_SIZE,
+            forced={},
+            in_bfloat16=False,
+            followed=plan,
+        )
+        return cls(sharded, WholeTables(whole_tables(sharded), training, runtime.group))
+
+    def step_ms(self, batch: KeyedJaggedTensor, runtime: Runtime) -> float:
+        """Of one step, which all ranks begin together."""
         dist.barrier(group=runtime.group)
         began = time.perf_counter()
-        sharded(batch).backward()
-        for parameter in sharded.parameters():
-            parameter.grad = None
-        if step >= WARM:
-            times.append(1e3 * (time.perf_counter() - began))
-    return times
+        self.whole.zero_grad()
+        self.sharded.module(batch).backward()
+        self.whole.step()
+        return 1e3 * (time.perf_counter() - began)
 
 
 def launch(ranks: int, *arguments: str) -> str:
@@ -199,12 +249,22 @@ def main() -> None:
         (Path(folder) / "plans.json").write_text(json.dumps(files))
         printed = launch(arguments.ranks, "benchmarks.plans", "--worker", str(Path(folder) / "plans.json"))
         (line,) = [line for line in printed.splitlines() if line.startswith("RESULT ")]
-        measured: dict[str, float] = json.loads(line.removeprefix("RESULT "))
-        built_in = Request(TABLES, parse_cluster(f"1x{arguments.ranks}:{NEAREST}"), BATCH_SIZE)
-        spaces = {"calibrated": search_space(calibrated), NEAREST: search_space(built_in)}
-        found = {name: _against(measured, {plan: estimate(plans[plan], space) for plan in plans}) for name, space in spaces.items()}
+        measured: dict[str, dict[str, float]] = json.loads(line.removeprefix("RESULT "))
+        built_in = parse_cluster(f"1x{arguments.ranks}:{NEAREST}")
+        spaces = {kind: search_space(replace(calibrated, tables=tables)) for kind, tables in KINDS.items()}
+        nearest = search_space(replace(calibrated, cluster=built_in))
+
+        def against(kind: str, space: list[ShardingOption]) -> dict[str, Any]:
+            return _against(measured[kind], {plan: estimate(plans[plan], space) for plan in plans})
+
+        found = {
+            "calibrated": against("alike", spaces["alike"]),
+            NEAREST: against("alike", nearest),
+            "popular": against("popular", spaces["popular"]),
+            "popular, not told": against("popular", spaces["alike"]),
+        }
         hardware: dict[str, Any] = calibrated.cluster.hardware.model_dump(mode="json", exclude={"sources"})
-    print(json.dumps({"machine": facts(), "ranks": arguments.ranks, "plans": len(measured), "hardware": hardware, **found}, indent=1))
+    print(json.dumps({"machine": facts(), "ranks": arguments.ranks, "plans": len(plans), "hardware": hardware, **found}, indent=1))
 
 
 def _against(measured: dict[str, float], estimated: dict[str, float]) -> dict[str, Any]:

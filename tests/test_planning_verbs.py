@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from escm2rec import cli
 from escm2rec.config import parse_config
 from escm2rec.planning.cluster import Cluster
 from escm2rec.planning.plan import make_plan
+from escm2rec.planning.popularity import shares_of_rows
 from escm2rec.planning.record import MEMORY, PLAN_VERSION, TIMES, Record, read_plan, request_of
 from escm2rec.preprocess import preprocess
 from tests.raw_tables import CONFIG, raw_table
@@ -202,6 +204,11 @@ def test_a_config_is_planned_as_its_data_was_measured(config: Path, data: Path, 
         assert table["pooling_factor"] == manifest["features"][name]["pooling_factor"]
         assert (table["rows"], table["dimension"], table["weighted"]) == (rows[name], 16, name == "history")
     assert record["tables"]["tags"]["pooling_factor"] == pytest.approx(1.5, abs=0.1)  # lists of 0 to 3
+    assert record["tables"]["user"]["popularity"] == []  # managed: nothing was counted
+    encoded = pq.read_table(data / "train", columns=["shop"])["shop"].drop_null().to_numpy()
+    bounds = np.arange(rows["shop"] + 1)
+    found = shares_of_rows(tuple(map(tuple, record["tables"]["shop"]["popularity"])), bounds)
+    assert found == pytest.approx(np.bincount(encoded, minlength=rows["shop"]) / len(encoded), abs=0.01)
     assert (record["tables"]["user"]["sharding_type"], record["tables"]["tags"]["sharding_type"]) == ("row_wise", "data_parallel")
     assert (record["batch_size"], record["optimizer"]) == (64, "sgd")  # 128 over two ranks
     assert all(rank["host_bytes"]["dense"] == record["dense_bytes"] > 0 for rank in record["ranks"])

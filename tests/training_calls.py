@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from escm2rec.config import load_config
 from escm2rec.errors import DataError
 from escm2rec.evaluation.evaluate import evaluate
 from escm2rec.paths import RemotePath, data_path, store_path
+from escm2rec.planning import calibrate
 from escm2rec.planning.tables import Table, Tables
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
@@ -53,6 +55,16 @@ def train_run(
 ) -> dict[str, Any]:
     """Train with the tests' config."""
     return train(config(*overrides), Path(data), Path(out), resume, overwrite, copy_to=copy_to)
+
+
+def calibrate_small(out: str) -> dict[str, Any]:
+    """`plan calibrate` of small tables and messages."""
+    with (
+        patch.object(calibrate, "ROWS", 2_000),
+        patch.object(calibrate, "MESSAGE_BYTES", (2**14, 2**18)),
+        patch.object(calibrate, "WHOLE_TABLES", ((100, 64), (1_000, 64))),
+    ):
+        return calibrate.calibrate("here", Path(out), overwrite=False)
 
 
 def train_on_failing_store(data: str, out: str, overrides: list[str], copy_to: str, name: str, of_rank: int) -> dict[str, Any]:

@@ -64,12 +64,16 @@ def changes(request: Request) -> Iterator[tuple[str, Request]]:
     top = {table.name for table in sorted(tables, key=lambda table: -table.weight_bytes)[: max(1, len(tables) // 10)]}
     if len(top) > 1:
         yield f"hashing the {len(top)} largest tables to a quarter of their rows", replace(request, tables=_hashed(tables, top))
+    if request.batch_size > 1:
+        yield "half the batch", replace(request, batch_size=request.batch_size // 2)
     for factor in (2, 4):
         yield f"{factor} times the nodes", replace(request, cluster=replace(cluster, nodes=factor * cluster.nodes))
 
 
 def _hashed(tables: list[Table], names: set[str]) -> list[Table]:
-    return [table.model_copy(update={"rows": max(1, table.rows // 4)}) if table.name in names else table for table in tables]
+    """With fewer rows, of which is not known how often they are looked up."""
+    fewer = {table.name: {"rows": max(1, table.rows // 4), "popularity": ()} for table in tables}
+    return [table.model_copy(update=fewer[table.name]) if table.name in names else table for table in tables]
 
 
 def _record(request: Request) -> Record | None:

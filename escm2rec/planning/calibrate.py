@@ -1,4 +1,4 @@
-"""The hardware entry of the ranks that there are, by micro-benchmarks of what TorchRec's estimate counts: lookups and collectives."""
+"""The hardware entry of the ranks that there are, by micro-benchmarks of what the estimate counts: lookups, exchanges, whole tables."""
 
 from __future__ import annotations
 
@@ -17,31 +17,36 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocati
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, OptimType, SplitTableBatchedEmbeddingBagsCodegen
 from torchrec.distributed.planner.constants import FULL_BLOCK_EMB_DIM, HALF_BLOCK_PENALTY, QUARTER_BLOCK_PENALTY
 
+from escm2rec.config import TrainingConfig
 from escm2rec.errors import ConfigError
 from escm2rec.planning.hardware import Hardware
+from escm2rec.planning.text import print_hardware
 from escm2rec.sharding.runtime import Runtime, distributed_runtime, on_main
+from escm2rec.training.whole_tables import WholeTables
 
 LOOKUPS = ((16, 4), (64, 1), (64, 16), (128, 4), (256, 2))
 """Dimensions, and ids an impression."""
 ROWS, BATCH_SIZE = 500_000, 4_096
-MESSAGE_BYTES = 2**18, 2**21, 2**23  # of a rank
+MESSAGE_BYTES = 2**18, 2**20, 2**22, 2**23, 2**24  # of a rank
+WHOLE_TABLES = (1_000, 64), (10_000, 128), (100_000, 128), (200_000, 128)
+"""Rows and dimensions."""
 REPEATS = 9
 
 
 def calibrate(name: str, out: Path, overwrite: bool) -> dict[str, Any]:
     """Measure on all ranks at once, and write `name: {...}` to `out`, a file for --hardware; the entry, by rank 0.
 
-    Called on every rank there is, started by torchrun; alone, collectives are not measured and stay what they cost nothing to say.
+    Called on every rank there is, started by torchrun; alone, collectives are not measured and stay what they cost nothing to say. What is
+    not measured is said in the entry's `sources`.
     """
     with distributed_runtime() as runtime:
         on_main(runtime, lambda: _refuse(out, overwrite))
         bytes_per_ms, multiplier = _lookups(runtime)
-        all_to_all = _collective(runtime, _all_to_all)
-        all_reduce = _collective(runtime, _all_reduce)
-        entry = _entry(runtime, bytes_per_ms, multiplier, all_to_all, all_reduce)
+        entry = _entry(runtime, bytes_per_ms, multiplier, _all_to_all(runtime), _whole_tables(runtime))
         if runtime.is_main:
             tree = {name: entry.model_dump(mode="json")}
             out.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+            print_hardware(tree)
     return {"hardware": str(out), "name": name, **entry.model_dump(mode="json")}
 
 
@@ -52,16 +57,12 @@ def _refuse(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"no folder {out.parent} for the entry", "make it first, or choose another place")
 
 
-def _entry(runtime: Runtime, bytes_per_ms: float, multiplier: float, all_to_all: float | None, all_reduce: float | None) -> Hardware:
+def _entry(runtime: Runtime, bytes_per_ms: float, multiplier: float, all_to_all: float | None, whole_tables: float | None) -> Hardware:
     is_gpu, local = runtime.device.type == "cuda", runtime.local_world_size
     nodes = runtime.world_size // local
     memory = runtime.memory_bytes() / 2**30
     lookups = bytes_per_ms / 1e6
-    # TorchRec prices an all-reduce at the rate between nodes times the ranks of one, on one node too.
-    reduced = lookups if all_reduce is None else all_reduce / 1e6 / local
     exchanged = lookups if all_to_all is None else all_to_all / 1e6
-    measured = f"measured on {nodes} node(s) of {local} rank(s), {time.strftime('%Y-%m-%d')}"
-    what = "lookups and collectives" if all_to_all is not None else "lookups alone: of one rank no collective is"
     return Hardware(
         device="cuda" if is_gpu else "cpu",
         memory_gib=round(memory, 2) if is_gpu else 0,
@@ -69,10 +70,26 @@ def _entry(runtime: Runtime, bytes_per_ms: float, multiplier: float, all_to_all:
         host_memory_gib=round(_host_gib(), 2) if is_gpu else round(memory * local, 2),
         host_memory_gb_per_s=round(lookups * (1 if is_gpu else local), 3),
         intra_node_gb_per_s=round(exchanged, 4),
-        inter_node_gb_per_s=round(exchanged if nodes > 1 else reduced, 4),
+        inter_node_gb_per_s=round(exchanged, 4),
+        whole_tables_gb_per_s=None if whole_tables is None else round(whole_tables / 1e6, 4),
         backward_multiplier=round(multiplier, 3),
-        sources=(f"{measured}: {what}",),
+        sources=_sources(nodes, local, is_gpu),
     )
+
+
+def _sources(nodes: int, local: int, is_gpu: bool) -> tuple[str, ...]:
+    """What was measured, and what was not."""
+    measured = "lookups, all-to-all, tables that every rank holds" if nodes * local > 1 else "lookups"
+    assumed = ["host_link_gb_per_s is not measured: 32 is PCIe Gen4 x16"]
+    if is_gpu:
+        assumed.append("host_memory_gb_per_s is not measured: it is the GPU's own rate")
+    if nodes * local == 1:
+        assumed.append("intra_node_gb_per_s is not measured: of one rank there is none; it is the rate of lookups")
+    if nodes == 1:
+        assumed.append("inter_node_gb_per_s is not measured: of one node there is none; it is intra_node_gb_per_s")
+    elif local > 1:
+        assumed.append("intra_node_gb_per_s is that of all nodes together, as inter_node_gb_per_s")
+    return f"measured on {nodes} node(s) of {local} rank(s), {time.strftime('%Y-%m-%d')}: {measured}", *assumed
 
 
 def _host_gib() -> float:
@@ -134,27 +151,43 @@ def _ms(runtime: Runtime, work: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def _collective(runtime: Runtime, exchange: Callable[[Runtime, torch.Tensor], None]) -> float | None:
-    """Bytes of a rank a millisecond; None of one rank alone."""
+def _all_to_all(runtime: Runtime) -> float | None:
+    """Bytes of a rank that are exchanged in a millisecond; None of one rank alone."""
     if runtime.world_size == 1:
         return None
     rates = []
     for size in MESSAGE_BYTES:
         buffer = torch.ones(size // 4 // runtime.world_size * runtime.world_size, device=runtime.device)
-        exchange(runtime, buffer)
-        times = []
-        for _ in range(REPEATS):
-            dist.barrier(group=runtime.group)
-            times.append(_ms(runtime, partial(exchange, runtime, buffer)))
-        slowest = torch.tensor(statistics.median(times), device=runtime.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=runtime.group)
-        rates.append(buffer.numel() * 4 / float(slowest))
+        received = torch.empty_like(buffer)
+        exchange = partial(dist.all_to_all_single, received, buffer, group=runtime.group)
+        rates.append(buffer.numel() * 4 / _slowest_ms(runtime, exchange))
     return statistics.median(rates)
 
 
-def _all_to_all(runtime: Runtime, buffer: torch.Tensor) -> None:
-    dist.all_to_all_single(torch.empty_like(buffer), buffer, group=runtime.group)
+def _whole_tables(runtime: Runtime) -> float | None:
+    """Bytes of tables that every rank holds whole, which a millisecond's worth of a training step clears, exchanges and steps."""
+    if runtime.world_size == 1:
+        return None
+    rates = []
+    for rows, dimension in WHOLE_TABLES:
+        table = torch.nn.Parameter(torch.zeros(rows, dimension, device=runtime.device))
+        optimizer = WholeTables({"whole.embedding_bags.table.weight": table}, TrainingConfig(), runtime.group)
+
+        def step(table: torch.nn.Parameter = table, optimizer: WholeTables = optimizer) -> None:
+            table.grad = torch.zeros_like(table)
+            optimizer.step()
+
+        rates.append(table.numel() * 4 / _slowest_ms(runtime, step))
+    return statistics.median(rates)
 
 
-def _all_reduce(runtime: Runtime, buffer: torch.Tensor) -> None:
-    dist.all_reduce(buffer, group=runtime.group)
+def _slowest_ms(runtime: Runtime, work: Callable[[], object]) -> float:
+    """The median time of what all ranks do at once, of the slowest rank."""
+    work()
+    times = []
+    for _ in range(REPEATS):
+        dist.barrier(group=runtime.group)
+        times.append(_ms(runtime, work))
+    slowest = torch.tensor(statistics.median(times), device=runtime.device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX, group=runtime.group)
+    return float(slowest)

@@ -8,12 +8,15 @@ import numpy as np
 from torchrec.distributed.planner.types import PlannerError, ShardingOption
 
 from escm2rec.errors import ConfigError, did_you_mean
+from escm2rec.planning.enumerator import BY_ROWS, share_of
 from escm2rec.planning.options import perf_of, storage_of
 from escm2rec.planning.partitioner import Partitioning
 from escm2rec.planning.planner import Request, search_space
+from escm2rec.planning.popularity import Popularity
 from escm2rec.planning.record import TIMES, Record, request_of
 
 SHOWN = ("sharding_type", "compute_kernel", "total_ms", "longest_ms", "step_ms", "why")
+LEFT_OUT = ("shards", "popularity")  # long lists
 SAME = 1e-3  # of a step: what lies closer is called the same
 
 
@@ -26,18 +29,27 @@ def explain(record: Record, table: str) -> Record:
         raise ConfigError(f"the plan has no table {table!r}{did_you_mean(table, sorted(record['tables']))}", "give one of its tables")
     request, own = request_of(record), record["tables"][table]
     space = search_space(request)
+    (of,) = (each for each in request.tables if each.name == table)
     alternatives = [
-        _alternative(option) | {"step_ms": _step_with(option, record, space, request)} for option in space if option.name == table
+        _alternative(option, of.popularity) | {"step_ms": _step_with(option, record, space, request)}
+        for option in space
+        if option.name == table
     ]
     step_ms = record["estimate"]["step_ms"]
     for each in alternatives:
         each["chosen"] = (each["sharding_type"], each["compute_kernel"]) == (own["sharding_type"], own["compute_kernel"])
         each["why"] = _why(each, step_ms)
     alternatives.sort(key=lambda each: (not each["chosen"], float("inf") if each["step_ms"] is None else each["step_ms"], each["total_ms"]))
-    return {"table": table, **{key: value for key, value in own.items() if key != "shards"}, "step_ms": step_ms, "options": alternatives}
+    return {
+        "table": table,
+        **{key: value for key, value in own.items() if key not in LEFT_OUT},
+        "step_ms": step_ms,
+        "options": alternatives,
+    }
 
 
-def _alternative(option: ShardingOption) -> Record:
+def _alternative(option: ShardingOption, popularity: Popularity) -> Record:
+    by_rows = option.sharding_type in BY_ROWS
     parts = {part: sum(float(getattr(shard.perf, name)) for shard in option.shards) for part, name in TIMES.items()}
     return {
         "sharding_type": option.sharding_type,
@@ -46,6 +58,7 @@ def _alternative(option: ShardingOption) -> Record:
         "total_ms": sum(parts.values()),
         "longest_ms": max(perf_of(shard) for shard in option.shards),
         "ms": parts,
+        "most_lookups": max(share_of(popularity, shard) for shard in option.shards) if by_rows and popularity else None,
         "largest_bytes": max(storage_of(shard)[0] for shard in option.shards),
         "largest_host_bytes": max(storage_of(shard)[1] for shard in option.shards),
     }
@@ -75,7 +88,10 @@ def _why(option: Record, step_ms: float) -> str:
     if abs(change) <= SAME:
         return "the step would be as long"
     largest = max(option["ms"], key=option["ms"].get)
-    return f"the step would be {100 * abs(change):.1f}% {'longer' if change > 0 else 'shorter'}; most of the table's time is {largest}"
+    share = option["most_lookups"]
+    lookups = "" if share is None else f", and one of its {option['shards']} shards has {100 * share:.0f}% of its lookups"
+    step = f"the step would be {100 * abs(change):.1f}% {'longer' if change > 0 else 'shorter'}"
+    return f"{step}; most of the table's time is {largest}{lookups}"
 
 
 def options_text(explained: Record) -> str:

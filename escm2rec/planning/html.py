@@ -11,13 +11,16 @@ from pathlib import Path
 from escm2rec.evaluation.html import aligned, facts, note, number, table, write_page
 from escm2rec.planning.cluster import Cluster
 from escm2rec.planning.record import MEMORY, TIMES, Record, cost_of, request_of, state_share
-from escm2rec.planning.text import ranges
+from escm2rec.planning.sweep import compare
+from escm2rec.planning.text import how, ranges
 from escm2rec.sharding.planner import ALL_TYPES
 
 MAX_RANKS_SHOWN = 32
 """Ranks of a chart; of more, half as many from either end."""
 MAX_TABLES_SHOWN = 60
 """Tables in a list on the page; plan.json holds all."""
+MAX_PLANS_SHOWN = 4
+"""Plans beside each other whose tables are compared; of more plan.json has all."""
 SMALLEST_SHOWN = 0.003
 """Of the axis: what is smaller is merged into one block."""
 MAX_BLOCKS = 6000
@@ -206,7 +209,23 @@ def _comparison(records: Sequence[Record], prices: Mapping[str, float]) -> str:
     drawn = _chart(bars, max(each["step_ms"] for each in estimates), 1.0, "ms", {})
     body = table(heads, [escape(_name(record)) for record in records], columns, texts=(0, heads.index("Limited by")))
     caption = "The slowest rank of each plan. The line across a bar is the lower bound of that plan's tables, cluster and batch."
-    return f"<h2>Comparison</h2>{body}{note(said)}<h3>What takes the time</h3>{note(caption)}{_legend(list(TIMES))}{drawn}"
+    time = f"<h3>What takes the time</h3>{note(caption)}{_legend(list(TIMES))}{drawn}"
+    return f"<h2>Comparison</h2>{body}{note(said)}{time}{_otherwise(records, prices) if len(records) <= MAX_PLANS_SHOWN else ''}"
+
+
+def _otherwise(records: Sequence[Record], prices: Mapping[str, float]) -> str:
+    """The tables that plans shard otherwise, by what they cost."""
+    names = [_name(record) for record in records]
+    plans = [f"{number}. {name}" for number, name in enumerate(names, 1)]  # two may be called alike
+    moved = compare(records, plans, prices)["tables_otherwise"]
+    shown = sorted(moved, key=lambda name: -max(told["ms"] for told in moved[name].values() if told))[:MAX_TABLES_SHOWN]
+    if not shown:
+        return note("All tables are sharded alike.")
+    columns = [["–" if moved[name][plan] is None else how(moved[name][plan]) for name in shown] for plan in plans]
+    said = f"The {len(shown)} that take longest of {len(moved):,}. " if len(shown) < len(moved) else ""
+    said += "Each with its sharding type, kernel, ranks, and ms summed over them; all others are sharded alike."
+    body = table(["Table", *names], [escape(name) for name in shown], columns, texts=range(len(records) + 1))
+    return f"<h3>Tables that are sharded otherwise</h3>{note(said)}{body}"
 
 
 def _unfolding(record: Record, prices: Mapping[str, float], plans: int) -> str:

@@ -6,8 +6,10 @@ from escm2rec.config import Config
 from escm2rec.errors import DataError
 from escm2rec.planning.cluster import Cluster
 from escm2rec.planning.planner import Request
+from escm2rec.planning.popularity import Popularity, popularity_of_vocabulary
 from escm2rec.planning.tables import Table
 from escm2rec.reader.dataset import Dataset
+from escm2rec.schema import Feature
 from escm2rec.training.build import BaseRates, build_model
 
 LEAST_IDS = 1e-3  # of a feature that is nearly always missing: an estimate of nothing would divide by it
@@ -47,9 +49,19 @@ def tables_of(config: Config, dataset: Dataset) -> list[Table]:
                 dimension=config.model.embedding_dim,
                 pooling_factor=max(factor, LEAST_IDS),
                 weighted=feature.kind == "weighted_list",
+                popularity=_popularity(dataset, feature),
             )
         )
     return tables
+
+
+def _popularity(dataset: Dataset, feature: Feature) -> Popularity:
+    """By the counts of a vocabulary; of hashed and managed rows nothing was counted."""
+    if feature.encoding != "vocabulary":
+        return ()
+    oov = dataset.manifest["features"][feature.name].get("oov", {}).get("train") or 0.0
+    path = dataset.path / "vocabulary" / f"{feature.name}.parquet"
+    return popularity_of_vocabulary(path, feature.num_embeddings, feature.oov_rows, oov)
 
 
 def _dense_bytes(config: Config, dataset: Dataset) -> int:

@@ -20,6 +20,7 @@ from escm2rec.errors import ConfigError
 from escm2rec.planning.bound import lower_bound
 from escm2rec.planning.cluster import Cluster
 from escm2rec.planning.enumerator import Enumerator
+from escm2rec.planning.estimator import estimators_of
 from escm2rec.planning.options import Floats, Options, rooms_of
 from escm2rec.planning.partitioner import Partitioning
 from escm2rec.planning.proposer import Pricing
@@ -116,8 +117,16 @@ def search_space(request: Request) -> list[ShardingOption]:
 
 
 def _enumerator(request: Request, topology: Topology) -> EmbeddingEnumerator:
-    constraints = {table.name: constraints_of(table, types_of(request, table.name), kernels_of(request)) for table in request.tables}
-    return (Enumerator if request.planner == "priced" else EmbeddingEnumerator)(topology, request.batch_size, constraints)
+    """Ours for our search, and for any where rows are not looked up alike, which TorchRec's cannot price."""
+    impressions = request.batch_size * request.cluster.world_size
+    constraints = {
+        table.name: constraints_of(table, types_of(request, table.name), kernels_of(request), impressions) for table in request.tables
+    }
+    estimators = estimators_of(request.cluster.hardware, topology, constraints)
+    popularity = {table.name: table.popularity for table in request.tables if table.popularity}
+    if request.planner == "priced" or popularity:
+        return Enumerator(topology, request.batch_size, constraints, estimators, popularity)
+    return EmbeddingEnumerator(topology, request.batch_size, constraints, estimators)
 
 
 def types_of(request: Request, table: str) -> list[str]:

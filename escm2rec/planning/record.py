@@ -146,7 +146,7 @@ def cost_of(record: Record, prices: Mapping[str, float]) -> float | None:
 def request_of(record: Record) -> Request:
     """What a plan was planned from."""
     names = set(Table.model_fields) - {"name"}
-    tables = [Table(name=name, **{key: table[key] for key in names}) for name, table in record["tables"].items()]
+    tables = [Table(name=name, **{key: table[key] for key in names & table.keys()}) for name, table in record["tables"].items()]
     return Request(
         tables,
         Cluster.from_json(record["cluster"]),

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.planner.constants import UVM_CACHING_RATIO
 from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import CacheParams
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from escm2rec.config import SparseOptimizer
 from escm2rec.errors import ConfigError
+from escm2rec.planning.popularity import Lookups, Popularity, wrong_popularity
 from escm2rec.sharding.model import OPTIMIZERS
 
 DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}  # TorchRec counts int8 as float16
 WRITE = (
     "write a list of {name: ..., rows: ..., dimension: ...}, with pooling_factor, features, weighted and dtype where they are not "
-    "1, 1, false and fp32"
+    "1, 1, false and fp32, and popularity where rows are not looked up alike"
 )
 
 
@@ -37,6 +40,13 @@ class Table(BaseModel):
     features: int = Field(1, gt=0, le=1_000)  # that look it up
     weighted: bool = False
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    popularity: Popularity = ()  # which rows have which share of the lookups: `planning/popularity.py`
+
+    @model_validator(mode="after")
+    def _is_popularity(self) -> Self:
+        if (wrong := wrong_popularity(self.popularity, self.rows)) is not None:
+            raise ValueError(f"popularity: {wrong}")
+        return self
 
     @field_validator("name")
     @classmethod
@@ -98,9 +108,14 @@ class Tables(nn.Module):
         apply_optimizer_in_backward(kind, list(self.parameters()), {"lr": 1.0})  # by which the planner knows its state
 
 
-def constraints_of(table: Table, sharding_types: list[str], kernels: list[str]) -> ParameterConstraints:
-    """What the planner is told of a table."""
+def constraints_of(table: Table, sharding_types: list[str], kernels: list[str], impressions: int) -> ParameterConstraints:
+    """What the planner is told of a table; a step is of so many `impressions`, on all ranks."""
+    cache = None
+    if table.popularity:
+        lookups = Lookups(table.popularity, impressions * table.pooling_factor * table.features)
+        cache = CacheParams(load_factor=UVM_CACHING_RATIO, stats=lookups)
     return ParameterConstraints(
+        cache_params=cache,
         sharding_types=sharding_types,
         compute_kernels=kernels,
         pooling_factors=[table.pooling_factor] * table.features,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +14,7 @@ from escm2rec.planning.record import Record
 WIDTH = 150  # where no terminal says
 TABLES_SHOWN = 40
 RANKS_SHOWN = 32
+RATES = ("host_memory_gib", "host_memory_gb_per_s", "host_link_gb_per_s", "intra_node_gb_per_s", "inter_node_gb_per_s")
 GIB = 2**30
 
 
@@ -66,6 +67,43 @@ def print_comparison(rows: Sequence[Record]) -> None:
         limit = row["limited_by"].replace("_", " ")
         table.add_row(escape(row["name"]), *ms, f"{100 * row['fullest_share']:.0f}%", *costs, f"{row['seconds']:.1f}", limit)
     console.print(table)
+
+
+def print_otherwise(otherwise: Mapping[str, Mapping[str, Record | None]]) -> None:
+    """Print the tables that plans shard otherwise, by what it costs."""
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
+    tables = sorted(otherwise.items(), key=lambda item: -max(float(each["ms"]) for each in item[1].values() if each))[:TABLES_SHOWN]
+    if not tables:
+        console.print("All tables are sharded alike.", markup=False, highlight=False)
+        return
+    shown = _table("Tables that are sharded otherwise", ["table", *next(iter(otherwise.values()))], [])
+    for name, plans in tables:
+        shown.add_row(escape(name), *("is not there" if each is None else how(each) for each in plans.values()))
+    console.print(shown)
+    if len(otherwise) > len(tables):
+        console.print(f"{len(otherwise) - len(tables)} more are on stdout.", markup=False, highlight=False)
+
+
+def how(told: Record) -> str:
+    """How a table is sharded, and what that costs."""
+    return f"{told['sharding_type']}, {told['compute_kernel']}, ranks {ranges(told['ranks'])}: {told['ms']:.3f} ms"
+
+
+def print_hardware(entries: Mapping[str, Record]) -> None:
+    """Print hardware, a line each."""
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
+    memory = ["memory\nGiB", "memory\nGB/s", "host\nGiB", "host\nGB/s"]
+    numbers = [*memory, "host link\nGB/s", "in a node\nGB/s", "between\nGB/s", "price\nan hour"]
+    table = _table("Hardware, of a rank; the host is of a node", ["name", "device"], numbers)
+    for name, entry in entries.items():
+        own = [entry["memory_gib"], entry["memory_gb_per_s"]] if entry["device"] == "cuda" else [None, None]
+        rates = [entry[each] for each in RATES] + [entry["price_per_hour"]]
+        table.add_row(escape(name), entry["device"], *("–" if each is None else f"{each:,.4g}" for each in own + rates))
+    console.print(table)
+    for name, entry in entries.items():
+        if len(entries) == 1:
+            for source in entry["sources"]:
+                console.print(f"{name}: {source}", markup=False, highlight=False)
 
 
 def _tables(tables: Sequence[tuple[str, Record]]) -> Table:

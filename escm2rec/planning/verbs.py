@@ -118,7 +118,7 @@ def plan_compare(
     """Compare plans: time, balance, memory, cost, and the tables that they shard otherwise."""
     from escm2rec.planning.record import read_plan
     from escm2rec.planning.sweep import compare, parse_prices
-    from escm2rec.planning.text import print_comparison
+    from escm2rec.planning.text import print_comparison, print_otherwise
 
     if len(plans) < 2:
         raise ConfigError(f"there is nothing to compare {plans[0]} with", "give two plans or more")
@@ -129,6 +129,7 @@ def plan_compare(
     if html is not None:
         _write_page([{"name": name, **record} for name, record in zip(named, records, strict=True)], html, prices, overwrite)
     print_comparison(result["plans"])
+    print_otherwise(result["tables_otherwise"])
     return result
 
 
@@ -205,8 +206,11 @@ def plan_calibrate(
 def plan_hardware(hardware: HardwareFile = None) -> Result:
     """List the hardware that clusters can be made of, with the sources of its figures."""
     from escm2rec.planning.hardware import hardware_table
+    from escm2rec.planning.text import print_hardware
 
-    return {name: entry.model_dump(mode="json") for name, entry in sorted(hardware_table(hardware).items())}
+    entries = {name: entry.model_dump(mode="json") for name, entry in sorted(hardware_table(hardware).items())}
+    print_hardware(entries)
+    return entries
 
 
 def _request(

@@ -1,0 +1,38 @@
+"""TorchRec's estimate of a shard, but for what was measured otherwise."""
+
+from __future__ import annotations
+
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.estimator.annotations import bwd_comms
+from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimator
+from torchrec.distributed.planner.estimator.types import HardwarePerfConfig, ShardPerfContext
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.types import ParameterConstraints, ShardEstimator
+
+from escm2rec.planning.hardware import Hardware
+
+
+def estimators_of(hardware: Hardware, topology: Topology, constraints: dict[str, ParameterConstraints]) -> list[ShardEstimator]:
+    """Of time and of bytes, as an enumerator of TorchRec takes them: its own two, with `WholeTables` where the hardware was measured so."""
+    rate = hardware.whole_tables_gb_per_s
+    config = HardwarePerfConfig() if rate is None else WholeTables(rate * 1e6)
+    return [
+        EmbeddingPerfEstimator(topology=topology, constraints=constraints, config=config),
+        EmbeddingStorageEstimator(topology=topology, constraints=constraints),
+    ]
+
+
+class WholeTables(HardwarePerfConfig):
+    """What a table that every rank holds whole costs by its size, its gradients cleared, exchanged and stepped, at a measured rate.
+
+    TorchRec's sum is of a ring of GPUs, and nine passes at half the rate of lookups; on cores, whose memory is read in order several times
+    as fast as at random, it is more than twice what is measured (`benchmarks/plans.py`).
+    """
+
+    def __init__(self, bytes_per_ms: float) -> None:
+        self._bytes_per_ms = bytes_per_ms
+
+    @bwd_comms(sharding_type="data_parallel")  # type: ignore[untyped-decorator]
+    def by_size(self, table: ShardPerfContext) -> float:
+        """Ms of one step of all of its rows."""
+        return float(table.hash_size * table.emb_dim * table.table_data_type_size / self._bytes_per_ms)
