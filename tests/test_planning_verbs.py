@@ -240,7 +240,9 @@ def does_not_fit(tables: Path, cluster: str, *options: str) -> tuple[str, dict[s
     done = plan("--tables", tables, "--cluster", cluster, *options)
     assert (done.code, done.out) == (1, "")
     message, rest = done.err.split("\nhint: each of these was tried alone:\n")
-    matches = [TRIED.fullmatch(line) for line in rest.splitlines()]
+    *lines, last = rest.splitlines()
+    assert last.startswith("  not tried: weights in int8")
+    matches = [TRIED.fullmatch(line) for line in lines]
     assert all(matches), rest
     found = [match.groups() for match in matches if match]
     assert [each[0] is None for each in found] == sorted(each[0] is None for each in found)  # what helps comes first

@@ -107,6 +107,18 @@ def test_plans_are_as_fast_and_as_good_as_told() -> None:
         assert all(told["priced"]["step_ms"] <= 1.01 * other for other in others)
 
 
+def test_estimates_rank_plans_as_told() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "plans.json").read_text(encoding="utf-8"))
+    alike, popular, not_told = found["calibrated"], found["popular"], found["popular, not told"]
+    said = f"Spearman {alike['spearman']:.2f}, the estimate off by {alike['off_by_factor_most']:.2f} times at the most, "
+    assert f"of {found['plans']} plans" in README
+    assert said + f"{alike['off_by_factor_median']:.2f} in the median" in README
+    assert f"most lookups {popular['spearman']:.2f}, and {not_told['spearman']:.2f} by a planner that is not told so" in README
+    assert f"in the estimate, {popular['estimate_over_measured_median']:.2f} times" in README
+    assert min(len(each["ms"]) for each in (alike, popular)) == found["plans"] >= 12
+    assert min(alike["spearman"], popular["spearman"]) >= 0.7
+
+
 def _short(ms: float) -> str:
     return f"{ms:.1f}" if ms < 20 else f"{ms:.0f}"
 
@@ -140,6 +152,7 @@ def test_figures_are_those_of_the_results() -> None:
         "metrics",
         "managed",
         "planner",
+        "plans",
     }
     text = results["preprocess"]
     _, middle, largest = text["whole"]

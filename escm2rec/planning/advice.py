@@ -14,6 +14,7 @@ from escm2rec.planning.record import Record, record_of
 from escm2rec.planning.tables import Table
 
 LARGEST = 3  # tables that are named
+IN_INT8 = "not tried: weights in int8, which TorchRec counts as float16, and FBGEMM has no backward pass for on cores"
 GIB = 2**30
 
 
@@ -35,7 +36,7 @@ def does_not_fit(planned: Planned) -> RunError:
     """The error of a plan that was not found."""
     tried = [Tried(change, _record(request)) for change, request in changes(planned.request)]
     enough = [each for each in tried if each.record is not None]
-    hint = "\n".join(f"  {each}" for each in [*enough, *(each for each in tried if each.record is None)])
+    hint = "\n".join(f"  {each}" for each in [*enough, *(each for each in tried if each.record is None), IN_INT8])
     return RunError(_shortfall(planned), f"each of these was tried alone:\n{hint}")
 
 
