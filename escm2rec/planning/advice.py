@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from escm2rec.planning.planner import KERNELS, Planned, Request, find_plan
 from escm2rec.planning.record import Record, record_of
 from escm2rec.planning.tables import Table
 
+logger = logging.getLogger(__name__)
 LARGEST = 3  # tables that are named
 IN_INT8 = "not tried: weights in int8, which TorchRec counts as float16, and FBGEMM has no backward pass for on cores"
 GIB = 2**30
@@ -34,7 +36,8 @@ class Tried:
 
 def does_not_fit(planned: Planned) -> RunError:
     """The error of a plan that was not found."""
-    tried = [Tried(change, _record(request)) for change, request in changes(planned.request)]
+    logger.info("no plan fits; trying what could help")
+    tried = [_try(change, request) for change, request in changes(planned.request)]
     enough = [each for each in tried if each.record is not None]
     hint = "\n".join(f"  {each}" for each in [*enough, *(each for each in tried if each.record is None), IN_INT8])
     return RunError(_shortfall(planned), f"each of these was tried alone:\n{hint}")
@@ -75,6 +78,12 @@ def _hashed(tables: list[Table], names: set[str]) -> list[Table]:
     """With fewer rows, of which is not known how often they are looked up."""
     fewer = {table.name: {"rows": max(1, table.rows // 4), "popularity": ()} for table in tables}
     return [table.model_copy(update=fewer[table.name]) if table.name in names else table for table in tables]
+
+
+def _try(change: str, request: Request) -> Tried:
+    tried = Tried(change, _record(request))
+    logger.info("%s", tried)
+    return tried
 
 
 def _record(request: Request) -> Record | None:

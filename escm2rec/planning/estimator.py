@@ -15,14 +15,22 @@ from escm2rec.planning.hardware import Hardware
 def estimators_of(hardware: Hardware, topology: Topology, constraints: dict[str, ParameterConstraints]) -> list[ShardEstimator]:
     """Of time and of bytes, as an enumerator of TorchRec takes them: its own two, with `WholeTables` where the hardware was measured so."""
     rate = hardware.whole_tables_gb_per_s
-    config = HardwarePerfConfig() if rate is None else WholeTables(rate * 1e6)
+    config = TorchRecs() if rate is None else WholeTables(rate * 1e6)
     return [
         EmbeddingPerfEstimator(topology=topology, constraints=constraints, config=config),
         EmbeddingStorageEstimator(topology=topology, constraints=constraints),
     ]
 
 
-class WholeTables(HardwarePerfConfig):
+class TorchRecs(HardwarePerfConfig):
+    """TorchRec's own. For each price it looks through all names of this for methods that are annotated: half of the time, and there are
+    none."""
+
+    def __dir__(self) -> list[str]:
+        return []
+
+
+class WholeTables(TorchRecs):
     """What a table that every rank holds whole costs by its size, its gradients cleared, exchanged and stepped, at a measured rate.
 
     TorchRec's sum is of a ring of GPUs, and nine passes at half the rate of lookups; on cores, whose memory is read in order several times
@@ -31,6 +39,9 @@ class WholeTables(HardwarePerfConfig):
 
     def __init__(self, bytes_per_ms: float) -> None:
         self._bytes_per_ms = bytes_per_ms
+
+    def __dir__(self) -> list[str]:
+        return ["by_size"]
 
     @bwd_comms(sharding_type="data_parallel")  # type: ignore[untyped-decorator]
     def by_size(self, table: ShardPerfContext) -> float:

@@ -21,12 +21,18 @@ from escm2rec.planning.options import Floats, Options, perf_of, rooms_of
 from escm2rec.planning.placement import Placer, Ranks
 
 TARGETS = 8  # between the bound and the best so far
+PIECES = tuple(0.5**power for power in range(1, 7))
+"""How long a shard may be, of the bound, and how large, of a rank's memory, so that what is left to balance is small."""
 LENGTHS = 0.2, 0.5, 1.0  # how much of an option's cost is its longest shard, as if all ranks took as long
-GREEDY = 300  # proposals of TorchRec's greedy proposer, where nothing else fits
+GREEDY = (
+    30,
+    300,
+    30_000,
+)  # proposals of TorchRec's greedy proposer, where nothing else fits: at the least, at the most, over the number of tables
 FILLS = ((1.0, 1.0), (0.98, 0.5), (0.95, 0.3), (0.9, 0.2), (0.8, 0.1), (0.6, 0.05))
 """What a choice may take of all memory, and each of its shards of a rank's: what does not fit needs more air, or smaller pieces."""
 EXCHANGES = 100, 30_000  # exchanged options that are placed: at the least, and over the number of tables
-OTHERS = 6  # options of a table that are tried
+OTHERS = 6  # options of a table that are tried, where there are more than FEW_TABLES
 FEW_TABLES = 12
 BETTER, HELPS = 1e-6, 1e-3
 
@@ -89,6 +95,10 @@ class Pricing(Proposer):
             target = lowest * (highest / lowest) ** (at / TARGETS) * (1 + BETTER)
             allowed = fits_somewhere(options, self.rooms) & (options.longest <= target)
             fill = yield from self._fill(allowed, fill)
+        for piece in PIECES:
+            shorter = self._shorter(piece * lowest)
+            yield from self._fill(shorter, 0)
+            yield from self._fill(shorter & self._in_pieces(shorter, piece), 0)
         for weight in LENGTHS:
             cost = (1 - weight) * options.total + weight * len(self.rooms) * options.longest
             fill = yield from self._fill(fits_somewhere(options, self.rooms), fill, cost)
@@ -115,6 +125,14 @@ class Pricing(Proposer):
                 return fill
         return start
 
+    def _shorter(self, longest: float) -> NDArray[np.bool_]:
+        """Options of no shard that takes longer; of a table without such an option, those of the shortest shards."""
+        assert self.rooms is not None
+        allowed = fits_somewhere(self.options, self.rooms)
+        shortest = np.full(self.options.num_tables, np.inf)
+        np.minimum.at(shortest, self.options.table[allowed], self.options.longest[allowed])
+        return np.asarray(allowed & (self.options.longest <= np.maximum(longest, shortest[self.options.table])))
+
     def _in_pieces(self, allowed: NDArray[np.bool_], piece: float) -> NDArray[np.bool_]:
         """Options of no shard that takes more of a rank; of a table without such an option, those in the smallest pieces."""
         assert self.rooms is not None
@@ -127,7 +145,7 @@ class Pricing(Proposer):
         """Where nothing has fitted: what TorchRec's greedy proposer walks through, up to the first that does."""
         greedy, number = GreedyProposer(), {id(option): index for index, option in enumerate(self.options.options)}
         greedy.load(self.options.options)
-        for _ in range(GREEDY):
+        for _ in range(min(GREEDY[1], max(GREEDY[0], GREEDY[2] // self.options.num_tables))):
             proposal = greedy.propose()
             if proposal is None or self.best is not None:
                 return
@@ -175,7 +193,8 @@ class Pricing(Proposer):
     def _others(self, table: int) -> list[int]:
         assert self.rooms is not None
         found = np.flatnonzero((self.options.table == table) & fits_somewhere(self.options, self.rooms))
-        cheapest: list[int] = found[np.argsort(self.options.total[found], kind="stable")][:OTHERS].tolist()
+        most = len(found) if self.options.num_tables <= FEW_TABLES else OTHERS
+        cheapest: list[int] = found[np.argsort(self.options.total[found], kind="stable")][:most].tolist()
         return cheapest
 
 
