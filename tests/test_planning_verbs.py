@@ -324,10 +324,16 @@ def test_three_plans_tell_what_moved(tables: Path, cores: Path, folder: Path) ->
     assert plan("--tables", fewer, *same, "--out", folder / "fewer").code == 0
     assert plan("--tables", tables, *same, "--types", "tags=table_wise", "--out", table_wise).code == 0
     paths = [str(path) for path in (cores, folder / "fewer", table_wise)]
-    result = plan("compare", *paths).result
+    done = plan("compare", *paths, "--html", folder / "moved.html")
+    result = done.result
     assert (result["tables_alike"], result["tables_otherwise"].keys()) == (2, {"scene", "tags"})
     assert [each and each["sharding_type"] for each in result["tables_otherwise"]["scene"].values()] == ["row_wise", None, "row_wise"]
     assert [result["tables_otherwise"]["tags"][path]["sharding_type"] for path in paths] == ["row_wise", "row_wise", "table_wise"]
+    (rank,) = result["tables_otherwise"]["tags"][paths[2]]["ranks"]
+    told = re.sub(r"\s+", " ", done.err), (folder / "moved.html").read_text()
+    assert all(f"table_wise, fused, rank {rank}: " in each and "Tables that are sharded otherwise" in each for each in told)
+    assert "is not there" in told[0]
+    assert "All tables are sharded alike." in plan("compare", paths[0], paths[0]).err
 
 
 def test_a_comparison_needs_two_and_a_place(gpus: tuple[Path, Done], tmp_path: Path) -> None:
@@ -462,6 +468,25 @@ def test_hardware_is_listed_with_its_sources(tmp_path: Path) -> None:
     own.write_text(yaml.safe_dump({"laptop": {**built_in["cpu-epyc-7763"], "host_memory_gib": 16}}))
     listed = plan("hardware", "--hardware", own).result
     assert listed == {**built_in, "laptop": {**built_in["cpu-epyc-7763"], "host_memory_gib": 16}}
+    lines = [line.split() for line in plan("hardware").err.splitlines()]
+    assert ["t4-16gb", "cuda", "16", "320", "384", "281.6", "16", "16", "1.562", "–"] in lines
+    assert [line[0] for line in lines[-len(built_in) :]] == sorted(built_in)
+
+
+def test_of_a_table_with_popular_rows_it_is_said_what_a_cut_by_rows_means(tmp_path: Path) -> None:
+    """Also that a number of fewer rows, which was tried, has no popularity."""
+    entry = {"name": "item", "rows": 4_000_000, "dimension": 64, "popularity": [[1_000, 0.8], [4_000_000, 1.0]]}
+    (tmp_path / "tables.yaml").write_text(yaml.safe_dump([entry]))
+    told = plan("--tables", tmp_path / "tables.yaml", "--cluster", CORES, "--out", tmp_path / "plan")
+    assert told.code == 0
+    explained = plan("explain", "item", "--plan", tmp_path / "plan")
+    assert "popularity" not in explained.result
+    (by_rows,) = (each for each in explained.result["options"] if each["sharding_type"] == "row_wise")
+    assert by_rows["most_lookups"] == pytest.approx(0.9, abs=0.01)
+    assert "one of its 2 shards has 90% of its lookups" in by_rows["why"]
+    _, enough, short = does_not_fit(tmp_path / "tables.yaml", f"{CORES},host_memory_gib=0.8")
+    assert "hashing the largest table, item, to a quarter of its rows" in enough
+    assert "half the batch" in {*enough, *short}
 
 
 # --- what is refused ----------------------------------------------------------------------------

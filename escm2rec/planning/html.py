@@ -107,6 +107,12 @@ ADAGRAD = (
 )
 
 
+POPULARITY = (
+    "Of some tables it is known which share of the lookups their first rows have. A block of rows is then priced by the ids that it is "
+    "asked for, so that the ranks of one table may take unequal times."
+)
+
+
 @dataclass(frozen=True)
 class Block:
     """A piece of a bar."""
@@ -363,7 +369,8 @@ def _tables(record: Record, heading: str) -> str:
 def _chart(bars: Sequence[Bar | str], end: float, unit: float, unit_name: str, lines: Mapping[str, float]) -> str:
     """Bars from 0 to `end`, texts between them, and lines across all; the axis counts in `unit`s."""
     end = end or 1.0
-    left = 12 + int(LETTER * min(LONGEST_NAME, max(len(bar.name) for bar in bars if isinstance(bar, Bar))))
+    longest = max(len(bar.name) for bar in bars if isinstance(bar, Bar))
+    left = 12 + int(LETTER * min(LONGEST_NAME, max(longest, len(unit_name))))
     scale, bottom = (WIDTH - left - RIGHT) / end, HEAD + ROW * len(bars)
     under: list[str] = []
     over = [f'<text class="axis" x="{left - 8}" y="28" text-anchor="end">{unit_name}</text>']
@@ -426,6 +433,8 @@ def _words(records: Sequence[Record], prices: Mapping[str, float]) -> str:
     words = dict(WORDS)
     words["Sharding types"] = _explained(SHARDING, types)
     words["Kernels"] = _explained(KERNELS, kernels)
+    if any(each.get("popularity") for each in told):
+        words["Popularity"] = POPULARITY
     if any(cost_of(record, prices) is not None for record in records):
         words["Cost"] = COST
     if any(record["optimizer"] == "rowwise_adagrad" and any(map(_has_column_shards, record["tables"].values())) for record in records):

@@ -86,7 +86,8 @@ def print_otherwise(otherwise: Mapping[str, Mapping[str, Record | None]]) -> Non
 
 def how(told: Record) -> str:
     """How a table is sharded, and what that costs."""
-    return f"{told['sharding_type']}, {told['compute_kernel']}, ranks {ranges(told['ranks'])}: {told['ms']:.3f} ms"
+    ranks = ranges(told["ranks"])
+    return f"{told['sharding_type']}, {told['compute_kernel']}, rank{'' if ranks.isdigit() else 's'} {ranks}: {told['ms']:.3f} ms"
 
 
 def print_hardware(entries: Mapping[str, Record]) -> None:
