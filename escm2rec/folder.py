@@ -58,11 +58,11 @@ def new_folder(path: Path, kind: str, overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def resumable_folder(path: Path, kind: str, overwrite: bool, identity: str) -> Iterator[Path]:
+def resumable_folder(path: Path, kind: str, overwrite: bool, identity: str, keeps: bool = False) -> Iterator[Path]:
     """The same, but a folder that a killed job of the same `identity` left is yielded as it is.
 
-    A ConfigError or DataError removes it, any other exception leaves it to be taken up. `JOB` in it holds the identity, and goes before it
-    takes its place; a complete folder has the identity as `made_from` in its manifest.
+    A ConfigError or DataError removes it, unless it `keeps` what was done before one; any other exception leaves it to be taken up. `JOB`
+    in it holds the identity, and goes before it takes its place; a complete folder has the identity as `made_from` in its manifest.
     """
     path = path.absolute()
     with _locked_partial(path, kind, overwrite) as partial:
@@ -77,7 +77,8 @@ def resumable_folder(path: Path, kind: str, overwrite: bool, identity: str) -> I
                 (partial / JOB).unlink(missing_ok=True)
                 _take_place(partial, path, overwrite)
         except (ConfigError, DataError):
-            shutil.rmtree(partial, ignore_errors=True)
+            if not keeps:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
 

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +28,14 @@ from escm2rec.config import load_config
 from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.evaluation.evaluate import evaluate
 from escm2rec.paths import data_path
-from escm2rec.preprocess import RawFile, preprocess
+from escm2rec.preprocess import RawFile, encode_raw, preprocess
 from escm2rec.scoring.score import _Scorer, score
 from tests.preprocess_logs import read_split
 from tests.ranks import run_ranks
 from tests.raw_tables import raw_table, write_config
 from tests.s3_server import s3_server
 
+KILLS = int(os.environ.get("ESCM2REC_SCORE_KILLS", "1"))  # `make prove`: 30
 TRAIN_ROWS = 4_000
 CANDIDATES = {"a.parquet": 1_500, "b.parquet": 0, "c.parquet": 701, "d.parquet": 64}
 NUM_CANDIDATES = sum(CANDIDATES.values())
@@ -204,18 +212,147 @@ def test_wrong_arguments_and_inputs_are_refused(folder: Path, predictions: dict[
 
 
 def test_a_full_disk_is_told_of_any_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`new_folder`, which tells of rank 0, is not there on the others."""
+    """`resumable_folder`, which tells of rank 0, is not there on the others."""
 
-    def full(self: Any, number: int, file: Any) -> Iterator[int]:
+    def full(self: Any, folder: Path, number: int, file: Any) -> Iterator[int]:
         yield 1
         raise OSError(errno.ENOSPC, "[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device")
 
     monkeypatch.setattr(_Scorer, "_score_file", full)
     run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(global_batch_size=8)))
     runtime: Any = SimpleNamespace(rank=1, world_size=2, is_main=False)
-    scorer = _Scorer(run, None, runtime, (), tmp_path)  # type: ignore[arg-type]
-    told = (
-        rf"^cannot write {tmp_path}: No space left on device; .* are free there\nhint: make room there, then run the same command again, or"
-    )
+    scorer = _Scorer(run, None, runtime, ())  # type: ignore[arg-type]
+    hint = "make room there, then run the same command again: it goes on"
+    told = rf"^cannot write {tmp_path}: No space left on device; .* are free there\nhint: {hint}"
     with pytest.raises(RunError, match=told):
-        scorer.score([RawFile(tmp_path / name) for name in "ab"])
+        scorer.score(tmp_path, [(number, RawFile(tmp_path / name)) for number, name in enumerate("ab")])
+
+
+# --- a job that ends early ----------------------------------------------------------------------
+
+
+class Reads:
+    """Stands in for `encode_raw`: notes which files are read, and does `after` each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: Callable[[Path], None] = lambda path: None) -> None:
+        self.names: list[str] = []
+        self._after = after
+        monkeypatch.setattr("escm2rec.scoring.score.encode_raw", self)
+
+    def __call__(self, schema: Any, vocabulary: Path, inputs: Sequence[RawFile], *rest: Any, **named: Any) -> Iterator[Any]:
+        (file,) = inputs
+        self.names.append(file.name)
+        yield from encode_raw(schema, vocabulary, inputs, *rest, **named)
+        self._after(file.path)
+
+
+@pytest.fixture
+def candidates(folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(folder / "candidates", tmp_path / "in")
+    return tmp_path / "in"
+
+
+class StoppedError(Exception):
+    """What ends a job."""
+
+
+def stop(path: Path) -> None:
+    if path.name == "c.parquet":
+        raise StoppedError
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("part-*")}
+
+
+def test_the_same_command_again_scores_what_is_missing(
+    folder: Path, candidates: Path, predictions: dict[int, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done is not read again, but where it changed; the parts are those of an undisturbed job."""
+    run, out = folder / "run", tmp_path / "out"
+    reads = Reads(monkeypatch, stop)
+    with pytest.raises(StoppedError):
+        score(run, [candidates], out)
+    assert reads.names == ["a.parquet", "b.parquet", "c.parquet"]
+    assert not out.exists(), "nothing half-written looks whole"
+    (candidates / "b.parquet").touch()
+    again = Reads(monkeypatch)
+    result = score(run, [candidates], out)
+    assert again.names == ["b.parquet", "c.parquet", "d.parquet"]
+    assert (result["rows"], result["parts"], result["parts_done_before"]) == (NUM_CANDIDATES, 3, 1)
+    assert bytes_of(out) == bytes_of(predictions[1][1])
+    assert sorted(path.name for path in out.iterdir()) == [
+        "manifest.json",
+        "part-00000.parquet",
+        "part-00002.parquet",
+        "part-00003.parquet",
+    ]
+    for told, name in zip(json.loads((out / "manifest.json").read_text())["files"], CANDIDATES, strict=True):
+        (state,) = told["inputs"]
+        assert (state["path"], state["bytes"]) == (str(candidates / name), (candidates / name).stat().st_size)
+        assert state["sha256"] == hashlib.sha256((candidates / name).read_bytes()).hexdigest()
+    with pytest.raises(ConfigError, match=f"the output folder {out} exists"):
+        score(run, [candidates], out)
+
+
+def test_a_bad_file_does_not_undo_the_others(folder: Path, candidates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = (candidates / "c.parquet").read_bytes()
+    (candidates / "c.parquet").write_text("no table")
+    with pytest.raises(DataError, match=r"c\.parquet"):
+        score(folder / "run", [candidates], tmp_path / "out")
+    (candidates / "c.parquet").write_bytes(good)
+    reads = Reads(monkeypatch)
+    assert score(folder / "run", [candidates], tmp_path / "out")["rows"] == NUM_CANDIDATES
+    assert reads.names == ["c.parquet", "d.parquet"]
+
+
+def test_another_job_begins_anew(folder: Path, candidates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other columns, so that parts that are done would not do."""
+    Reads(monkeypatch, stop)
+    with pytest.raises(StoppedError):
+        score(folder / "run", [candidates], tmp_path / "out")
+    result = score(folder / "run", [candidates / "a.parquet"], tmp_path / "out", keep=["user"])
+    assert (result["parts_done_before"], result["columns"][0]) == (0, "user")
+    assert len(bytes_of(tmp_path / "out")) == 1
+
+
+def test_an_input_that_changes_while_it_is_scored_is_noticed(
+    folder: Path, candidates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Reads(monkeypatch, lambda path: os.utime(path, (1, 1)) if path.name == "d.parquet" else None)
+    with pytest.raises(DataError, match=r"d\.parquet changed while it was scored\nhint: run the same command again when"):
+        score(folder / "run", [candidates], tmp_path / "out")
+    assert score(folder / "run", [candidates], tmp_path / "out")["parts_done_before"] == 3
+
+
+def test_a_job_killed_at_any_moment_ends_with_the_same_bytes(folder: Path, predictions: dict[int, Any], tmp_path: Path) -> None:
+    """By kill -9, once it has written something; the same command, killed again or not, ends with the parts of an undisturbed one."""
+    draw, out, killed = np.random.default_rng(KILLS), tmp_path / "out", 0
+    command = [sys.executable, "-W", "ignore", "-m", "escm2rec", "score", "--run", str(folder / "run"), "--out", str(out)]
+    command += ["--input", str(folder / "candidates")]
+    while not out.exists():
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            if killed < KILLS:
+                wait_until_it_writes(process, tmp_path / ".out.partial")
+                time.sleep(draw.uniform(0, 0.5))
+                process.kill()
+                killed += 1
+            _, said = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        assert process.returncode in (0, -signal.SIGKILL), said
+    assert killed >= 1
+    assert bytes_of(out) == bytes_of(predictions[1][1])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def wait_until_it_writes(process: subprocess.Popen[str], partial: Path) -> None:
+    before, deadline = _newest(partial), time.monotonic() + 90
+    while process.poll() is None and _newest(partial) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def _newest(folder: Path) -> float:
+    return max((path.stat().st_mtime for path in folder.glob("**/*") if path.exists()), default=0.0)
