@@ -16,20 +16,21 @@ from escm2rec.planning.tables import Table
 
 logger = logging.getLogger(__name__)
 LARGEST = 3  # tables that are named
-IN_INT8 = "not tried: weights in int8, which TorchRec counts as float16, and FBGEMM has no backward pass for on cores"
+IN_INT8 = "not tried: weights in int8, which TorchRec counts as float16"
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A change, and the plan that it allows; None where it is not enough."""
+    """A change, and the plan that it allows; where it is not enough, None and what is still missing."""
 
     change: str
     record: Record | None
+    lack: str = ""
 
     def __str__(self) -> str:
         if self.record is None:
-            return f"not enough: {self.change}"
+            return f"not enough: {self.change} ({self.lack})"
         estimate = self.record["estimate"]
         return f"fits: {self.change} ({estimate['step_ms']:.2f} ms a step, fullest rank {100 * estimate['fullest_share']:.0f}%)"
 

@@ -42,7 +42,7 @@ def calibrate(name: str, out: Path, overwrite: bool) -> dict[str, Any]:
     with distributed_runtime() as runtime:
         on_main(runtime, lambda: _refuse(out, overwrite))
         bytes_per_ms, multiplier = _lookups(runtime)
-        entry = _entry(runtime, bytes_per_ms, multiplier, _all_to_all(runtime), _whole_tables(runtime))
+        entry = _entry(runtime, bytes_per_ms, multiplier, _all_to_all(runtime), *_whole_tables(runtime))
         if runtime.is_main:
             tree = {name: entry.model_dump(mode="json")}
             out.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
@@ -57,12 +57,16 @@ def _refuse(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"no folder {out.parent} for the entry", "make it first, or choose another place")
 
 
-def _entry(runtime: Runtime, bytes_per_ms: float, multiplier: float, all_to_all: float | None, whole_tables: float | None) -> Hardware:
+def _entry(
+    runtime: Runtime, bytes_per_ms: float, multiplier: float, all_to_all: float | None, stepped: float, summed: float | None
+) -> Hardware:
     is_gpu, local = runtime.device.type == "cuda", runtime.local_world_size
     nodes = runtime.world_size // local
     memory = runtime.memory_bytes() / 2**30
     lookups = bytes_per_ms / 1e6
     exchanged = lookups if all_to_all is None else all_to_all / 1e6
+    # TorchRec prices an all-reduce at the rate between nodes times the ranks of one, on one node too.
+    between = exchanged if nodes > 1 or summed is None else summed / 1e6 / local
     return Hardware(
         device="cuda" if is_gpu else "cpu",
         memory_gib=round(memory, 2) if is_gpu else 0,
@@ -70,8 +74,8 @@ def _entry(runtime: Runtime, bytes_per_ms: float, multiplier: float, all_to_all:
         host_memory_gib=round(_host_gib(), 2) if is_gpu else round(memory * local, 2),
         host_memory_gb_per_s=round(lookups * (1 if is_gpu else local), 3),
         intra_node_gb_per_s=round(exchanged, 4),
-        inter_node_gb_per_s=round(exchanged, 4),
-        whole_tables_gb_per_s=None if whole_tables is None else round(whole_tables / 1e6, 4),
+        inter_node_gb_per_s=round(between, 4),
+        whole_tables_gb_per_s=round(stepped / 1e6, 4),
         backward_multiplier=round(multiplier, 3),
         sources=_sources(nodes, local, is_gpu),
     )
@@ -79,14 +83,14 @@ def _entry(runtime: Runtime, bytes_per_ms: float, multiplier: float, all_to_all:
 
 def _sources(nodes: int, local: int, is_gpu: bool) -> tuple[str, ...]:
     """What was measured, and what was not."""
-    measured = "lookups, all-to-all, tables that every rank holds" if nodes * local > 1 else "lookups"
+    measured = "lookups, tables that every rank holds" + (", all-to-all, all-reduce" if nodes * local > 1 else "")
     assumed = ["host_link_gb_per_s is not measured: 32 is PCIe Gen4 x16"]
     if is_gpu:
         assumed.append("host_memory_gb_per_s is not measured: it is the GPU's own rate")
     if nodes * local == 1:
-        assumed.append("intra_node_gb_per_s is not measured: of one rank there is none; it is the rate of lookups")
-    if nodes == 1:
-        assumed.append("inter_node_gb_per_s is not measured: of one node there is none; it is intra_node_gb_per_s")
+        assumed.append("intra_node_gb_per_s and inter_node_gb_per_s are not measured: of one rank there are none; they are that of lookups")
+    if nodes == 1 and local > 1:
+        assumed.append("inter_node_gb_per_s is of one node: what TorchRec prices an all-reduce by; give another for more nodes")
     elif local > 1:
         assumed.append("intra_node_gb_per_s is that of all nodes together, as inter_node_gb_per_s")
     return f"measured on {nodes} node(s) of {local} rank(s), {time.strftime('%Y-%m-%d')}: {measured}", *assumed
@@ -164,11 +168,10 @@ def _all_to_all(runtime: Runtime) -> float | None:
     return statistics.median(rates)
 
 
-def _whole_tables(runtime: Runtime) -> float | None:
-    """Bytes of tables that every rank holds whole, which a millisecond's worth of a training step clears, exchanges and steps."""
-    if runtime.world_size == 1:
-        return None
-    rates = []
+def _whole_tables(runtime: Runtime) -> tuple[float, float | None]:
+    """Of tables that every rank holds, bytes that a millisecond of a training step clears and steps, and bytes that are summed in one
+    over the ranks; None of one rank alone."""
+    stepped, summed = [], []
     for rows, dimension in WHOLE_TABLES:
         table = torch.nn.Parameter(torch.zeros(rows, dimension, device=runtime.device))
         optimizer = WholeTables({"whole.embedding_bags.table.weight": table}, TrainingConfig(), runtime.group)
@@ -177,8 +180,14 @@ def _whole_tables(runtime: Runtime) -> float | None:
             table.grad = torch.zeros_like(table)
             optimizer.step()
 
-        rates.append(table.numel() * 4 / _slowest_ms(runtime, step))
-    return statistics.median(rates)
+        whole, size = _slowest_ms(runtime, step), table.numel() * 4
+        if runtime.world_size == 1:
+            stepped.append(size / whole)
+            continue
+        reduced = _slowest_ms(runtime, partial(dist.all_reduce, table.detach().reshape(-1), group=runtime.group))
+        summed.append(size / reduced)
+        stepped.append(size / max(whole - reduced, whole / 20))
+    return statistics.median(stepped), statistics.median(summed) if summed else None
 
 
 def _slowest_ms(runtime: Runtime, work: Callable[[], object]) -> float:

@@ -7,7 +7,7 @@ from torchrec.distributed.planner.estimator.annotations import bwd_comms
 from torchrec.distributed.planner.estimator.estimator import EmbeddingPerfEstimator
 from torchrec.distributed.planner.estimator.types import HardwarePerfConfig, ShardPerfContext
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
-from torchrec.distributed.planner.types import ParameterConstraints, ShardEstimator
+from torchrec.distributed.planner.types import CollectiveType, ParameterConstraints, ShardEstimator
 
 from escm2rec.planning.hardware import Hardware
 
@@ -31,10 +31,10 @@ class TorchRecs(HardwarePerfConfig):
 
 
 class WholeTables(TorchRecs):
-    """What a table that every rank holds whole costs by its size, its gradients cleared, exchanged and stepped, at a measured rate.
+    """What a table that every rank holds whole costs by its size: TorchRec's all-reduce; cleared and stepped at a measured rate.
 
-    TorchRec's sum is of a ring of GPUs, and nine passes at half the rate of lookups; on cores, whose memory is read in order several times
-    as fast as at random, it is more than twice what is measured (`benchmarks/plans.py`).
+    TorchRec's are nine passes at half the rate of lookups; on cores, whose memory is read in order several times as fast as at random, that
+    is several times what is measured (`benchmarks/plans.py`).
     """
 
     def __init__(self, bytes_per_ms: float) -> None:
@@ -46,4 +46,10 @@ class WholeTables(TorchRecs):
     @bwd_comms(sharding_type="data_parallel")  # type: ignore[untyped-decorator]
     def by_size(self, table: ShardPerfContext) -> float:
         """Ms of one step of all of its rows."""
-        return float(table.hash_size * table.emb_dim * table.table_data_type_size / self._bytes_per_ms)
+        size = table.hash_size * table.emb_dim * table.table_data_type_size
+        world, local = table.world_size, table.local_world_size
+        assert table.comms_bandwidths is not None
+        rate = table.comms_bandwidths.get_bw(local_world_size=local, world_size=world, collective_type=CollectiveType.ALL_REDUCE)
+        nodes = min(world / local, 2)
+        reduced = size * (2 * nodes - 1) / nodes / rate * (2 if world > 2 * local else 1) if world > 1 else 0.0
+        return float(reduced + size / self._bytes_per_ms)

@@ -33,9 +33,7 @@ class Hardware(BaseModel):
     host_link_gb_per_s: float = Field(32.0, gt=0, le=MOST)  # between the device and the host's memory
     intra_node_gb_per_s: float = Field(gt=0, le=MOST)
     inter_node_gb_per_s: float = Field(gt=0, le=MOST)
-    whole_tables_gb_per_s: float | None = Field(
-        None, gt=0, le=MOST
-    )  # of tables that every rank holds, exchanged and stepped; None: TorchRec's
+    whole_tables_gb_per_s: float | None = Field(None, gt=0, le=MOST)  # tables that every rank holds, cleared and stepped; None: TorchRec's
     backward_multiplier: float = Field(2.0, gt=0, le=1_000)  # time of a lookup's backward over its forward pass
     price_per_hour: float | None = Field(None, ge=0, le=MOST)  # of one rank
     sources: tuple[str, ...] = ()

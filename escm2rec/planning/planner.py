@@ -78,11 +78,22 @@ class Planned:
         return {table.name: table for table in self.request.tables}
 
 
-def find_plan(request: Request) -> Planned:
-    """Search. It takes a second for a hundred tables and half a minute for a thousand on 128 ranks.
+def check_planner(planner: PlannerName, cluster: Cluster) -> None:
+    """ConfigError where a planner cannot plan for a cluster."""
+    if planner == "dynamic" and cluster.hardware.device == "cpu":
+        raise ConfigError(
+            f"--planner dynamic cannot plan for {cluster.name}: TorchRec's search counts in shares of a GPU's memory",
+            "choose another planner for hosts without a GPU",
+        )
 
-    ConfigError where the sharding types and kernels that are allowed leave a table no option.
+
+def find_plan(request: Request) -> Planned:
+    """Search. It takes some seconds for a hundred tables on 64 ranks and half a minute for a thousand on 128.
+
+    ConfigError where the sharding types and kernels that are allowed leave a table no option, or where the planner cannot plan for the
+    cluster.
     """
+    check_planner(request.planner, request.cluster)
     began = time.perf_counter()
     topology, reservation, keeper = request.cluster.topology(), request.reservation, _Keeper()
     enumerator = _enumerator(request, topology)

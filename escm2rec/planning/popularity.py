@@ -64,11 +64,22 @@ class Lookups(CacheStatistics):
     """
 
     def __init__(self, popularity: Popularity, ids: float) -> None:
+        self._popularity, self._ids = popularity, ids
         points = np.array([(0, 0.0), *popularity])
         sizes, shares = np.diff(points[:, 0]), np.diff(points[:, 1])
         order = np.argsort(-shares / sizes, kind="stable")
         self._sizes, probability = sizes[order], np.minimum((shares / sizes)[order], 1 - 1e-12)
         self._distinct = -np.expm1(ids * np.log1p(-probability)) * self._sizes
+
+    def of_rows(self, first: int, end: int) -> Lookups | None:
+        """Of the lookups of some rows alone; None where these have none."""
+        inner = [rows for rows, _ in self._popularity if first < rows < end]
+        bounds = np.array([first, *inner, end])
+        shares = np.cumsum(shares_of_rows(self._popularity, bounds))
+        if end <= first or not shares[-1]:
+            return None
+        points = [(int(row) - first, float(share)) for row, share in zip(bounds[1:], shares / shares[-1], strict=True)]
+        return Lookups(tuple(points), self._ids * float(shares[-1]))
 
     @property
     def expected_lookups(self) -> float:

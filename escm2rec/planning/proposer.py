@@ -99,6 +99,8 @@ class Pricing(Proposer):
             shorter = self._shorter(piece * lowest)
             yield from self._fill(shorter, 0)
             yield from self._fill(shorter & self._in_pieces(shorter, piece), 0)
+        for kind in dict.fromkeys(option.sharding_type for option in options.options):
+            yield from self._fill(self._of_type(kind), 0)
         for weight in LENGTHS:
             cost = (1 - weight) * options.total + weight * len(self.rooms) * options.longest
             fill = yield from self._fill(fits_somewhere(options, self.rooms), fill, cost)
@@ -132,6 +134,15 @@ class Pricing(Proposer):
         shortest = np.full(self.options.num_tables, np.inf)
         np.minimum.at(shortest, self.options.table[allowed], self.options.longest[allowed])
         return np.asarray(allowed & (self.options.longest <= np.maximum(longest, shortest[self.options.table])))
+
+    def _of_type(self, kind: str) -> NDArray[np.bool_]:
+        """Options of a sharding type; of a table that has none of it, all."""
+        assert self.rooms is not None
+        fits = fits_somewhere(self.options, self.rooms)
+        of_type = fits & np.array([option.sharding_type == kind for option in self.options.options])
+        has = np.zeros(self.options.num_tables, np.bool_)
+        has[self.options.table[of_type]] = True
+        return np.asarray(of_type | (fits & ~has[self.options.table]))
 
     def _in_pieces(self, allowed: NDArray[np.bool_], piece: float) -> NDArray[np.bool_]:
         """Options of no shard that takes more of a rank; of a table without such an option, those in the smallest pieces."""
