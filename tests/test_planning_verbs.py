@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,7 +233,10 @@ def test_a_data_set_that_was_not_measured_is_refused(config: Path, data: Path, t
 # --- what does not fit --------------------------------------------------------------------------
 
 LARGEST = "the largest weights are user (0.7 GiB), history (0.5 GiB), tags (0.0 GiB)"
-TRIED = re.compile(r"  fits: (.+) \((\d+\.\d\d) ms a step, fullest rank (\d+)%\)|  not enough: (.+)")
+LACKS = r"still [\d.,]+ GiB.* short|nothing is short, but no way was found to cut the tables"
+TRIED = re.compile(rf"  fits: (.+) \((\d+\.\d\d) ms a step, fullest rank (\d+)%\)|  not enough: (.+) \((?:{LACKS})\)")
+    r"  fits: (.+) \((\d+\.\d\d) ms a step, fullest rank (\d+)%\)|  not enough: (.+) \((?:still [\d.,]+ GiB.* short|nothing is short, but no way was found to cut the tables)\)"
+)
 
 
 def does_not_fit(tables: Path, cluster: str, *options: str) -> tuple[str, dict[str, int], list[str]]:
@@ -291,9 +295,10 @@ def test_short_of_no_memory_but_of_a_way_to_cut(tables: Path) -> None:
 
 def test_a_planner_that_finds_nothing_is_no_proof(tables: Path) -> None:
     """TorchRec's grid search proposes nothing where there is too much to choose from."""
-    message, enough, _ = does_not_fit(tables, GPUS, "--planner", "grid")
-    assert message.startswith("error: planner grid found no plan for 1x2:h100-80gb: ")
-    assert list(enough) == ["planner priced instead of grid"]
+    done = plan("--tables", tables, "--cluster", GPUS, "--planner", "grid")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: planner grid found no plan for 1x2:h100-80gb, though there are some: its search is at fault\nhint: ")
+    assert re.search(r"hint: choose another planner; fits: planner priced \(\d+\.\d\d ms a step", done.err)
 
 
 # --- compare ------------------------------------------------------------------------------------
@@ -381,6 +386,19 @@ def test_a_sweep_plans_every_combination(tables: Path, tmp_path: Path) -> None:
         assert (record["name"], record["planner"], record["batch_size"]) == (row["name"], row["planner"], row["batch_size"])
         assert row["cost_per_million_rows"] == pytest.approx(2 * record["estimate"]["step_ms"] / 3.6e6 / row["batch_size"] * 1e6)
     assert done.err.count("does not fit") == 4
+    page = (out / "sweep.html").read_text()
+    for row in rows:
+        if row["fits"]:
+            assert row["impressions_per_s"] == pytest.approx(row["ranks"] * row["batch_size"] / row["step_ms"] * 1e3)
+            assert f"{row['impressions_per_s'] / 1e6:,.4g}" in done.err
+        else:
+            assert re.search(r"found no plan for|no plan fits", row["why"])
+            assert f"{row['name']}: {row['why']}" in done.err
+            assert f"<li><b>{row['name']}</b>: {escape(row['why'])}</li>" in page
+    refused("no plan at", f"a sweep has its plans in {out / 'plans'}", "explain", "scene", "--plan", out)
+    nothing = plan("sweep", "--tables", tables, "--cluster", small, "--kernels", "fused,dense", "--out", tmp_path / "nothing")
+    assert (nothing.code, nothing.out) == (1, "")
+    assert "error: none of 1 plans fits\nhint: escm2rec plan with one of these" in nothing.err
     assert (out / "sweep.html").read_text().count("<details>") == 4
     assert plan("explain", "scene", "--plan", plans[-1]).result["table"] == "scene"
     refused("sweep exists", "--overwrite", "sweep", "--tables", tables, "--cluster", GPUS, "--out", out)
@@ -495,6 +513,16 @@ EITHER = "give either --config and --data, or --tables"
 ON_GPUS = ["--tables", "TABLES", "--cluster", GPUS]
 REFUSED: list[tuple[list[str], str, str]] = [
     (["--tables", "TABLES"], "escm2rec plan needs --cluster", "escm2rec plan hardware lists what there is"),
+    (
+        ["--tables", "TABLES", "--cluster", CORES, "--planner", "dynamic"],
+        f"--planner dynamic cannot plan for {CORES}",
+        "choose another planner for hosts without a GPU",
+    ),
+    (
+        [*ON_GPUS, "--types", "scene=row_wise", "--types", "scene=table_wise"],
+        "--types 'scene=table_wise': scene had types before",
+        "give the types of a table once",
+    ),
     (["--cluster", GPUS], EITHER, "from a data set, or from a list"),
     ([*ON_GPUS, "--config", "CONFIG", "--data", "DATA"], EITHER, "from a data set, or from a list"),
     ([*ON_GPUS, "--data", "DATA"], EITHER, "from a data set, or from a list"),

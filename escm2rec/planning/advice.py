@@ -22,11 +22,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Tried:
-    """A change, and the plan that it allows; where it is not enough, None and what is still missing."""
+    """A change, what it still lacks, and the plan that it allows; None where it is not enough."""
 
     change: str
-    record: Record | None
-    lack: str = ""
+    lack: str
+    record: Record | None = None
 
     def __str__(self) -> str:
         if self.record is None:
@@ -37,18 +37,24 @@ class Tried:
 
 def does_not_fit(planned: Planned) -> RunError:
     """The error of a plan that was not found."""
+    request = planned.request
+    if request.planner != "priced":
+        ours = _try("planner priced", replace(request, planner="priced"))
+        if ours.record is not None:
+            return RunError(
+                f"planner {request.planner} found no plan for {request.cluster.name}, though there are some: its search is at fault",
+                f"choose another planner; {ours}",
+            )
     logger.info("no plan fits; trying what could help")
-    tried = [_try(change, request) for change, request in changes(planned.request)]
+    tried = [_try(change, changed) for change, changed in changes(request)]
     enough = [each for each in tried if each.record is not None]
     hint = "\n".join(f"  {each}" for each in [*enough, *(each for each in tried if each.record is None), IN_INT8])
-    return RunError(_shortfall(planned), f"each of these was tried alone:\n{hint}")
+    return RunError(shortfall(planned), f"each of these was tried alone:\n{hint}")
 
 
 def changes(request: Request) -> Iterator[tuple[str, Request]]:
     """Changes of a request that take less memory or give more, the least painful first."""
     tables, cluster = list(request.tables), request.cluster
-    if request.planner != "priced":
-        yield f"planner priced instead of {request.planner}", replace(request, planner="priced")
     if request.optimizer not in ("rowwise_adagrad", "sgd"):
         yield f"rowwise_adagrad instead of {request.optimizer}", replace(request, optimizer="rowwise_adagrad")
     allowed = set(KERNELS[cluster.hardware.device])
@@ -82,23 +88,32 @@ def _hashed(tables: list[Table], names: set[str]) -> list[Table]:
 
 
 def _try(change: str, request: Request) -> Tried:
-    tried = Tried(change, _record(request))
-    logger.info("%s", tried)
-    return tried
-
-
-def _record(request: Request) -> Record | None:
     planned = find_plan(request)
-    return None if planned.chosen is None else record_of(planned)
+    return Tried(change, _lack(planned)) if planned.chosen is None else Tried(change, "", record_of(planned))
 
 
-def _shortfall(planned: Planned) -> str:
+def _lack(planned: Planned) -> str:
+    """What is still missing, in short."""
+    where, need, room = _needs(planned)
+    return (
+        f"still {(need - room) / GIB:,.1f} GiB{where} short" if need > room else "nothing is short, but no way was found to cut the tables"
+    )
+
+
+def _needs(planned: Planned) -> tuple[str, float, float]:
+    """Of the memory that is shortest: its name, the bytes that tables take of it at the least, and those that all ranks have."""
     request, rooms, options = planned.request, np.maximum(planned.rooms[:, :2], 0).sum(axis=0), Options.of(planned.search_space)
     places = [("", options.bytes[:, :2].sum(axis=1), float(rooms.sum()))]
     if request.cluster.hardware.device == "cuda":
         places += [(" of the GPUs' memory", options.bytes[:, 0], rooms[0]), (" of the hosts' memory", options.bytes[:, 1], rooms[1])]
     needs = [(where, _least(options, taken), room) for where, taken, room in places]
-    where, need, room = max((each for each in needs if each[1] > each[2]), key=lambda each: each[1] - each[2], default=needs[0])
+    return max((each for each in needs if each[1] > each[2]), key=lambda each: each[1] - each[2], default=needs[0])
+
+
+def shortfall(planned: Planned) -> str:
+    """Why a search found no plan: by how much memory is short, and because of which tables."""
+    request = planned.request
+    where, need, room = _needs(planned)
     large = sorted(request.tables, key=lambda table: -table.weight_bytes)[:LARGEST]
     named = ", ".join(f"{table.name} ({table.weight_bytes / GIB:,.1f} GiB)" for table in large)
     found = "no plan fits" if request.planner == "priced" else f"planner {request.planner} found no plan for"

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from torchrec.distributed.planner import Topology
 
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, did_you_mean
 from escm2rec.planning.hardware import Hardware, find_hardware
 
 FORM = re.compile(r"(?:(?P<nodes>\d{1,9})x)?(?P<ranks>\d{1,9}):(?P<hardware>[^,]+)(?P<overrides>(?:,[^,]*)*)")
@@ -107,7 +107,10 @@ def _overridden(hardware: Hardware, overrides: str, text: str) -> Hardware:
     for part in overrides.split(",")[1:]:
         name, separator, value = part.partition("=")
         if not separator or name not in Hardware.numbers():
-            raise ConfigError(f"--cluster {text!r}: {part!r} overrides nothing", f"give NAME=NUMBER of {', '.join(Hardware.numbers())}")
+            near = did_you_mean(name, Hardware.numbers())
+            raise ConfigError(
+                f"--cluster {text!r}: {part!r} overrides nothing{near}", f"give NAME=NUMBER of {', '.join(Hardware.numbers())}"
+            )
         changed[name] = value
     try:
         return Hardware.model_validate({**hardware.model_dump(), **changed})

@@ -60,8 +60,8 @@ def hardware_table(own: Path | None = None) -> dict[str, Hardware]:
 def find_hardware(name: str, own: Path | None = None) -> Hardware:
     """The entry of a name; ConfigError with the nearest names where there is none."""
     table = hardware_table(own)
-    if name in table:
-        return table[name]
+    if (known := name if name in table else name.lower()) in table:
+        return table[known]
     near = get_close_matches(name, table, n=3, cutoff=0.4) or sorted(table)
     raise ConfigError(
         f"no hardware {name!r}; the nearest are {', '.join(near)}",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from escm2rec.evaluation.html import aligned, facts, note, number, table, write_page
 from escm2rec.planning.cluster import Cluster
-from escm2rec.planning.record import MEMORY, TIMES, Record, cost_of, request_of, state_share
+from escm2rec.planning.record import MEMORY, TIMES, Record, cost_of, rate_of, request_of, state_share
 from escm2rec.planning.sweep import compare
 from escm2rec.planning.text import how, ranges
 from escm2rec.sharding.planner import ALL_TYPES
@@ -133,11 +133,13 @@ class Bar:
     mark: float | None = None
 
 
-def write_plans(records: Sequence[Record], path: Path, prices: Mapping[str, float] | None = None) -> None:
+def write_plans(
+    records: Sequence[Record], path: Path, prices: Mapping[str, float] | None = None, left_out: Mapping[str, str] | None = None
+) -> None:
     """Write the page of a plan, or of several and how they compare; whole or absent.
 
     Records are of `record_of`; a "name" in one is what the page calls it. `prices` are of a rank and hour by hardware, for clusters that
-    have none of their own.
+    have none of their own. `left_out` are those that do not fit, and why.
     """
     prices = prices or {}
     if len(records) == 1:
@@ -149,6 +151,9 @@ def write_plans(records: Sequence[Record], path: Path, prices: Mapping[str, floa
         title = "Sharding plans"
         sections = [f'<header><h1>{title}</h1><p class="soft">{len(records)} plans</p></header>', _comparison(records, prices)]
         sections.append("<h2>Each plan</h2>" + "".join(_unfolding(record, prices, len(records)) for record in records))
+    if left_out:
+        reasons = "".join(f"<li><b>{escape(name)}</b>: {escape(why)}</li>" for name, why in left_out.items())
+        sections.append(f"<h2>What does not fit</h2><ul>{reasons}</ul>")
     write_page(path, title, [_style(), *sections, _words(records, prices)])
 
 
@@ -196,8 +201,20 @@ def _facts(record: Record, prices: Mapping[str, float]) -> str:
 
 def _comparison(records: Sequence[Record], prices: Mapping[str, float]) -> str:
     estimates = [record["estimate"] for record in records]
-    heads = ["Plan", "Ranks", "Slowest\nrank, ms", "Mean,\nms", "Bound,\nms", "Imbalance", "Limited by", "Fullest\nrank"]
-    columns = [aligned([record["world_size"] for record in records])]
+    heads = [
+        "Plan",
+        "Ranks",
+        "Batch\na rank",
+        "Million\nimpr. a s",
+        "Slowest\nrank, ms",
+        "Mean,\nms",
+        "Bound,\nms",
+        "Imbalance",
+        "Limited by",
+        "Fullest\nrank",
+    ]
+    columns = [aligned([record[name] for record in records]) for name in ("world_size", "batch_size")]
+    columns += [aligned([None if (rate := rate_of(record)) is None else rate / 1e6 for record in records])]
     columns += [aligned([each[name] for each in estimates]) for name in ("step_ms", "mean_ms", "bound_ms", "imbalance")]
     columns += [[_spaced(each["limited_by"]) for each in estimates], [_percent(each["fullest_share"]) for each in estimates]]
     costs = [cost_of(record, prices) for record in records]

@@ -143,6 +143,12 @@ def cost_of(record: Record, prices: Mapping[str, float]) -> float | None:
     return None if price is None else float(price * record["estimate"]["step_ms"] / MS_AN_HOUR / record["batch_size"] * 1e6)
 
 
+def rate_of(record: Record) -> float | None:
+    """Impressions of all ranks that the tables' part of the steps takes in a second; None where no time is estimated."""
+    step_ms = record["estimate"]["step_ms"]
+    return float(record["world_size"] * record["batch_size"] / step_ms * 1e3) if step_ms else None
+
+
 def request_of(record: Record) -> Request:
     """What a plan was planned from."""
     names = set(Table.model_fields) - {"name"}
@@ -165,7 +171,8 @@ def read_plan(path: Path) -> Record:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(f"no plan at {file}", "escm2rec plan --out FOLDER writes one") from error
+        of_sweep = f"a sweep has its plans in {path / 'plans'}: give one of them" if (path / "sweep.json").is_file() else None
+        raise DataError(f"no plan at {file}", of_sweep or "escm2rec plan --out FOLDER writes one") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is no readable JSON: {error}", "plan again") from error
     if not isinstance(record, dict) or record.get("kind") != "plan" or not isinstance(record.get("version"), int):
@@ -177,7 +184,7 @@ def read_plan(path: Path) -> Record:
     try:
         _check(record)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        said = str(error).splitlines()[0]
+        said = "; ".join(str(error).splitlines()[:3])
         raise DataError(f"{file} is damaged: {type(error).__name__}: {said}", "it was changed after it was written: plan again") from error
     return record
 

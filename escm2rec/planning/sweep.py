@@ -11,9 +11,10 @@ from typing import Any
 
 from escm2rec.errors import ConfigError, did_you_mean
 from escm2rec.folder import new_folder, write_json, write_manifest
+from escm2rec.planning.advice import shortfall
 from escm2rec.planning.cluster import Cluster
-from escm2rec.planning.planner import PlannerName, Request, find_plan
-from escm2rec.planning.record import Record, cost_of, record_of
+from escm2rec.planning.planner import PlannerName, Request, check_planner, find_plan
+from escm2rec.planning.record import Record, cost_of, rate_of, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,14 @@ def variants(
 def sweep(named: Sequence[tuple[str, Request]], prices: Mapping[str, float]) -> tuple[list[Record], list[Record]]:
     """The plans, each with its name, and a row of each for a table; one that does not fit has a row without a plan."""
     plans, rows = [], []
+    for _, request in named:
+        check_planner(request.planner, request.cluster)  # before the first search
     for number, (name, request) in enumerate(named, 1):
         planned = find_plan(request)
         row: Record = {"name": name, "ranks": request.cluster.world_size, "batch_size": request.batch_size, "planner": request.planner}
         if planned.chosen is None:
-            logger.info("%d of %d, %s: no plan fits", number, len(named), name)
-            rows.append({**row, "fits": False})
+            logger.info("%d of %d, %s: %s", number, len(named), name, shortfall(planned))
+            rows.append({**row, "fits": False, "why": shortfall(planned)})
             continue
         record = {"name": name, **record_of(planned)}
         plans.append(record)
@@ -77,7 +80,8 @@ def write_sweep(plans: Sequence[Record], rows: Sequence[Record], out: Path, pric
             write_json(folder / plan_file(number), plan)
         write_json(folder / "sweep.json", list(rows))
         if plans:
-            write_plans(plans, folder / "sweep.html", prices)
+            left_out = {row["name"]: row["why"] for row in rows if not row["fits"]}
+            write_plans(plans, folder / "sweep.html", prices, left_out)
         write_manifest(folder, "sweep", {"plans": len(plans)})
 
 
@@ -85,7 +89,14 @@ def summary(record: Record, prices: Mapping[str, float]) -> Record:
     """What plans are compared by; cost in the unit of the prices, of the tables' part of the steps alone."""
     estimate = record["estimate"]
     keys = ("step_ms", "mean_ms", "bound_ms", "imbalance", "limited_by", "fullest_share")
-    return {**{key: estimate[key] for key in keys}, "cost_per_million_rows": cost_of(record, prices), "seconds": record["seconds"]}
+    told = {"cluster": Cluster.from_json(record["cluster"]).name, "ranks": record["world_size"], "batch_size": record["batch_size"]}
+    return {
+        **told,
+        "impressions_per_s": rate_of(record),
+        **{key: estimate[key] for key in keys},
+        "cost_per_million_rows": cost_of(record, prices),
+        "seconds": record["seconds"],
+    }
 
 
 def compare(records: Sequence[Record], names: Sequence[str], prices: Mapping[str, float]) -> Record:

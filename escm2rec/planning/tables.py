@@ -17,7 +17,7 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Poo
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from escm2rec.config import SparseOptimizer
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, did_you_mean
 from escm2rec.planning.popularity import Lookups, Popularity, wrong_popularity
 from escm2rec.sharding.model import OPTIMIZERS
 
@@ -92,8 +92,17 @@ def _table(entry: Any, where: str) -> Table:
     try:
         return Table.model_validate(entry)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'it'}: {each['msg']}, and is {each['input']!r}" for each in error.errors())
+        wrong = "; ".join(_wrong(each) for each in error.errors())
         raise ConfigError(f"{where}{f' ({name!r})' if name else ''}: {wrong}", WRITE) from error
+
+
+def _wrong(error: Any) -> str:
+    if error["type"] == "value_error" and not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
+    name = ".".join(map(str, error["loc"])) or "it"
+    if error["type"] == "extra_forbidden":
+        return f"{name} is no field of a table{did_you_mean(name, sorted(Table.model_fields))}"
+    return f"{name}: {error['msg']}, and is {error['input']!r}"
 
 
 class Tables(nn.Module):

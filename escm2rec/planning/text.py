@@ -38,7 +38,8 @@ def said(record: Record) -> list[str]:
     return [
         f"The slowest rank, {estimate['worst_rank']}, takes {estimate['step_ms']:.3f} ms a step, {longer:.1f}% more than the mean; most of "
         f"it is {limit}.",
-        f"No plan of the types and kernels allowed takes less than {estimate['bound_ms']:.3f} ms: this one is {100 * above:.1f}% above.",
+        f"No plan of the types and kernels allowed takes less than {estimate['bound_ms']:.3f} ms: this one is {100 * above:.1f}% above. "
+        "(It may be less than any plan takes; column shards are 128 wide or wider.)",
         f"The fullest rank, {estimate['fullest_rank']}, has {100 * estimate['fullest_share']:.0f}% of its memory taken.",
     ]
 
@@ -48,6 +49,9 @@ def print_comparison(rows: Sequence[Record]) -> None:
     console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
     priced = any(row.get("cost_per_million_rows") is not None for row in rows)
     numbers = [
+        "ranks",
+        "batch",
+        "million impr.\na second",
         "ms a step",
         "mean",
         "bound",
@@ -56,16 +60,20 @@ def print_comparison(rows: Sequence[Record]) -> None:
         *(["cost of a million\nimpressions"] if priced else []),
         "planned in s",
     ]
-    table = _table("Plans", ["plan"], numbers, ["limited by"])
+    table = _table("Plans", ["plan", "cluster"], numbers, ["limited by"])
     for row in rows:
         if not row.get("fits", True):
-            table.add_row(escape(row["name"]), "does not fit", *[""] * len(numbers))
+            table.add_row(escape(row["name"]), "does not fit", *[""] * (len(numbers) + 1))
             continue
-        ms = [f"{row[name]:.3f}" for name in ("step_ms", "mean_ms", "bound_ms", "imbalance")]
+        rate = row["impressions_per_s"]
+        ms = [str(row["ranks"]), f"{row['batch_size']:,}", "–" if rate is None else f"{rate / 1e6:,.4g}"]
+        ms += [f"{row[name]:.3f}" for name in ("step_ms", "mean_ms", "bound_ms", "imbalance")]
         cost = row["cost_per_million_rows"]
         costs = ["–" if cost is None else f"{cost:.3g}"] if priced else []
         limit = row["limited_by"].replace("_", " ")
-        table.add_row(escape(row["name"]), *ms, f"{100 * row['fullest_share']:.0f}%", *costs, f"{row['seconds']:.1f}", limit)
+        table.add_row(
+            escape(row["name"]), escape(row["cluster"]), *ms, f"{100 * row['fullest_share']:.0f}%", *costs, f"{row['seconds']:.1f}", limit
+        )
     console.print(table)
 
 

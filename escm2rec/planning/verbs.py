@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, RunError
 from escm2rec.verb import Overrides, Overwrite, Result, names, verb
 
 if TYPE_CHECKING:
@@ -170,6 +170,11 @@ def plan_sweep(
     plans, rows = sweep(list(variants(request, clusters, batch_size, dimension, kinds, _planners(planner))), prices)
     write_sweep(plans, rows, out, prices, overwrite)
     print_comparison(rows)
+    for row in rows:
+        if not row["fits"]:
+            print(f"{row['name']}: {row['why']}", file=sys.stderr)
+    if not plans:
+        raise RunError(f"none of {len(rows)} plans fits", "escm2rec plan with one of these clusters says what would help")
     return {"sweep": str(out), "plans": rows}
 
 
@@ -277,6 +282,8 @@ def allowed_types(texts: list[str], tables: set[str] | None = None) -> dict[str,
                 raise ConfigError(
                     f"--types {text!r}: {kind!r} is no sharding type{did_you_mean(kind, ALL_TYPES)}", f"they are {', '.join(ALL_TYPES)}"
                 )
+        if (table or "*") in allowed:
+            raise ConfigError(f"--types {text!r}: {table or 'all tables'} had types before", "give the types of a table once, as TYPE,TYPE")
         allowed[table or "*"] = found
     return allowed
 

@@ -84,8 +84,9 @@ def shard_model(
 
     def plan_them() -> ShardingPlan:
         if followed is not None:
+            plan = follow(followed, module, *ranks)
             logger.info("tables are sharded as the plan at %s says", followed)
-            return follow(followed, module, *ranks)
+            return plan
         return plan_tables(module, tables, forced, *ranks, runtime.memory_bytes(), max(1, local_batch_size), in_bfloat16)
 
     plan = on_main(runtime, plan_them)
