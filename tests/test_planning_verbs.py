@@ -235,8 +235,6 @@ def test_a_data_set_that_was_not_measured_is_refused(config: Path, data: Path, t
 LARGEST = "the largest weights are user (0.7 GiB), history (0.5 GiB), tags (0.0 GiB)"
 LACKS = r"still [\d.,]+ GiB.* short|nothing is short, but no way was found to cut the tables"
 TRIED = re.compile(rf"  fits: (.+) \((\d+\.\d\d) ms a step, fullest rank (\d+)%\)|  not enough: (.+) \((?:{LACKS})\)")
-    r"  fits: (.+) \((\d+\.\d\d) ms a step, fullest rank (\d+)%\)|  not enough: (.+) \((?:still [\d.,]+ GiB.* short|nothing is short, but no way was found to cut the tables)\)"
-)
 
 
 def does_not_fit(tables: Path, cluster: str, *options: str) -> tuple[str, dict[str, int], list[str]]:

@@ -60,10 +60,11 @@ def print_comparison(rows: Sequence[Record]) -> None:
         *(["cost of a million\nimpressions"] if priced else []),
         "planned in s",
     ]
-    table = _table("Plans", ["plan", "cluster"], numbers, ["limited by"])
+    named = all(row["cluster"] in row["name"] for row in rows if row.get("fits", True))
+    table = _table("Plans", ["plan"] if named else ["plan", "cluster"], numbers, ["limited by"])
     for row in rows:
         if not row.get("fits", True):
-            table.add_row(escape(row["name"]), "does not fit", *[""] * (len(numbers) + 1))
+            table.add_row(escape(row["name"]), "does not fit", *[""] * (len(numbers) + 1 - named))
             continue
         rate = row["impressions_per_s"]
         ms = [str(row["ranks"]), f"{row['batch_size']:,}", "–" if rate is None else f"{rate / 1e6:,.4g}"]
