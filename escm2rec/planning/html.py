@@ -12,7 +12,7 @@ from escm2rec.evaluation.html import aligned, facts, note, number, table, write_
 from escm2rec.planning.cluster import Cluster
 from escm2rec.planning.record import MEMORY, TIMES, Record, cost_of, rate_of, request_of, state_share
 from escm2rec.planning.sweep import compare
-from escm2rec.planning.text import how, ranges
+from escm2rec.planning.text import how, ranges, ways
 from escm2rec.sharding.planner import ALL_TYPES
 
 MAX_RANKS_SHOWN = 32
@@ -241,12 +241,13 @@ def _otherwise(records: Sequence[Record], prices: Mapping[str, float]) -> str:
     names = [_name(record) for record in records]
     plans = [f"{number}. {name}" for number, name in enumerate(names, 1)]  # two may be called alike
     moved = compare(records, plans, prices)["tables_otherwise"]
-    shown = sorted(moved, key=lambda name: -max(told["ms"] for told in moved[name].values() if told))[:MAX_TABLES_SHOWN]
+    found, rest = ways(moved)
+    shown = [name for name, _ in found[:MAX_TABLES_SHOWN]]
     if not shown:
-        return note("All tables are sharded alike.")
-    columns = [["–" if moved[name][plan] is None else how(moved[name][plan]) for name in shown] for plan in plans]
-    said = f"The {len(shown)} that take longest of {len(moved):,}. " if len(shown) < len(moved) else ""
-    said += "Each with its sharding type, kernel, ranks, and ms summed over them; all others are sharded alike."
+        return note(rest)
+    columns = [["–" if (told := moved[name][plan]) is None else how(told) for name in shown] for plan in plans]
+    said = f"The {len(shown)} that take longest of {len(found):,}. " if len(shown) < len(found) else ""
+    said += f"Each with its sharding type, kernel, ranks, and ms summed over them. {rest}"
     body = table(["Table", *names], [escape(name) for name in shown], columns, texts=range(len(records) + 1))
     return f"<h3>Tables that are sharded otherwise</h3>{note(said)}{body}"
 

@@ -72,25 +72,36 @@ def print_comparison(rows: Sequence[Record]) -> None:
         cost = row["cost_per_million_rows"]
         costs = ["–" if cost is None else f"{cost:.3g}"] if priced else []
         limit = row["limited_by"].replace("_", " ")
-        table.add_row(
-            escape(row["name"]), escape(row["cluster"]), *ms, f"{100 * row['fullest_share']:.0f}%", *costs, f"{row['seconds']:.1f}", limit
-        )
+        plan = [escape(row["name"]), *([] if named else [escape(row["cluster"])])]
+        table.add_row(*plan, *ms, f"{100 * row['fullest_share']:.0f}%", *costs, f"{row['seconds']:.1f}", limit)
     console.print(table)
 
 
 def print_otherwise(otherwise: Mapping[str, Mapping[str, Record | None]]) -> None:
     """Print the tables that plans shard otherwise, by what it costs."""
     console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else WIDTH)
-    tables = sorted(otherwise.items(), key=lambda item: -max(float(each["ms"]) for each in item[1].values() if each))[:TABLES_SHOWN]
+    tables, rest = ways(otherwise)
     if not tables:
-        console.print("All tables are sharded alike.", markup=False, highlight=False)
+        console.print(rest, markup=False, highlight=False)
         return
+    tables = tables[:TABLES_SHOWN]
     shown = _table("Tables that are sharded otherwise", ["table", *next(iter(otherwise.values()))], [])
     for name, plans in tables:
         shown.add_row(escape(name), *("is not there" if each is None else how(each) for each in plans.values()))
     console.print(shown)
-    if len(otherwise) > len(tables):
-        console.print(f"{len(otherwise) - len(tables)} more are on stdout.", markup=False, highlight=False)
+    console.print(f"{rest} All are on stdout.", markup=False, highlight=False)
+
+
+def ways(otherwise: Mapping[str, Mapping[str, Record | None]]) -> tuple[list[tuple[str, Mapping[str, Record | None]]], str]:
+    """Tables of another type or kernel in some plan, or in some plan alone, by what they cost; and what is to be said of all others."""
+    kinds = {
+        name: {each and (each["sharding_type"], each["compute_kernel"]) for each in plans.values()} for name, plans in otherwise.items()
+    }
+    tables = [item for item in otherwise.items() if len(kinds[item[0]]) > 1]
+    tables.sort(key=lambda item: -max(float(each["ms"]) for each in item[1].values() if each))
+    elsewhere = len(otherwise) - len(tables)
+    said = "All others are sharded alike" if tables else "All tables are sharded alike"
+    return tables, f"{said}; {elsewhere:,} of them lie on other ranks or cost otherwise." if elsewhere else f"{said}."
 
 
 def how(told: Record) -> str:
