@@ -597,3 +597,24 @@ def test_what_is_no_plan_is_refused(text: str | None, said: str, hint: str, gpus
         path.write_text(text)
     refused(said, hint, "compare", gpus[0], path)
     refused(str(path), hint, "explain", "user", "--plan", path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("sharding_type", None, "no sharding type None with kernel "),
+        ("compute_kernel", {}, "with kernel {}"),
+        ("ms", float("nan"), "nan where a number was"),
+        ("popularity", [[5, 0.5]], "popularity: its last point is of all "),
+        ("shards", [{"offset": [0, 0], "size": None, "rank": 0}], "TypeError: "),
+        ("shards", [{"offset": [0, 0], "size": [1, 2], "rank": "r"}], "a shard on rank 'r' of 2"),
+        ("shards", [{"offset": [0, 0], "size": [1, -2], "rank": 0}], "a shard with offset [0, 0] and size [1, -2]"),
+    ],
+)
+def test_a_damaged_table_of_a_plan_is_told(field: str, value: Any, said: str, gpus: tuple[Path, Done], tmp_path: Path) -> None:
+    record = read_plan(gpus[0])
+    record["tables"]["scene"][field] = value
+    if field == "shards":
+        record["tables"]["scene"]["ranks"] = [shard["rank"] for shard in value]
+    (tmp_path / "plan.json").write_text(json.dumps(record))
+    refused(said, "it was changed after it was written: plan again", "compare", gpus[0], tmp_path, "--html", tmp_path / "page.html")

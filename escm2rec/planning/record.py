@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torchrec.distributed.planner.types import Shard, ShardingOption
 from escm2rec.errors import DataError
 from escm2rec.planning.cluster import Cluster
 from escm2rec.planning.options import Floats, perf_of, storage_of
-from escm2rec.planning.planner import Planned, Request
+from escm2rec.planning.planner import KERNELS, Planned, Request
 from escm2rec.planning.tables import Table
+from escm2rec.sharding.planner import ALL_TYPES
 
 Record = dict[str, Any]
 PLAN_VERSION = 1
@@ -194,12 +195,27 @@ def _check(record: Record) -> None:
     request = request_of(record)
     if not request.tables:
         raise ValueError("it has no tables")
-    float(sum(record["estimate"][name] for name in ("step_ms", "mean_ms", "bound_ms", "imbalance", "fullest_share", "capacity_bytes")))
+    _finite(record["estimate"][name] for name in ("step_ms", "mean_ms", "bound_ms", "imbalance", "fullest_share", "capacity_bytes"))
     if len(record["ranks"]) != request.cluster.world_size or record["world_size"] != request.cluster.world_size:
         raise ValueError(f"{len(record['ranks'])} ranks, and a cluster of {request.cluster.world_size}")
     for rank in record["ranks"]:
-        float(sum(rank["ms"][part] for part in TIMES) + sum(rank[where][part] for where in ("bytes", "host_bytes") for part in MEMORY))
+        _finite(rank["ms"][part] for part in TIMES)
+        _finite(rank[where][part] for where in ("bytes", "host_bytes") for part in MEMORY)
     for table in record["tables"].values():
-        float(table["ms"] + table["longest_ms"] + table["bytes"] + table["host_bytes"])
+        _finite(table[name] for name in ("ms", "longest_ms", "bytes", "host_bytes"))
+        if table["sharding_type"] not in ALL_TYPES or table["compute_kernel"] not in KERNELS["cuda"]:
+            raise ValueError(f"no sharding type {table['sharding_type']!r} with kernel {table['compute_kernel']!r}")
+        for shard in table["shards"]:
+            rank, numbers = shard["rank"], [*shard["offset"], *shard["size"]]
+            if not (isinstance(rank, int) and 0 <= rank < request.cluster.world_size):
+                raise ValueError(f"a shard on rank {rank!r} of {request.cluster.world_size}")
+            if len(numbers) != 4 or not all(isinstance(each, int) and each >= 0 for each in numbers):
+                raise ValueError(f"a shard with offset {shard['offset']!r} and size {shard['size']!r}")
         if not table["shards"] or [shard["rank"] for shard in table["shards"]] != table["ranks"]:
             raise ValueError("a table has no shards, or not on the ranks that it names")
+
+
+def _finite(numbers: Iterable[Any]) -> None:
+    for number in numbers:
+        if not math.isfinite(number):
+            raise ValueError(f"{number} where a number was")
