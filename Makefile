@@ -2,7 +2,7 @@
 # test      ruff, mypy and pytest, as .ci/run does
 # demo      simulate, preprocess, train, evaluate and score in .demo
 # bench     the speed benchmarks; each prints JSON
-# prove     the long proofs: the steps of the image run without Docker, nodes of a Slurm cluster lost (as root, after tests/slurm/cluster.sh install), preprocess and score killed 30 times, 400 random plans beside TorchRec's, a training hit by 30 faults, and the full study, just under two hours on 2 idle cores (goes on where it was cut off); writes docs/study.md
+# prove     the long proofs: the steps of the image run without Docker, nodes of a Slurm cluster lost (as root, after tests/slurm/cluster.sh install), preprocess and score killed 30 times, 200 random plans beside TorchRec's, a training hit by 30 faults, and the full study, just under two hours on 2 idle cores (goes on where it was cut off); writes docs/study.md
 # wheel     build dist/*.whl
 # clean     remove what these made, but not .venv
 
@@ -68,7 +68,7 @@ prove: $(INSTALLED_DEV)
 	ESCM2REC_SLURM_PROOF=docs/results/slurm.json $(BIN)/python -m pytest tests/test_slurm.py
 	ESCM2REC_KILLS=30 ESCM2REC_KILLS_PROOF=docs/results/kills.json $(BIN)/python -m pytest tests/test_preprocess_engine.py
 	ESCM2REC_SCORE_KILLS=30 $(BIN)/python -m pytest tests/test_scoring.py -k killed
-	ESCM2REC_PLANS=400 ESCM2REC_PLANS_PROOF=docs/results/planner_random.json $(BIN)/python -m pytest tests/test_planning_search.py -k random
+	ESCM2REC_PLANS=200 ESCM2REC_PLANS_PROOF=docs/results/planner_random.json $(BIN)/python -m pytest tests/test_planning_search.py -k random
 	ESCM2REC_SOAK=30 ESCM2REC_SOAK_PROOF=docs/results/soak.json $(BIN)/python -m pytest tests/test_soak.py
 	$(BIN)/escm2rec study --preset full --out .study > docs/results/study.json.partial
 	$(BIN)/python -m escm2rec.study.document .study > docs/study.md.partial

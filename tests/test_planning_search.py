@@ -27,7 +27,7 @@ from escm2rec.planning.planner import KERNELS, Planned, PlannerName, Request, fi
 from escm2rec.planning.tables import Table, Tables, constraints_of
 from escm2rec.sharding.planner import ALL_TYPES, RowWiseSharder
 
-CASES = int(os.environ.get("ESCM2REC_PLANS", "10"))  # `make prove`: 400
+CASES = int(os.environ.get("ESCM2REC_PLANS", "10"))  # `make prove`: 200
 PROOF = os.environ.get("ESCM2REC_PLANS_PROOF")  # where to write what was shown
 
 
