@@ -135,7 +135,9 @@ def test_a_run_on_a_store_scores_and_is_measured_as_in_its_folder(
     for found, want in zip(parts(tmp_path / "out"), parts(predictions[2][1]), strict=True):
         assert found.equals(want)
     assert scored["rows"] == NUM_CANDIDATES
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["run"] == report["run"]["run"] == "s3://runs/run"
+    manifest, of_folder = (json.loads((out / "manifest.json").read_text()) for out in (tmp_path / "out", predictions[2][1]))
+    assert manifest["run"] == report["run"]["run"] == "s3://runs/run"
+    assert manifest["made_from"] == of_folder["made_from"], "a job is taken up, wherever its run lies"
     assert measured["report"] == "s3://runs/run/report.html"
     assert measured["metrics"] == pytest.approx(others[-1]["metrics"], rel=1e-4, abs=1e-5)
 

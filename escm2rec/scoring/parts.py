@@ -22,9 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 def job_identity(run: Run, files: Sequence[RawFile], kept: Sequence[str], batch_rows: int) -> str:
-    """What a folder is made from: a job of another identity begins anew. Inputs are by their paths; whether one changed, records say."""
+    """What a folder is made from: a job of another identity begins anew.
+
+    The run is by what its manifest says, not by its path, which of one on a store is another each time. Inputs are by their paths; whether
+    one changed, records say.
+    """
     paths = [[str(path.resolve()) for path in file.all_paths] for file in files]
-    made_from = [run.manifest, run.identity, paths, list(kept), batch_rows]
+    made_from = [run.manifest, run.schema.hash(), paths, list(kept), batch_rows]
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
