@@ -53,13 +53,6 @@ class Enumerator(EmbeddingEnumerator):
     TorchRec's is that of a set of texts. Of options that cost the same a search takes the first: here those that bind fewer ranks.
     """
 
-    def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], sharder_key: str = "") -> list[str]:
-        found = super()._filter_sharding_types(name, allowed_sharding_types, sharder_key)
-        return sorted(found, key=ALL_TYPES.index)
-
-    def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:
-        return sorted(super()._filter_compute_kernels(name, allowed_compute_kernels, sharding_type))
-
     def __init__(
         self,
         topology: Topology,
@@ -71,6 +64,13 @@ class Enumerator(EmbeddingEnumerator):
         """`popularity` is of the tables whose rows are not looked up alike, by name."""
         super().__init__(topology, batch_size, constraints, estimators)
         self._popularity = popularity or {}
+
+    def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], sharder_key: str = "") -> list[str]:
+        found = super()._filter_sharding_types(name, allowed_sharding_types, sharder_key)
+        return sorted(found, key=ALL_TYPES.index)
+
+    def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], sharding_type: str) -> list[str]:
+        return sorted(super()._filter_compute_kernels(name, allowed_compute_kernels, sharding_type))
 
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
         """Price all shards in place, those of one size and popularity alike."""
