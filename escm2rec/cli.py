@@ -19,7 +19,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from escm2rec import __version__
-from escm2rec.errors import ConfigError, Escm2Error
+from escm2rec.errors import ConfigError, Escm2Error, PartialError
 from escm2rec.planning.verbs import plan_app
 from escm2rec.verb import ConfigFile, DataFolder, Overrides, Overwrite, Result, RunFolder, names, rank, verb
 
@@ -93,7 +93,7 @@ def preprocess(
 
     share_one_heap()
     if engine == "local" and not is_small([input]):
-        ready_workers()  # while this process reads the config and imports
+        ready_workers("escm2rec.preprocess")  # while this process reads the config and imports
     from escm2rec.config import load_config
     from escm2rec.preprocess import preprocess
 
@@ -172,22 +172,90 @@ def evaluate(
 @verb
 def score(
     run: RunFolder,
-    input: Annotated[list[Path], typer.Option("--input", help="Candidate logs, a file or a folder; may be repeated.", show_default=False)],
+    input: Annotated[
+        list[str],
+        typer.Option(
+            "--input", help="Logs, or a split of a data set: a file, a folder, a pattern or a URL; may be repeated.", show_default=False
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the predictions.", show_default=False)],
     keep: Annotated[
         list[str], typer.Option("--keep", help="Column to keep; repeat it, or give a comma list. [default: those the schema keeps]")
     ] = [],  # noqa: B006
+    columns: Annotated[
+        list[str],
+        typer.Option(
+            "--columns",
+            help="All columns to write, in order, COLUMN or NAME=COLUMN: those of the input, and p_ctr, p_cvr, p_ctcvr, ctr_logit, "
+            "cvr_logit, ctcvr_logit, propensity. [default: what --keep says, p_ctr, p_cvr, p_ctcvr]",
+        ),
+    ] = [],  # noqa: B006
+    where: Annotated[str | None, typer.Option("--where", help='Score only rows of this SQL condition, as "price > 5".')] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Write only so many rows of each --by, the best of all.")] = None,
+    by: Annotated[str | None, typer.Option("--by", help="Column of the user, with --top-k.")] = None,
+    rank_by: Annotated[str | None, typer.Option("--score", help="Prediction to rank by, with --top-k. [default: p_ctcvr]")] = None,
+    bad_rows: Annotated[
+        Literal["refuse", "count"], typer.Option("--bad-rows", help="Fail at a row that cannot be read, or leave it out and count it.")
+    ] = "refuse",
+    on_error: Annotated[
+        Literal["stop", "skip"],
+        typer.Option("--on-error", help="At a file that cannot be scored: stop, or score the others, then exit with 2."),
+    ] = "stop",
+    row_group_rows: Annotated[int, typer.Option("--row-group-rows", min=1, help="Rows of a row group of the predictions.")] = 131_072,
+    compression: Annotated[
+        Literal["zstd", "snappy", "lz4", "gzip", "none"], typer.Option("--compression", help="Of the predictions.")
+    ] = "zstd",
+    rows_per_file: Annotated[int | None, typer.Option("--rows-per-file", min=1, help="Several parts for an input with more rows.")] = None,
+    tables: Annotated[
+        Literal["shared", "sharded"] | None,
+        typer.Option("--tables", help="One copy a machine, or a share a rank. [default: sharded on GPUs, or where they need it]"),
+    ] = None,
+    processes: Annotated[int | None, typer.Option("--processes", min=1, help="Of this machine. [default: one a processor]")] = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option("--engine", help="Processes of this machine, or a Ray cluster.")] = "local",
+    address: Annotated[str | None, typer.Option("--address", help="Address of the Ray cluster; auto finds one of this machine.")] = None,
+    warn_gap: Annotated[
+        float, typer.Option("--warn-gap", min=0, max=1, help="Warn where a share of missing or unknown values differs more from training.")
+    ] = 0.1,
     overwrite: Overwrite = False,
 ) -> Result:
     """Score candidate logs with a trained model.
 
-    Writes p_ctr, p_cvr and p_ctcvr of each row.
+    Writes p_ctr, p_cvr and p_ctcvr of each row, in the order of the input. The same command goes on where one stopped.
     """
+    from escm2rec.workers import is_small, ready_workers
+
+    if engine == "local" and "WORLD_SIZE" not in os.environ and (processes or 2) > 1 and not is_small(Path(each) for each in input):
+        ready_workers("escm2rec.scoring.job")  # while this process imports the same
     _require_matching_packages()
     from escm2rec.paths import data_path
+    from escm2rec.scoring.options import Layout, Options
     from escm2rec.scoring.score import score
 
-    return score(data_path(run), input, out, names(keep) or None, overwrite)
+    if address is not None and engine == "local":
+        raise ConfigError("--address is of a Ray cluster", "add --engine ray, or leave it out")
+    options = Options(
+        keep=names(keep) or None,
+        columns=names(columns) or None,
+        where=where,
+        top_k=top_k,
+        by=by,
+        score=rank_by,
+        bad_rows=bad_rows,
+        on_error=on_error,
+        layout=Layout(row_group_rows, compression, rows_per_file),
+        tables=tables,
+        processes=processes,
+        ray_address=(address or "auto") if engine == "ray" else None,
+        warn_gap=warn_gap,
+    )
+    result = score(data_path(run), input, out, options, overwrite)
+    if result.get("failed"):
+        raise PartialError(
+            f"{result['failed']} of the files could not be scored; {out / 'manifest.json'} says why",
+            "mend them and run the same command again: it scores them alone",
+            result,
+        )
+    return result
 
 
 @app.command()
@@ -337,6 +405,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
+        if isinstance(error, PartialError) and rank() == 0:
+            _tell(_to_json(error.result))
         sys.exit(_report_error(error, debug))
     sys.exit(0)
 

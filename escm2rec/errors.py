@@ -3,6 +3,7 @@
 Escm2Error                  what happened, and a hint: what to do next
 |-- ConfigError             a config, an argument or an option is wrong          exit 2
 |-- DataError               input data or a folder on disk is wrong              exit 2
+|   `-- PartialError        some of the input is wrong, and the rest was done    exit 2
 |-- InstallationError     installed packages do not fit each other             exit 2
 |-- RunError                a run that was rightly set up failed                 exit 1
 `-- StopError               a run was asked to end and can go on                 exit 75
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class Escm2Error(Exception):
@@ -43,6 +45,14 @@ class DataError(Escm2Error):
     """Input data or a folder on disk is not what it should be."""
 
     exit_code = 2
+
+
+class PartialError(DataError):
+    """Some of the input is not what it should be, and the rest was done: `result` says of it."""
+
+    def __init__(self, message: str, hint: str, result: dict[str, Any]) -> None:
+        super().__init__(message, hint)
+        self.result = result
 
 
 class InstallationError(Escm2Error):

@@ -60,6 +60,14 @@ class RemotePath:
         with telling(self):
             return bool(self.fs.isfile(self.path))
 
+    def state(self) -> dict[str, Any]:
+        """Of a file: `bytes`, and as `modified` what its store tells of when, or which, it is."""
+        with telling(self):
+            self.fs.invalidate_cache()
+            known = self.fs.info(self.path)
+        told = next((known[name] for name in ("ETag", "etag", "LastModified", "mtime", "updated") if known.get(name)), None)
+        return {"bytes": int(known["size"]), "modified": str(told)}
+
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """What the pattern matches below it."""
         with telling(self):

@@ -1,6 +1,6 @@
-"""Worker processes of preprocess. The command has them forked from a process that imports what they need while it still imports itself.
+"""Worker processes of preprocess and score. The command has them forked from a process that imports what they need while it does so.
 
-A program that calls `preprocess` gets processes that start by themselves: a fork server would stay with it, and be that of its own pools.
+A program that calls them gets processes that start by themselves: a fork server would stay with it, and be that of its own pools.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def _bytes(path: Path) -> int:
     return sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file()) if path.is_dir() else path.stat().st_size
 
 
-def ready_workers() -> None:
-    """Start the process that workers are forked from, in a program that is this command alone."""
+def ready_workers(module: str) -> None:
+    """Start the process that workers are forked from, which imports `module`, in a program that is this command alone."""
     global _server
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["escm2rec.preprocess"])
+    context.set_forkserver_preload([module])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process
     try:
         remove_unheld("pymp-*")  # as `multiprocessing` names the folder of the server's socket

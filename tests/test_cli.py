@@ -19,6 +19,7 @@ import pytest
 from escm2rec import cli
 from escm2rec.config import Config, SimulationConfig, load_config
 from escm2rec.errors import ConfigError, DataError, Escm2Error, InstallationError, RunError
+from escm2rec.scoring.options import Layout, Options
 from tests.preprocess_logs import write_parquet
 from tests.small_disks import resize, small_disk
 
@@ -147,13 +148,41 @@ CALLS: list[tuple[str, str, list[str], Callable[[Config], list[Any]]]] = [
         "score",
         "escm2rec.scoring.score",
         ["--run", "r", "--input", "a", "--input", "b", "--out", "o", "--keep", "x,y", "--keep", "z"],
-        lambda _: [Path("r"), [Path("a"), Path("b")], Path("o"), ["x", "y", "z"], False],
+        lambda _: [Path("r"), ["a", "b"], Path("o"), Options(keep=["x", "y", "z"]), False],
     ),
     (
         "score",
         "escm2rec.scoring.score",
         ["--run", "r", "--input", "a", "--out", "o", "--overwrite"],
-        lambda _: [Path("r"), [Path("a")], Path("o"), None, True],
+        lambda _: [Path("r"), ["a"], Path("o"), Options(), True],
+    ),
+    (
+        "score",
+        "escm2rec.scoring.score",
+        [
+            *("--run", "r", "--input", "s3://b/*.parquet", "--out", "o", "--columns", "user,ctr=p_ctr", "--where", "price > 5"),
+            *("--top-k", "3", "--by", "user", "--score", "p_cvr", "--bad-rows", "count", "--on-error", "skip", "--row-group-rows", "9"),
+            *("--compression", "none", "--rows-per-file", "7", "--tables", "shared", "--engine", "ray", "--warn-gap", "0.5"),
+        ],
+        lambda _: [
+            Path("r"),
+            ["s3://b/*.parquet"],
+            Path("o"),
+            Options(
+                columns=["user", "ctr=p_ctr"],
+                where="price > 5",
+                top_k=3,
+                by="user",
+                score="p_cvr",
+                bad_rows="count",
+                on_error="skip",
+                layout=Layout(9, "none", 7),
+                tables="shared",
+                ray_address="auto",
+                warn_gap=0.5,
+            ),
+            False,
+        ],
     ),
     ("inspect", "escm2rec.inspection.inspect", ["d"], lambda _: [Path("d"), 10, None, False, False]),
     (

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.hillstrom import SECTIONS, over_splits
 from escm2rec.evaluation.metrics import Z_95
+from escm2rec.scoring.options import Options
 from escm2rec.scoring.score import score
 from tests.preprocess_logs import shared_data
 
@@ -57,7 +58,7 @@ def test_clicks_can_be_told_apart(found: dict[str, Any]) -> None:
 def test_every_customer_is_scored(found: dict[str, Any], folder: Path) -> None:
     del found  # the runs must be there
     run = folder / "split-0" / "run"
-    result = score(run, [shared_data() / "hillstrom" / "hillstrom.csv"], folder / "predictions", ["segment", "zip_code"])
+    result = score(run, [shared_data() / "hillstrom" / "hillstrom.csv"], folder / "predictions", Options(keep=["segment", "zip_code"]))
     assert (result["rows"], result["parts"]) == (CUSTOMERS, 1)
     predicted = pl.read_parquet(folder / "predictions" / "part-00000.parquet")
     raw = pl.read_csv(shared_data() / "hillstrom" / "hillstrom.csv", columns=["zip_code", "visit"])

@@ -22,9 +22,9 @@ import yaml
 
 from benchmarks.machine import facts
 from escm2rec.config import SimulationConfig
+from escm2rec.engine import _told
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.folder import resumable_folder
-from escm2rec.preprocess.engine import _told
 from escm2rec.simulate import simulate
 from tests.small_disks import resize, small_disk
 
@@ -46,7 +46,7 @@ from escm2rec.config import load_config
 from escm2rec.preprocess import preprocess
 if __name__ == "__main__":
     if sys.argv[4] == "0" and len(sys.argv) == 5:
-        workers.ready_workers()  # as the command does
+        workers.ready_workers("escm2rec.preprocess")  # as the command does
     config = load_config(Path(sys.argv[1])).data
     preprocess(config, Path(sys.argv[2]), Path(sys.argv[3]), ray_address=sys.argv[5] if len(sys.argv) > 5 else None)
 """
@@ -155,8 +155,9 @@ def test_a_killed_worker_is_told_and_its_job_taken_up(job: list[str], undisturbe
     os.kill(workers[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
-    told = "a worker process of preprocess was killed, perhaps for its memory\n"
-    assert said.endswith(told + "hint: the same command goes on where it stopped; pass a smaller --memory-gib if memory ran out\n")
+    told = "a worker process was killed, perhaps for its memory\n"
+    hint = "if memory ran out give preprocess a smaller --memory-gib, score fewer --processes"
+    assert said.endswith(f"{told}hint: the same command goes on where it stopped; {hint}\n")
     work = tmp_path / ".out.partial" / "work"
     for name in ("rows-00000-7.arrow", "times-00000-7.npy"):
         (work / name).write_bytes(b"not told of")
@@ -181,9 +182,9 @@ def test_a_program_without_a_guard_is_told_of_it(job: list[str], tmp_path: Path)
         said, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
     assert said.endswith(
-        "RunError: a worker process of preprocess ended before its work was done\n"
-        "hint: call preprocess() under `if __name__ == '__main__':`, because every worker runs the program's file once more; if it does so "
-        "already, memory may have run out: pass a smaller memory_gib, the same call goes on where it stopped\n"
+        "RunError: a worker process ended before its work was done\n"
+        "hint: call preprocess() or score() under `if __name__ == '__main__':`, because every worker runs the program's file once more; if "
+        "it does already, memory may have run out: pass a smaller memory_gib, or fewer processes, the same call goes on where it stopped\n"
     )
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +28,12 @@ from escm2rec.config import load_config
 from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.evaluation.evaluate import evaluate
 from escm2rec.paths import data_path
-from escm2rec.preprocess import RawFile, encode_raw, preprocess
-from escm2rec.scoring.score import _Scorer, score
+from escm2rec.preprocess import RawFile, preprocess
+from escm2rec.preprocess.raw import RawEncoder
+from escm2rec.scoring.inputs import LogFile
+from escm2rec.scoring.job import FileScorer
+from escm2rec.scoring.options import Options
+from escm2rec.scoring.score import score
 from tests.preprocess_logs import read_split
 from tests.ranks import run_ranks
 from tests.raw_tables import raw_table, write_config
@@ -39,6 +43,9 @@ KILLS = int(os.environ.get("ESCM2REC_SCORE_KILLS", "1"))  # `make prove`: 30
 TRAIN_ROWS = 4_000
 CANDIDATES = {"a.parquet": 1_500, "b.parquet": 0, "c.parquet": 701, "d.parquet": 64}
 NUM_CANDIDATES = sum(CANDIDATES.values())
+TABLES = ("shared", "sharded")
+READ_BLOCKS = RawEncoder.blocks
+Predictions = dict[tuple[str, int], tuple[Any, Path]]
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +71,18 @@ def score_call(folder: Path, path: Path, out: str, **options: Any) -> tuple[str,
 
 
 @pytest.fixture(scope="module")
-def predictions(folder: Path) -> dict[int, tuple[Any, Path]]:
-    """Results and folders of scoring the candidates, by ranks."""
-    outs = {ranks: f"out-{ranks}" for ranks in (1, 2, 3)}
-    calls = {ranks: score_call(folder, folder / "candidates", out) for ranks, out in outs.items()}
-    return {ranks: (run_ranks(ranks, [calls[ranks]], folder / f"ranks-{ranks}")[0], folder / out) for ranks, out in outs.items()}
+def predictions(folder: Path) -> dict[tuple[str, int], tuple[Any, Path]]:
+    """Results and folders of scoring the candidates, by tables and ranks."""
+    found: dict[tuple[str, int], Any] = {}
+    for ranks in (1, 2, 3):
+        calls = [score_call(folder, folder / "candidates", f"{how}-{ranks}", tables=how) for how in TABLES]
+        found |= dict(zip([(how, ranks) for how in TABLES], run_ranks(ranks, calls, folder / f"ranks-{ranks}"), strict=True))
+    return {(how, ranks): (result, folder / f"{how}-{ranks}") for (how, ranks), result in found.items()}
 
 
 @pytest.fixture(scope="module")
 def others(folder: Path) -> Any:
-    """Other files scored on one rank: the training log, users unseen in training, chosen columns; and the test split evaluated."""
+    """Other files scored on one rank: the training log, users unseen in training, chosen columns; and the test split, and it evaluated."""
     one = pq.read_table(folder / "candidates" / "d.parquet").slice(0, 1)
     users = pa.array([10**12, -5, None], pa.int64())
     pq.write_table(pa.concat_tables([one] * 3).set_column(1, "user", users).combine_chunks(), folder / "unseen.parquet")
@@ -81,6 +90,7 @@ def others(folder: Path) -> Any:
         score_call(folder, folder / "logs", "train-log"),
         score_call(folder, folder / "unseen.parquet", "unseen"),
         score_call(folder, folder / "candidates" / "d.parquet", "kept", keep=["tags", "user"]),
+        score_call(folder, folder / "data" / "test", "test-split"),
         ("tests.training_calls:evaluate_run", {"run": str(folder / "run"), "data": str(folder / "data")}),
     ]
     return run_ranks(1, calls, folder / "others")
@@ -90,12 +100,13 @@ def parts(out: Path) -> list[pl.DataFrame]:
     manifest = json.loads((out / "manifest.json").read_text())
     assert [Path(file["input"]).name for file in manifest["files"]] == list(CANDIDATES)
     assert [file["rows"] for file in manifest["files"]] == list(CANDIDATES.values())
-    return [pl.read_parquet(out / file["path"]) for file in manifest["files"] if file["path"] is not None]
+    return [pl.read_parquet(out / part["path"]) for file in manifest["files"] for part in file["parts"]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_every_row_is_scored_once_in_the_order_of_the_input(predictions: dict[int, Any], folder: Path, ranks: int) -> None:
-    result, out = predictions[ranks]
+@pytest.mark.parametrize("how", TABLES)
+def test_every_row_is_scored_once_in_the_order_of_the_input(predictions: Predictions, folder: Path, how: str, ranks: int) -> None:
+    result, out = predictions[how, ranks]
     assert (result["rows"], result["parts"]) == (NUM_CANDIDATES, 3)
     found = parts(out)
     inputs = [name for name, rows in CANDIDATES.items() if rows]
@@ -105,7 +116,7 @@ def test_every_row_is_scored_once_in_the_order_of_the_input(predictions: dict[in
 
 
 def test_a_run_on_a_store_scores_and_is_measured_as_in_its_folder(
-    predictions: dict[int, Any], folder: Path, others: Any, tmp_path: Path
+    predictions: Predictions, folder: Path, others: Any, tmp_path: Path
 ) -> None:
     """What its model needs is fetched for the ranks of a machine, and gone when they end; the report goes to the run."""
     fetched = set(Path(tempfile.gettempdir()).glob("escm2rec-run-*"))
@@ -132,26 +143,32 @@ def test_a_run_on_a_store_scores_and_is_measured_as_in_its_folder(
         with pytest.raises(DataError, match=r"^the run at s3://runs/run is incomplete: it has no manifest\.json\nhint"):
             score(data_path("s3://runs/run"), [folder / "candidates"], tmp_path / "none")
     assert set(Path(tempfile.gettempdir()).glob("escm2rec-run-*")) == fetched
-    for found, want in zip(parts(tmp_path / "out"), parts(predictions[2][1]), strict=True):
+    for found, want in zip(parts(tmp_path / "out"), parts(predictions["shared", 2][1]), strict=True):
         assert found.equals(want)
     assert scored["rows"] == NUM_CANDIDATES
-    manifest, of_folder = (json.loads((out / "manifest.json").read_text()) for out in (tmp_path / "out", predictions[2][1]))
+    manifest, of_folder = (json.loads((out / "manifest.json").read_text()) for out in (tmp_path / "out", predictions["shared", 2][1]))
     assert manifest["run"] == report["run"]["run"] == "s3://runs/run"
     assert manifest["made_from"] == of_folder["made_from"], "a job is taken up, wherever its run lies"
     assert measured["report"] == "s3://runs/run/report.html"
     assert measured["metrics"] == pytest.approx(others[-1]["metrics"], rel=1e-4, abs=1e-5)
 
 
-def test_any_number_of_ranks_scores_the_same(predictions: dict[int, Any]) -> None:
-    expected = pl.concat(parts(predictions[1][1]))
-    for ranks in (2, 3):
-        found = pl.concat(parts(predictions[ranks][1]))
+def test_any_number_of_ranks_and_either_way_to_hold_tables_scores_the_same(predictions: Predictions) -> None:
+    expected = pl.concat(parts(predictions["sharded", 1][1]))
+    assert len(predictions) == 6
+    for how, ranks in predictions:
+        found = pl.concat(parts(predictions[how, ranks][1]))
         for name in ("p_ctr", "p_cvr", "p_ctcvr"):
             np.testing.assert_allclose(found[name], expected[name], rtol=2e-6)
 
 
-def test_predictions_are_probabilities_that_multiply(predictions: dict[int, Any]) -> None:
-    found = pl.concat(parts(predictions[1][1]))
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_parts_are_the_same_bytes_whoever_scores_them(predictions: Predictions, ranks: int) -> None:
+    assert bytes_of(predictions["shared", ranks][1]) == bytes_of(predictions["shared", 1][1])
+
+
+def test_predictions_are_probabilities_that_multiply(predictions: Predictions) -> None:
+    found = pl.concat(parts(predictions["shared", 1][1]))
     assert found.select(pl.col("p_ctr", "p_cvr", "p_ctcvr").is_between(0, 1).all()).row(0) == (True, True, True)
     np.testing.assert_allclose(found["p_ctcvr"], found["p_ctr"] * found["p_cvr"], rtol=1e-5)
     assert found["p_ctr"].std() > 0.01  # type: ignore[operator]
@@ -159,12 +176,15 @@ def test_predictions_are_probabilities_that_multiply(predictions: dict[int, Any]
 
 
 def test_raw_rows_are_scored_as_evaluation_scores_encoded_ones(folder: Path, others: Any) -> None:
-    """The training log scored raw, against the run's model on the encoded test split: the mean of the same rows."""
+    """The training log scored raw, against evaluation of the encoded test split, which has the mean; and the split itself scored."""
     predicted = pl.read_parquet(folder / "train-log" / "part-00000.parquet")
     by_row = dict(zip(predicted["row"], predicted["p_ctr"], strict=True))
     tested = [row["kept.row"] for row in read_split(folder / "data", "test")]
     assert len(tested) > 300
-    assert np.mean([by_row[row] for row in tested]) == pytest.approx(others[-1]["metrics"]["ctr_mean_predicted"], rel=1e-5)
+    assert np.mean([by_row[row] for row in tested]) == pytest.approx(others[-1]["metrics"]["ctr_mean_predicted"], rel=1e-6)
+    encoded = pl.read_parquet(folder / "test-split" / "part-00000.parquet")
+    assert encoded["row"].to_list() == tested
+    assert encoded["p_ctr"].to_list() == pytest.approx([by_row[row] for row in tested], rel=1e-6)
 
 
 @pytest.mark.usefixtures("others")
@@ -183,7 +203,7 @@ def test_keep_chooses_the_columns(folder: Path) -> None:
     assert part["user"].to_pylist() == raw["user"].to_pylist()
 
 
-def test_wrong_arguments_and_inputs_are_refused(folder: Path, predictions: dict[int, Any]) -> None:
+def test_wrong_arguments_and_inputs_are_refused(folder: Path, predictions: Predictions) -> None:
     text, renamed, typed = folder / "text.parquet", folder / "renamed.parquet", folder / "typed.parquet"
     text.write_text("no table")
     raw = pq.read_table(folder / "candidates" / "d.parquet")
@@ -191,19 +211,25 @@ def test_wrong_arguments_and_inputs_are_refused(folder: Path, predictions: dict[
     pq.write_table(raw.set_column(1, "user", pa.array(["x"] * len(raw))), typed)
     run = str(folder / "run")
     wrong: dict[str, dict[str, Any]] = {
-        f"the output folder {predictions[1][1]} exists": {
+        f"the output folder {predictions['shared', 1][1]} exists": {
             "run": run,
             "inputs": [str(folder / "candidates")],
-            "out": str(predictions[1][1]),
+            "out": str(predictions["shared", 1][1]),
         },
         f"no raw logs at {folder / 'absent'}": {"run": run, "inputs": [str(folder / "absent")]},
         f"no run at {folder / 'absent'}": {"run": str(folder / "absent"), "inputs": [str(folder / "candidates")]},
         f"{folder / 'data'} is no run": {"run": str(folder / "data"), "inputs": [str(folder / "candidates")]},
         f"{text} is not a Parquet file": {"run": run, "inputs": [str(text)]},
+        f"no file matches '{folder}/*.absent'": {"run": run, "inputs": [f"{folder}/*.absent"]},
+        f"{folder / 'candidates' / 'd.parquet'} is among the inputs twice": {
+            "run": run,
+            "inputs": [str(folder / "candidates"), f"{folder}/candidates/d*"],
+        },
+        f"{folder / 'data'} is a data set": {"run": run, "inputs": [str(folder / "data")]},
         f"{renamed} has no column 'user'": {"run": run, "inputs": [str(renamed)]},
         "column 'user' holds string values, it was trained on int64": {"run": run, "inputs": [str(typed)]},
         "has no column 'rwo'": {"run": run, "inputs": [str(folder / "candidates")], "keep": ["rwo"]},
-        "cannot keep column 'p_ctr'": {"run": run, "inputs": [str(folder / "candidates")], "keep": ["p_ctr"]},
+        "two columns are to be written as 'p_ctr'": {"run": run, "inputs": [str(folder / "candidates")], "keep": ["p_ctr"]},
     }
     calls = [("tests.training_calls:score_run", {"out": str(folder / f"wrong-{n}"), **each}) for n, each in enumerate(wrong.values())]
     found = run_ranks(1, calls, folder / "wrong")
@@ -216,36 +242,34 @@ def test_wrong_arguments_and_inputs_are_refused(folder: Path, predictions: dict[
 def test_a_full_disk_is_told_of_any_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`resumable_folder`, which tells of rank 0, is not there on the others."""
 
-    def full(self: Any, folder: Path, number: int, file: Any) -> Iterator[int]:
-        yield 1
+    def full(self: Any, number: int, file: Any) -> Any:
         raise OSError(errno.ENOSPC, "[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device")
 
-    monkeypatch.setattr(_Scorer, "_score_file", full)
-    run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(global_batch_size=8)))
-    runtime: Any = SimpleNamespace(rank=1, world_size=2, is_main=False)
-    scorer = _Scorer(run, None, runtime, ())  # type: ignore[arg-type]
+    monkeypatch.setattr(FileScorer, "_score", full)
+    scorer = object.__new__(FileScorer)
+    scorer._job = SimpleNamespace(folder=tmp_path, parts=tmp_path, skips_failed=True)  # type: ignore[assignment]
     hint = "make room there, then run the same command again: it goes on"
     told = rf"^cannot write {tmp_path}: No space left on device; .* are free there\nhint: {hint}"
     with pytest.raises(RunError, match=told):
-        scorer.score(tmp_path, [(number, RawFile(tmp_path / name)) for number, name in enumerate("ab")])
+        scorer.score(0, LogFile("a"))
 
 
 # --- a job that ends early ----------------------------------------------------------------------
 
 
 class Reads:
-    """Stands in for `encode_raw`: notes which files are read, and does `after` each."""
+    """Notes which files are read, and does `after` each."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, after: Callable[[Path], None] = lambda path: None) -> None:
         self.names: list[str] = []
         self._after = after
-        monkeypatch.setattr("escm2rec.scoring.score.encode_raw", self)
 
-    def __call__(self, schema: Any, vocabulary: Path, inputs: Sequence[RawFile], *rest: Any, **named: Any) -> Iterator[Any]:
-        (file,) = inputs
-        self.names.append(file.name)
-        yield from encode_raw(schema, vocabulary, inputs, *rest, **named)
-        self._after(file.path)
+        def read(encoder: RawEncoder, file: RawFile, rejected: Any) -> Iterator[Any]:
+            self.names.append(file.name)
+            yield from READ_BLOCKS(encoder, file, rejected)
+            self._after(file.path)
+
+        monkeypatch.setattr(RawEncoder, "blocks", read)
 
 
 @pytest.fixture
@@ -268,7 +292,7 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 
 
 def test_the_same_command_again_scores_what_is_missing(
-    folder: Path, candidates: Path, predictions: dict[int, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, candidates: Path, predictions: Predictions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is done is not read again, but where it changed; the parts are those of an undisturbed job."""
     run, out = folder / "run", tmp_path / "out"
@@ -282,7 +306,7 @@ def test_the_same_command_again_scores_what_is_missing(
     result = score(run, [candidates], out)
     assert again.names == ["b.parquet", "c.parquet", "d.parquet"]
     assert (result["rows"], result["parts"], result["parts_done_before"]) == (NUM_CANDIDATES, 3, 1)
-    assert bytes_of(out) == bytes_of(predictions[1][1])
+    assert bytes_of(out) == bytes_of(predictions["shared", 1][1])
     assert sorted(path.name for path in out.iterdir()) == [
         "manifest.json",
         "part-00000.parquet",
@@ -313,7 +337,7 @@ def test_another_job_begins_anew(folder: Path, candidates: Path, tmp_path: Path,
     Reads(monkeypatch, stop)
     with pytest.raises(StoppedError):
         score(folder / "run", [candidates], tmp_path / "out")
-    result = score(folder / "run", [candidates / "a.parquet"], tmp_path / "out", keep=["user"])
+    result = score(folder / "run", [candidates / "a.parquet"], tmp_path / "out", Options(keep=["user"]))
     assert (result["parts_done_before"], result["columns"][0]) == (0, "user")
     assert len(bytes_of(tmp_path / "out")) == 1
 
@@ -327,7 +351,7 @@ def test_an_input_that_changes_while_it_is_scored_is_noticed(
     assert score(folder / "run", [candidates], tmp_path / "out")["parts_done_before"] == 3
 
 
-def test_a_job_killed_at_any_moment_ends_with_the_same_bytes(folder: Path, predictions: dict[int, Any], tmp_path: Path) -> None:
+def test_a_job_killed_at_any_moment_ends_with_the_same_bytes(folder: Path, predictions: Predictions, tmp_path: Path) -> None:
     """By kill -9, once it has written something; the same command, killed again or not, ends with the parts of an undisturbed one."""
     draw, out, killed = np.random.default_rng(KILLS), tmp_path / "out", 0
     command = [sys.executable, "-W", "ignore", "-m", "escm2rec", "score", "--run", str(folder / "run"), "--out", str(out)]
@@ -345,7 +369,7 @@ def test_a_job_killed_at_any_moment_ends_with_the_same_bytes(folder: Path, predi
             process.kill()
         assert process.returncode in (0, -signal.SIGKILL), said
     assert killed >= 1
-    assert bytes_of(out) == bytes_of(predictions[1][1])
+    assert bytes_of(out) == bytes_of(predictions["shared", 1][1])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -22,7 +22,7 @@ CODE = """
 import multiprocessing, sys
 from escm2rec.workers import ready_workers, starting_workers
 if sys.argv[1] == "command":
-    ready_workers()
+    ready_workers("escm2rec.preprocess")
 with starting_workers() as context:
     print(context.get_start_method())
 """
@@ -49,7 +49,7 @@ def test_a_temporary_folder_with_a_long_name_is_no_hindrance(tmp_path: Path) -> 
 
 
 def test_a_command_removes_the_sockets_of_killed_ones_and_no_others(tmp_path: Path) -> None:
-    waits = 'from escm2rec.workers import ready_workers; ready_workers(); print("ready", flush=True); input()'
+    waits = 'from escm2rec.workers import ready_workers; ready_workers("escm2rec.preprocess"); print("ready", flush=True); input()'
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     lives, killed = (
         subprocess.Popen([sys.executable, "-c", waits], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -33,6 +33,7 @@ from escm2rec.planning.tables import Table, Tables
 from escm2rec.reader.batch import Batch
 from escm2rec.reader.dataset import Dataset
 from escm2rec.reader.reader import Reader
+from escm2rec.scoring.options import Options
 from escm2rec.scoring.score import score
 from escm2rec.sharding.followed import follow
 from escm2rec.sharding.planner import sharders
@@ -350,9 +351,9 @@ def evaluate_run(run: str, data: str, split: str = "test", by: list[str] | None 
     return evaluate(data_path(run), Path(data), split, by or [], overwrite=True)  # type: ignore[arg-type]
 
 
-def score_run(run: str, inputs: list[str], out: str, keep: list[str] | None = None) -> dict[str, Any]:
-    """Score raw files with a run."""
-    return score(data_path(run), [Path(path) for path in inputs], Path(out), keep)
+def score_run(run: str, inputs: list[str], out: str, **options: Any) -> dict[str, Any]:
+    """Score files with a run."""
+    return score(data_path(run), inputs, Path(out), Options(**options))
 
 
 def propensities(run: str, data: str, split: str) -> dict[str, float]:

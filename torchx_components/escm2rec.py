@@ -252,6 +252,21 @@ def score(
     input: List[str],
     out: str,
     keep: Optional[List[str]] = None,
+    columns: Optional[List[str]] = None,
+    where: Optional[str] = None,
+    top_k: Optional[int] = None,
+    by: Optional[str] = None,
+    score: Optional[str] = None,
+    bad_rows: Optional[str] = None,
+    on_error: Optional[str] = None,
+    row_group_rows: Optional[int] = None,
+    compression: Optional[str] = None,
+    rows_per_file: Optional[int] = None,
+    tables: Optional[str] = None,
+    processes: Optional[int] = None,
+    engine: Optional[str] = None,
+    address: Optional[str] = None,
+    warn_gap: Optional[float] = None,
     overwrite: bool = False,
     j: str = "1x2",
     image: str = torchx.IMAGE,
@@ -265,13 +280,28 @@ def score(
     rdzv_port: int = 29500,
     mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
-    """Score candidate logs with a trained model, one rank a process.
+    """Score candidate logs with a trained model, one rank a process; with processes, or on Ray, by one process that starts the others.
 
     Args:
         run: run folder, as train writes it
-        input: candidate logs, files or folders
+        input: logs, or splits of data sets: files, folders, patterns or URLs
         out: folder for the predictions
         keep: columns to keep; by default those the schema keeps
+        columns: all columns to write, as COLUMN or NAME=COLUMN, instead of keep
+        where: score only rows of this SQL condition
+        top_k: write only so many rows of each value of by
+        by: column of the user, with top_k
+        score: prediction to rank by, with top_k
+        bad_rows: refuse (the default), or count rows that cannot be read
+        on_error: stop (the default) at a file that cannot be scored, or skip such files
+        row_group_rows: rows of a row group of the predictions
+        compression: zstd (the default), snappy, lz4, gzip or none
+        rows_per_file: several parts for an input with more rows
+        tables: shared (one copy a machine) or sharded (a share a rank)
+        processes: of one host, instead of ranks
+        engine: local (the default), or ray
+        address: address of the Ray cluster
+        warn_gap: warn where a share of missing or unknown values differs more from training
         overwrite: replace what is at out
         j: {nodes}x{processes per node}; with GPUs, one process each
         image: container image, or the directory to run in on schedulers without containers
@@ -285,7 +315,31 @@ def score(
         rdzv_port: port on the first node where the ranks meet; several nodes only
         mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
     """
-    arguments = _options(run=run, input=input, out=out, keep=keep, overwrite=overwrite)
+    arguments = _options(
+        run=run,
+        input=input,
+        out=out,
+        keep=keep,
+        columns=columns,
+        where=where,
+        top_k=top_k,
+        by=by,
+        score=score,
+        bad_rows=bad_rows,
+        on_error=on_error,
+        row_group_rows=row_group_rows,
+        compression=compression,
+        rows_per_file=rows_per_file,
+        tables=tables,
+        processes=processes,
+        engine=engine,
+        address=address,
+        warn_gap=warn_gap,
+        overwrite=overwrite,
+    )
+    if processes is not None or engine == "ray":
+        resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memory_mb, h=h)
+        return _single_process("score", arguments, image, name, resource, env, max_retries, mounts)
     return _distributed("score", arguments, image, name, h, cpu, gpu, memory_mb, j, env, max_retries, rdzv_port, mounts)
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.ragged import Float64s, Int64s, Ragged
 from escm2rec.preprocess.rejections import Rejection
+from escm2rec.preprocess.where import Where
 from escm2rec.schema import Feature
 
 RawColumn = Ragged | Float64s  # numeric features are floats, NaN when missing; all others are ragged ids or strings
@@ -18,7 +19,7 @@ RawColumn = Ragged | Float64s  # numeric features are floats, NaN when missing; 
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted of a source: features, single-valued raw columns, and whether labels are read.
+    """What is wanted of a source: features, single-valued raw columns, whether labels are read, and of a table which rows.
 
     `crosses` are made of such columns (`transforms.add_crosses`), sources do not read them.
     """
@@ -27,15 +28,16 @@ class Request:
     extras: tuple[str, ...] = ()
     labels: bool = True
     crosses: tuple[Feature, ...] = ()
+    where: Where | None = None
 
     @classmethod
-    def of(cls, features: Iterable[Feature], extras: Iterable[str], labels: bool = True) -> Self:
+    def of(cls, features: Iterable[Feature], extras: Iterable[str], labels: bool = True, where: Where | None = None) -> Self:
         """What these features need, those that are crossed included."""
         features = tuple(features)
         crosses = tuple(feature for feature in features if feature.cross is not None)
         parts = [part for feature in crosses for part in feature.cross or ()]
         read = tuple(feature for feature in features if feature.cross is None)
-        return cls(read, tuple(dict.fromkeys([*extras, *parts])), labels, crosses)
+        return cls(read, tuple(dict.fromkeys([*extras, *parts])), labels, crosses, where)
 
 
 @dataclass(frozen=True)

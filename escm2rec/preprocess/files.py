@@ -91,7 +91,7 @@ def _matching(path: Path, key: str, pattern: str, labels: bool) -> list[Path]:
     found = sorted(entry for entry in path.iterdir() if fnmatch.fnmatchcase(entry.name, pattern))
     for entry in found:
         _check_readable(entry)
-    _refuse_nested(path, pattern)
+    refuse_nested(path, pattern)
     if not found:
         held = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in path.iterdir())
         holds = f"it holds {named(held)}" if held else "it is empty"
@@ -159,7 +159,7 @@ def _check_readable(path: Path) -> None:
         raise DataError(f"{path} cannot be read: {error.strerror}", "check who may read it") from error
 
 
-def _refuse_nested(path: Path, pattern: str) -> None:
+def refuse_nested(path: Path, pattern: str) -> None:
     """DataError when files of the pattern lie deeper: to read only some in silence would lose rows."""
     for nested in sorted(path.glob("*/**/*")):
         hidden = any(part.startswith(".") for part in nested.relative_to(path).parts)
@@ -173,7 +173,7 @@ def _refuse_made(path: Path) -> None:
     folder, as vocabularies are."""
     folder = path.resolve().parent
     is_there = folder.name in ENCODED and is_of_kind(folder.parent, "data set")
-    if is_there or _is_marked(path):
+    if is_there or is_part(path):
         whose = f" ({folder.parent})" if is_there else ""
         raise DataError(
             f"{path} is of a data set that escm2rec made{whose}: its values are encoded, it is no raw log",
@@ -181,8 +181,8 @@ def _refuse_made(path: Path) -> None:
         )
 
 
-def _is_marked(path: Path) -> bool:
-    """Whether a file has PART_MARK. What is no Parquet, or damaged, has none: who reads it says so."""
+def is_part(path: Path) -> bool:
+    """Whether a file is part of a data set, by PART_MARK. What is no Parquet, or damaged, has none: who reads it says so."""
     try:
         with path.open("rb") as file:
             if file.read(len(PARQUET)) != PARQUET:

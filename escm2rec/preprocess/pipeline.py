@@ -17,12 +17,12 @@ from typing import Any
 
 from escm2rec import __version__
 from escm2rec.config import SPLITS, AliccpSource, DataConfig, EventsSource, TableSource
+from escm2rec.engine import Engine, HereEngine, local_engine, ray_engine
 from escm2rec.errors import DataError
 from escm2rec.folder import MANIFEST, layout_of, refuse_overlap, resumable_folder, write_manifest
 from escm2rec.preprocess import doubts
 from escm2rec.preprocess.aliccp import check_truth
 from escm2rec.preprocess.block import Request
-from escm2rec.preprocess.engine import Engine, HereEngine, local_engine, ray_engine
 from escm2rec.preprocess.events import join_events
 from escm2rec.preprocess.files import RawFile, named, pattern_of, raw_files
 from escm2rec.preprocess.fit import add_times, fit

@@ -71,6 +71,7 @@ DIFFERING = Reason(
     "mend the input, or set data.bad_rows to count to keep the first of them",
 )
 OPEN_WINDOW = Reason("open window", "windows that end before the log does", only_counted=True)
+NOT_WANTED = Reason("not selected", "a row that --where selects", only_counted=True)
 NO_SPLIT = Reason("no split", "a row that belongs to train, validation or test")
 
 
@@ -147,6 +148,11 @@ class Rejected:
 
     refuse: bool
     reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """How many so far."""
+        return sum(int(entry["rows"]) for entry in self.reasons.values())
 
     def add(self, rejections: list[Rejection], refusals: Sequence[Rejection] = ()) -> None:
         """Count the rejections; raise DataError for the lowest row of the refusals, and of the rejections when refusing."""

@@ -42,6 +42,12 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
     return pa.large_list(fields[0]) if pt.is_large_list(kind) else pa.list_(fields[0]) if pt.is_list(kind) else kind
 
 
+def without_views(column: Any) -> Any:
+    """An array or its chunks with plain texts and bytes for views."""
+    plain = _without_views(column.type)
+    return column if plain == column.type else column.cast(plain)
+
+
 @dataclass(frozen=True)
 class TableColumn:
     """One column of a batch, with where it is from and where its bad rows are marked."""
@@ -60,10 +66,7 @@ class TableColumn:
             chunks = table[name]
             array = chunks.chunk(0) if chunks.num_chunks == 1 else pa.concat_arrays(chunks.chunks) if chunks.num_chunks else None
             array = pa.array([], chunks.type) if array is None else array
-            if pt.is_dictionary(array.type):
-                array = array.dictionary_decode()
-            if (plain := _without_views(array.type)) != array.type:
-                array = array.cast(plain)
+            array = without_views(array.dictionary_decode() if pt.is_dictionary(array.type) else array)
             return cls(name, array, path, is_csv, bad)
 
         return column

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,8 @@ from escm2rec.preprocess.digits import MAX_FLOAT32, MIN_FLOAT32, PAD, slices
 from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.outcomes import impression_columns, labels_of, read_outcomes
 from escm2rec.preprocess.ragged import Bytes, Int64s
-from escm2rec.preprocess.rejections import COLUMNS, LABEL, TORN, TRUTH, WEIGHT, BadRows, Rejection, values_at
-from escm2rec.preprocess.table_columns import TableColumn, numbers_of, raw_column
+from escm2rec.preprocess.rejections import COLUMNS, LABEL, NOT_WANTED, TORN, TRUTH, WEIGHT, BadRows, Rejection, values_at
+from escm2rec.preprocess.table_columns import TableColumn, numbers_of, raw_column, without_views
 
 CSV_BLOCK_BYTES = 16 << 20
 SHOWN_COLUMNS = 20
@@ -37,8 +37,10 @@ LABEL_VALUES = {
 """What to do about a column of labels of another type."""
 
 
-def not_parquet(path: Path, error: Exception) -> DataError:
-    """What is said of a file that cannot be read as Parquet."""
+def not_parquet(path: Path, error: Exception, row_group: int | None = None) -> DataError:
+    """What is said of a file that cannot be read as Parquet, or of a row group of it."""
+    if row_group is not None:
+        return DataError(f"{path}: row group {row_group} is damaged: {error}", "was the copy or the export cut off, or a disk at fault?")
     cut = f"was the copy or the export cut off? it has {path.stat().st_size:,} bytes"
     hint = cut if path.suffix == ".parquet" else "CSV tables must end in .csv"
     return DataError(f"{path} is not a Parquet file, or is damaged: {error}", hint)
@@ -50,6 +52,7 @@ class TableFile:
     def __init__(self, file: RawFile, source: TableSource | EventsSource, request: Request, block_rows: int) -> None:
         self.file = file
         self._source, self._request, self._block_rows = source, request, block_rows
+        self._where = request.where
         self._is_csv = file.path.suffix == ".csv"
         self._labels = self._label_columns() if request.labels else {}
 
@@ -82,7 +85,7 @@ class TableFile:
     def _wanted(self, available: list[str]) -> list[str]:
         wanted = {feature.column for feature in self._request.features}
         wanted |= {feature.weights_column for feature in self._request.features if feature.weights_column is not None}
-        wanted |= {*self._labels.values(), *self._request.extras}
+        wanted |= {*self._labels.values(), *self._request.extras, *(self._where.columns if self._where is not None else ())}
         if isinstance(self._source, EventsSource) and self._request.labels:
             wanted |= {*impression_columns(self._source)}
         for column in sorted(wanted):
@@ -103,6 +106,7 @@ class TableFile:
             asked += ["data.source.key"] if column in [source.column("key", table) for table in EVENT_TABLES] else []
             asked += ["data.source.time"] if column in [source.column("time", table) for table in EVENT_TABLES] else []
             asked += ["data.source.attribution_key"] if column in source.attribution_key else []
+        asked += ["--where"] if self._where is not None and column in self._where.columns else []
         return ", ".join(asked) or "keep or split"
 
     def _has(self, column: str, available: list[str]) -> str:
@@ -121,12 +125,51 @@ class TableFile:
             # With pre_buffer the bytes of every row group stay until the file is closed.
             with pq.ParquetFile(self.file.path, pre_buffer=False) as parquet:
                 columns = self._wanted(parquet.schema_arrow.names)
-                row, groups = first_row + 1, range(start, parquet.num_row_groups if stop is None else stop)
-                for batch in parquet.iter_batches(self._block_rows, row_groups=groups, columns=columns):
-                    yield pa.Table.from_batches([batch]), np.arange(row, row + len(batch), dtype=np.int64), []
-                    row += len(batch)
+                groups = range(start, parquet.num_row_groups if stop is None else stop)
+                if self._where is None:
+                    yield from self._row_groups(parquet, groups, columns, first_row)
+                else:
+                    yield from self._selected_groups(parquet, groups, columns, first_row)
         except (pa.ArrowException, OSError) as error:
             raise not_parquet(self.file.path, error) from error
+
+    def _row_groups(
+        self, parquet: pq.ParquetFile, groups: Sequence[int], columns: list[str], first_row: int
+    ) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
+        row = first_row + 1
+        try:
+            for batch in parquet.iter_batches(self._block_rows, row_groups=groups, columns=columns):
+                yield pa.Table.from_batches([batch]), np.arange(row, row + len(batch), dtype=np.int64), []
+                row += len(batch)
+        except (pa.ArrowException, OSError) as error:
+            raise not_parquet(self.file.path, error, _row_group_of(parquet, groups, row - first_row)) from error
+
+    def _selected_groups(
+        self, parquet: pq.ParquetFile, groups: Sequence[int], columns: list[str], first_row: int
+    ) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
+        """The rows that are wanted. Of row groups without any, by their statistics, nothing is read."""
+        assert self._where is not None
+        may_hold = set(self._where.row_groups(self.file.path, parquet.schema_arrow))
+        for group in groups:
+            rows = parquet.metadata.row_group(group).num_rows
+            if group in may_hold:
+                yield from map(self._selected, self._row_groups(parquet, [group], columns, first_row))
+            else:
+                yield _no_rows(parquet, columns), np.empty(0, np.int64), [_left_out(self.file.path, rows)]
+            first_row += rows
+
+    def _selected(self, batch: tuple[pa.Table, Int64s, list[Rejection]]) -> tuple[pa.Table, Int64s, list[Rejection]]:
+        """The rows of a batch that are wanted."""
+        table, lines, rejections = batch
+        if self._where is None:
+            return batch
+        table = pa.table({name: without_views(table[name]) for name in table.column_names})
+        places = self._where.places(table, self.file.path)
+        if len(places) == len(table):
+            return table, lines, rejections
+        mask = np.zeros(len(table), np.bool_)
+        mask[places] = True
+        return table.filter(pa.array(mask)), lines[places], [*rejections, _left_out(self.file.path, len(table) - len(places))]
 
     def _csv_batches(self, start: int, stop: int | None, first_line: int) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
         header = self._csv_header()
@@ -138,7 +181,7 @@ class TableFile:
                 end = int(np.argmax(text == ord("\n"))) + 1
                 text, bad = text[end:], BadRows(self.file.path, bad.lines[1:])
             if len(text):
-                yield self._csv_table(text, header, wanted, bad)
+                yield self._selected(self._csv_table(text, header, wanted, bad))
 
     def _csv_header(self) -> list[str]:
         """The names in the first line."""
@@ -249,6 +292,21 @@ class TableFile:
             good, reason = (values >= 0) & (values <= 1), TRUTH
         bad.mark(~good, reason, column.name, seen)
         return np.where(good, values, 1).astype(np.float32)
+
+
+def _row_group_of(parquet: pq.ParquetFile, groups: Sequence[int], row: int) -> int:
+    """Which of these row groups, by their numbers, holds a row; rows are counted from 1."""
+    ends = np.cumsum([parquet.metadata.row_group(group).num_rows for group in groups])
+    return groups[min(int(np.searchsorted(ends, row)), len(groups) - 1)] if len(groups) else 0
+
+
+def _no_rows(parquet: pq.ParquetFile, columns: list[str]) -> pa.Table:
+    return pa.schema([parquet.schema_arrow.field(name) for name in columns]).empty_table()
+
+
+def _left_out(path: Path, rows: int) -> Rejection:
+    """Rows that --where does not select."""
+    return Rejection(NOT_WANTED, str(path), "", rows, [], [])
 
 
 def _lines_of(text: Bytes) -> tuple[Int64s, Int64s]:

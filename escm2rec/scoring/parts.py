@@ -2,63 +2,90 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from escm2rec.errors import DataError
-from escm2rec.folder import sha256_of, write_json
-from escm2rec.preprocess import RawFile
-from escm2rec.training.run import Run
+from escm2rec.folder import MANIFEST, sha256_of, write_json
+from escm2rec.scoring.inputs import LogFile
 
 DONE = "done"  # in an unfinished folder: a record of each part, written after it
+CLAIMS = "claims"  # there too: which inputs ranks have taken
+ROWS = "rows"  # and how many rows of each input are scored, int64 each
 Record = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
 
-def job_identity(run: Run, files: Sequence[RawFile], kept: Sequence[str], batch_rows: int) -> str:
-    """What a folder is made from: a job of another identity begins anew.
-
-    The run is by what its manifest says, not by its path, which of one on a store is another each time. Inputs are by their paths; whether
-    one changed, records say.
-    """
-    paths = [[str(path.resolve()) for path in file.all_paths] for file in files]
-    made_from = [run.manifest, run.schema.hash(), paths, list(kept), batch_rows]
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-
-
-def take_up(folder: Path, files: Sequence[RawFile]) -> list[int]:
-    """Numbers of the files that are to be scored; of those that are done, the inputs are as they were. What is half written goes."""
-    for partial in folder.glob(".*.partial"):
-        partial.unlink()
+def take_up(folder: Path, files: Sequence[LogFile], places: Sequence[Path]) -> list[int]:
+    """Numbers of the files that are to be scored; of those that are done, the inputs are as they were. What is half written goes, and what
+    is in `places`, the folders of parts, of inputs that are not done."""
+    for place in places:
+        place.mkdir(exist_ok=True)
+        for partial in place.glob(".part-*.partial"):
+            partial.unlink()
+    shutil.rmtree(folder / CLAIMS, ignore_errors=True)
+    (folder / CLAIMS).mkdir()
+    (folder / ROWS).write_bytes(bytes(8 * len(files)))
     (folder / DONE).mkdir(exist_ok=True)
-    todo = []
-    for number, file in enumerate(files):
-        record = record_of(folder, number)
-        if record is not None and [_at(each) for each in record["inputs"]] == states_of(file):
-            continue
-        if record is not None:
-            logger.warning("%s changed since it was scored: it is scored again", file.path)
-            (folder / DONE / f"{number}.json").unlink()
-        (folder / part_name(number)).unlink(missing_ok=True)
-        todo.append(number)
+    todo = [number for number, file in enumerate(files) if not _is_done(folder, number, file)]
+    for place in places:
+        for number in todo:
+            for part in place.glob(f"part-{number:05d}*.parquet"):
+                part.unlink()
     if done := len(files) - len(todo):
         logger.info("%d of %d files are scored already", done, len(files))
     return todo
 
 
-def part_name(number: int) -> str:
-    """Of the file of a number, from 0."""
-    return f"part-{number:05d}.parquet"
+def _is_done(folder: Path, number: int, file: LogFile) -> bool:
+    record = record_of(folder, number)
+    if record is None:
+        return False
+    if "error" not in record:
+        if [_state(each) for each in record["inputs"]] == file.states():
+            return True
+        logger.warning("%s changed since it was scored: it is scored again", file.name)
+    (folder / DONE / f"{number}.json").unlink()
+    return False
+
+
+def _state(told: Record) -> Record:
+    return {key: value for key, value in told.items() if key != "sha256"}
+
+
+def claimed(folder: Path, todo: Sequence[int]) -> Iterator[int]:
+    """Those of the numbers that no other rank has taken, one at a time, each as the caller comes to it."""
+    for number in todo:
+        with suppress(FileExistsError):
+            os.close(os.open(folder / CLAIMS / str(number), os.O_CREAT | os.O_EXCL))
+            yield number
+
+
+def tell_rows(folder: Path, number: int, rows: int) -> None:
+    """Say how many rows of an input are scored."""
+    file = os.open(folder / ROWS, os.O_WRONLY)
+    try:
+        os.pwrite(file, np.int64(rows).tobytes(), 8 * number)
+    finally:
+        os.close(file)
+
+
+def rows_told(folder: Path) -> int:
+    """Of all inputs, since the job was taken up."""
+    return int(np.fromfile(folder / ROWS, np.int64).sum())
 
 
 def record_of(folder: Path, number: int) -> Record | None:
-    """Of a part that is done; None of one that is not."""
+    """Of an input that is done, or that failed and was skipped; None of another."""
     try:
         record: Record = json.loads((folder / DONE / f"{number}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -66,31 +93,44 @@ def record_of(folder: Path, number: int) -> Record | None:
     return record
 
 
-def states_of(file: RawFile) -> list[Record]:
-    """By what a change of the inputs is noticed without reading them."""
-    found = [(path, path.stat()) for path in file.all_paths]
-    return [{"path": str(path), "bytes": state.st_size, "modified_ns": state.st_mtime_ns} for path, state in found]
+def write_record(folder: Path, number: int, record: Record) -> None:
+    """Say that an input is done, or failed."""
+    write_json(folder / DONE / f"{number}.json", record)
 
 
-def _at(told: Record) -> Record:
-    return {key: told[key] for key in ("path", "bytes", "modified_ns")}
+def inputs_of(file: LogFile, before: list[Record], here: Sequence[Path]) -> list[Record]:
+    """What the manifest says of the files of an input; DataError where one changed since `before`. `here` is where they lie to be read."""
+    inputs = [{**state, "sha256": sha256_of(path)} for state, path in zip(before, here, strict=True)]
+    if file.states() != before:
+        raise DataError(f"{file.name} changed while it was scored", "run the same command again when nothing writes it any more")
+    return inputs
 
 
-def finish_part(folder: Path, number: int, file: RawFile, before: list[Record], part: str | None, rows: int) -> None:
-    """Record a part as done; DataError where an input changed since `before`."""
-    inputs = [{**state, "sha256": sha256_of(Path(state["path"]))} for state in before]
-    if states_of(file) != before:
-        raise DataError(f"{file.path} changed while it was scored", "run the same command again when nothing writes it any more")
-    write_json(folder / DONE / f"{number}.json", {"path": part, "input": str(file.path), "rows": rows, "inputs": inputs})
-
-
-def finish(folder: Path, num_files: int) -> list[Record]:
-    """All records, in the order of the input."""
+def records_of(folder: Path, num_files: int) -> list[Record]:
+    """All records, in the order of the inputs."""
     records = [record_of(folder, number) for number in range(num_files)]
     assert all(record is not None for record in records)
     return [record for record in records if record is not None]
 
 
-def forget(folder: Path) -> None:
-    """Drop the records, which the manifest has."""
-    shutil.rmtree(folder / DONE)
+def take_back(out: Path, identity: str) -> None:
+    """Make predictions that lack inputs, which failed, unfinished again, if they are of this job."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    partial = out.with_name(f".{out.name}.partial")
+    if manifest.get("made_from") != identity or not manifest.get("failed") or partial.exists():
+        return
+    logger.info("%s lacks %d files that failed: going on with them", out, manifest["failed"])
+    (out / DONE).mkdir(exist_ok=True)
+    for number, record in enumerate(manifest["files"]):
+        write_record(out, number, record)
+    os.replace(out, partial)
+
+
+def forget(folder: Path, names: Sequence[str]) -> None:
+    """Drop what a finished folder does not need; the manifest has the records."""
+    (folder / ROWS).unlink()
+    for name in (DONE, CLAIMS, *names):
+        shutil.rmtree(folder / name, ignore_errors=True)

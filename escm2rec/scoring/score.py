@@ -1,171 +1,280 @@
-"""The `score` verb: raw rows in, predictions out, in the order of the input."""
+"""The `score` verb: candidate logs in, predictions out, in the order of the input."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from escm2rec.config import KEPT_PREFIX
-from escm2rec.disk import telling_of_disk
 from escm2rec.doctor import require_matching_packages
-from escm2rec.errors import ConfigError, RunError
-from escm2rec.evaluation.metrics import ctcvr_logits, sigmoid
-from escm2rec.folder import TAKEN_UP, refuse_existing, refuse_overlap, resumable_folder, write_manifest
+from escm2rec.engine import local_engine, ray_engine
+from escm2rec.errors import ConfigError
+from escm2rec.folder import refuse_existing, refuse_overlap, resumable_folder, write_manifest
 from escm2rec.models.predictions import Predictions
+from escm2rec.parallel import default_workers
 from escm2rec.paths import DataPath
-from escm2rec.preprocess import EncodedBlock, RawFile, encode_raw, raw_files
+from escm2rec.preprocess.raw import write_lookups
+from escm2rec.preprocess.rejections import Rejected
+from escm2rec.preprocess.where import Where
 from escm2rec.progress import Progress
-from escm2rec.reader.columns import Slice, assemble, decode
-from escm2rec.reader.reader import read_ahead
-from escm2rec.scoring.parts import finish, finish_part, forget, job_identity, part_name, states_of, take_up
+from escm2rec.reader.columns import Columns, Slice, assemble
+from escm2rec.scoring import coverage
+from escm2rec.scoring.inputs import LogFile, log_files
+from escm2rec.scoring.job import BATCH_ROWS, MODEL, FileScorer, Job, Record, score_one, shared_model
+from escm2rec.scoring.model import LOOKUPS, write_model
+from escm2rec.scoring.options import Options
+from escm2rec.scoring.output import RANK, output_columns
+from escm2rec.scoring.parts import claimed, forget, records_of, rows_told, take_back, take_up
+from escm2rec.scoring.summary import estimated_rows, tell_files
+from escm2rec.scoring.top import BEST, BY, Top, write_best
 from escm2rec.sharding.runtime import Runtime, distributed_runtime, on_main
 from escm2rec.training.fetched import run_here
 from escm2rec.training.run import Run
 from escm2rec.training.trained import TrainedModel
+from escm2rec.workers import SMALL_BYTES
 
-PREDICTION_COLUMNS = ("p_ctr", "p_cvr", "p_ctcvr")
-BLOCK_ROWS = 65_536
+POLL_S = 0.5
+ROOM = 0.8  # of the machine's memory that tables may take, for each machine to have them whole
+
+logger = logging.getLogger(__name__)
 
 
-def score(run: DataPath, inputs: Sequence[Path], out: Path, keep: Sequence[str] | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Score raw rows with a run into Parquet parts, one an input file, rows in the order of the input; called by all ranks alike.
+def score(run: DataPath, inputs: Sequence[str | Path], out: Path, options: Options | None = None, overwrite: bool = False) -> Record:
+    """Score logs with a run into Parquet parts, one an input file, rows in the order of the input; called by all ranks alike.
 
-    Rows pass through the run's own schema and vocabulary; labels are neither needed nor read. A part holds the columns `keep` (those the
-    schema keeps, when None) and `p_ctr`, `p_cvr`, `p_ctcvr` (float32); an input without rows has none, and the
-    manifest says so. Ranks take files in turn; one without a file left serves the others with its tables.
+    Rows pass through the run's own schema and vocabulary, or are encoded already; labels are neither needed nor read. Files are scored by
+    processes of this machine, by the ranks of torchrun, or on a Ray cluster; none waits for another.
 
     A part is whole or absent. The same call goes on where a killed or failed one stopped: parts that are done are not made again, nor their
-    inputs read, unless these changed. DataError where an input changes while it is scored.
+    inputs read, unless these changed. DataError where an input changes while it is scored, and for a file that cannot be scored, unless
+    such files are skipped; then the result's `failed` counts them, and the same call tries them again.
     """
     require_matching_packages()
     started = time.perf_counter()
+    options = options or Options()
     with ExitStack() as stack:
         runtime = stack.enter_context(distributed_runtime())
-        on_main(runtime, lambda: _refuse(run, inputs, out, overwrite))
+        on_main(runtime, lambda: _refuse_options(options, runtime))
         here = stack.enter_context(run_here(run, runtime))
-        opened, files = on_main(runtime, lambda: _open(here, inputs))
-        kept = tuple(opened.schema.keep if keep is None else keep)
-        _check_names(kept)
-        model = TrainedModel(opened, runtime)
-        scorer = _Scorer(opened, model, runtime, kept)
-        identity = on_main(runtime, lambda: job_identity(opened, files, kept, scorer.batch_rows))
-        place = resumable_folder(out, "predictions", overwrite, identity, keeps=True) if runtime.is_main else nullcontext(out)
-        with place as opened_folder:
-            folder = on_main(runtime, lambda: opened_folder)
-            todo = on_main(runtime, lambda: take_up(folder, files))
-            scorer.score(folder, [(number, files[number]) for number in todo])
+        opened, files = on_main(runtime, lambda: _open(here, [str(each) for each in inputs], options.on_error == "skip"))
+        job, shared = on_main(runtime, lambda: _job(opened, files, options, runtime, out))
+        on_main(runtime, lambda: _refuse(run, files, out, overwrite, job.identity))
+        place = resumable_folder(out, "predictions", overwrite, job.identity, keeps=True) if runtime.is_main else nullcontext(out)
+        with place:
+            todo = on_main(runtime, lambda: take_up(job.folder, files, [job.folder, job.parts]))
+            on_main(runtime, lambda: _prepare(job, shared, todo))
+            with _progress(job, [files[number] for number in todo], runtime):
+                _score(job, shared, [(number, files[number]) for number in todo], options, runtime)
             dist.barrier(group=runtime.group)  # all ranks have written their records
-            parts = on_main(runtime, lambda: finish(folder, len(files)))
-            content = {"run": str(run), "schema_hash": opened.schema.hash(), "columns": [*kept, *PREDICTION_COLUMNS], "files": parts}
-            rows = sum(int(part["rows"]) for part in parts)
-            summary = {"rows": rows, "seconds": round(time.perf_counter() - started, 3)}
-            on_main(runtime, lambda: _complete(folder, {**content, **summary, "made_from": identity}))
-        num_parts = sum(part["path"] is not None for part in parts)
-        told = {"parts": num_parts, "parts_done_before": len(files) - len(todo), **summary}
-        return {"predictions": str(out), **told, "columns": content["columns"]}
+            return on_main(runtime, lambda: _finish(job, run, len(files), len(files) - len(todo), options, started, out))
 
 
-def _complete(folder: Path, manifest: dict[str, Any]) -> None:
-    write_manifest(folder, "predictions", manifest)
-    forget(folder)
+def _refuse_options(options: Options, runtime: Runtime) -> None:
+    launched = "WORLD_SIZE" in os.environ
+    if options.ray_address is not None and launched:
+        raise ConfigError("--engine ray and torchrun both start processes", "leave one of them out")
+    if options.processes is not None and (launched or options.ray_address is not None):
+        raise ConfigError(
+            "--processes is of this machine alone", "torchrun's --nproc-per-node, or the Ray cluster, says how many there are"
+        )
+    if options.tables == "sharded" and (options.ray_address is not None or (options.processes or 1) > 1):
+        raise ConfigError("--tables sharded needs ranks that call each other", "start it by torchrun, without these options")
+    if options.tables == "shared" and runtime.device.type == "cuda":
+        raise ConfigError(
+            "--tables shared is for cores, and this rank has a GPU", "leave it out, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
+        )
 
 
-class _Scorer:
-    """One rank's scoring."""
+def _open(run: Path, inputs: Sequence[str], skips: bool) -> tuple[Run, list[LogFile]]:
+    opened = Run.open(run)
+    return opened, log_files(opened.schema, inputs, skips)
 
-    def __init__(self, run: Run, model: TrainedModel, runtime: Runtime, kept: tuple[str, ...]) -> None:
-        self.run, self.model, self.runtime, self.kept = run, model, runtime, kept
-        self.batch_rows = max(1, run.config.training.global_batch_size // runtime.world_size)
 
-    def score(self, folder: Path, files: Sequence[tuple[int, RawFile]]) -> None:
-        """Score this rank's files, of which each has its number: every `world_size`-th. All ranks make the same number of calls to the
-        model. RunError when the disk is full, of any rank: rank 0 alone is in `resumable_folder`."""
-        mine = files[self.runtime.rank :: self.runtime.world_size]
-        name = "score" if self.runtime.world_size == 1 else f"score (rank 0 of {self.runtime.world_size})"
-        with Progress(name, None, self.runtime.is_main) as progress, telling_of_disk(folder, TAKEN_UP):
-            for done, (number, file) in enumerate(mine):
-                for rows in self._score_file(folder, number, file):
-                    progress.add(rows, f"file {done + 1} of {len(mine)}")
-            self._serve_others()
+def _job(run: Run, files: Sequence[LogFile], options: Options, runtime: Runtime, out: Path) -> tuple[Job, bool]:
+    """The job, and whether its tables are shared. A job of another identity begins anew.
 
-    def _score_file(self, folder: Path, number: int, file: RawFile) -> Iterator[int]:
-        """Write one file's part, and then its record; yield the rows of each block."""
-        path, before = folder / part_name(number), states_of(file)
-        partial = path.with_name(f".{path.name}.partial")
-        writer: pq.ParquetWriter | None = None
-        rows = 0
-        blocks = encode_raw(self.run.schema, self.run.path / "vocabulary", [file], self.kept, block_rows=BLOCK_ROWS)
+    The run is by what its manifest says, not by its path, which of one on a store is another each time. Inputs are by their paths; whether
+    one changed, records say.
+    """
+    columns = output_columns(run.schema, options.keep, options.columns, options.by)
+    where = None if options.where is None else Where.parse(options.where)
+    top = Top.of(options.top_k, options.by, options.score, columns)
+    table_bytes = sum(feature.num_embeddings * run.config.model.embedding_dim * 4 for feature in run.schema.tables)
+    fits = table_bytes <= ROOM * runtime.memory_bytes() * runtime.local_world_size
+    shared = options.tables == "shared" or (options.tables is None and runtime.device.type == "cpu" and (fits or runtime.world_size == 1))
+    batch_rows = BATCH_ROWS if shared else _sharded_batch(run, runtime)
+    content = [[asdict(column) for column in columns], options.where, top and asdict(top), options.bad_rows, asdict(options.layout)]
+    made_from = [run.manifest, run.schema.hash(), [file.path for file in files], content, batch_rows, shared, options.finds_repeats]
+    identity = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    folder = out.absolute().with_name(f".{out.name}.partial")
+    counts, skips = options.bad_rows == "count", options.on_error == "skip"
+    return Job(identity, run, folder, columns, options.layout, where, top, counts, skips, options.finds_repeats), shared
+
+
+def _sharded_batch(run: Run, runtime: Runtime) -> int:
+    return max(1, run.config.training.global_batch_size // runtime.world_size)
+
+
+def _refuse(run: DataPath, files: Sequence[LogFile], out: Path, overwrite: bool, identity: str) -> None:
+    if not overwrite:
+        take_back(out, identity)
+    refuse_existing(out, "predictions", overwrite)
+    refuse_overlap(out, [run, *(path for file in files if file.raw is not None for path in file.raw.all_paths)])
+
+
+def _prepare(job: Job, shared: bool, todo: Sequence[int]) -> None:
+    """Write what all processes map, unless it is there from before."""
+    place = job.folder / MODEL
+    if place.exists() or not todo:
+        return
+    partial = job.folder / f".{MODEL}.partial"
+    partial.mkdir()
+    if shared:
+        write_model(job.run, partial)
+    else:
+        write_lookups(job.run.schema, job.run.path / "vocabulary", partial / LOOKUPS)
+    os.replace(partial, place)
+
+
+def _score(job: Job, shared: bool, todo: Sequence[tuple[int, LogFile]], options: Options, runtime: Runtime) -> None:
+    """Score the files that are left, wherever that is done."""
+    if not todo:
+        return
+    if not shared:
+        model = _ShardedModel(job.run, runtime)
+        _score_here(FileScorer(job, model, model.batch_rows), job, todo)
+        model.serve_others()
+        return
+    if options.ray_address is not None:
+        with ray_engine(options.ray_address) as engine:
+            _drain(engine.map(partial(score_one, job), todo))
+        return
+    processes = _processes(options, [file for _, file in todo]) if "WORLD_SIZE" not in os.environ else 1
+    if processes > 1:
+        with local_engine(processes) as engine:
+            _drain(engine.map(partial(score_one, job), todo))
+    else:
+        _score_here(FileScorer(job, shared_model(job)), job, todo)
+
+
+def _drain(records: Iterator[Record]) -> None:
+    for _ in records:
+        pass
+
+
+def _score_here(scorer: FileScorer, job: Job, todo: Sequence[tuple[int, LogFile]]) -> None:
+    """Score the files that no other rank takes."""
+    files = dict(todo)
+    for number in claimed(job.folder, list(files)):
+        scorer.score(number, files[number])
+
+
+def _processes(options: Options, files: Sequence[LogFile]) -> int:
+    if options.processes is not None:
+        return min(options.processes, len(files))
+    small = all(file.raw is not None for file in files) and sum(state["bytes"] for file in files for state in file.states()) < SMALL_BYTES
+    return 1 if small else min(default_workers(), len(files))
+
+
+@contextmanager
+def _progress(job: Job, files: Sequence[LogFile], runtime: Runtime) -> Iterator[None]:
+    """Show on rank 0 what all processes have scored."""
+    if not runtime.is_main or not files:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        seen = 0
+        while not done.wait(POLL_S):
+            rows = rows_told(job.folder)
+            progress.add(rows - seen)
+            seen = rows
+
+    with Progress("score", estimated_rows(files)) as progress:
+        thread = threading.Thread(target=watch, name="escm2rec-progress", daemon=True)
+        thread.start()
         try:
-            for block in read_ahead(blocks, 2):
-                table = self._score_block(block)
-                writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd")
-                writer.write_table(table)
-                rows += table.num_rows
-                yield table.num_rows
+            yield
         finally:
-            if writer is not None:
-                writer.close()
-        if writer is not None:
-            os.replace(partial, path)
-        finish_part(folder, number, file, before, None if writer is None else path.name, rows)
+            done.set()
+            thread.join()
 
-    def _score_block(self, block: EncodedBlock) -> pa.Table:
-        columns = decode(block.table, self.run.schema, labels=False, where=str(block.file))
-        logits: list[Predictions] = []
-        for start in range(0, columns.num_rows, self.batch_rows):
-            part = Slice(columns, start, min(start + self.batch_rows, columns.num_rows))
-            logits.append(self._forward([part]))
-        ctr = np.concatenate([each.ctr_logit.numpy() for each in logits])
-        cvr = np.concatenate([each.cvr_logit.numpy() for each in logits])
-        if not (np.isfinite(ctr).all() and np.isfinite(cvr).all()):
-            raise RunError(f"{block.file}: the model of {self.run.path} gives predictions that are no numbers", "train it again")
-        scores = dict(zip(PREDICTION_COLUMNS, (sigmoid(ctr), sigmoid(cvr), sigmoid(ctcvr_logits(ctr, cvr))), strict=True))
-        kept = {name: block.table.column(KEPT_PREFIX + name) for name in self.kept}
-        return pa.table({**kept, **{name: values.astype(np.float32) for name, values in scores.items()}})
 
-    def _forward(self, slices: Sequence[Slice]) -> Predictions:
-        """The model on rows of this rank; an empty call of all ranks ends it.
+class _ShardedModel:
+    """A model whose tables are the ranks' together: all make the same number of calls."""
 
-        Of several ranks all pad to a whole batch: a prediction is then the same bits whatever the other ranks have.
-        """
+    def __init__(self, run: Run, runtime: Runtime) -> None:
+        self._model, self._runtime, self._schema = TrainedModel(run, runtime), runtime, run.schema
+        self.batch_rows = _sharded_batch(run, runtime)
+
+    def __call__(self, columns: Columns, start: int, stop: int) -> Predictions:
+        """Logits of rows of this rank. Several ranks all pad to a whole batch: a prediction is the same bits whatever others have."""
         self._have_rows(True)
-        rows = sum(part.stop - part.start for part in slices)
-        return self.model(assemble(slices, self.run.schema, padded_rows=self.batch_rows if self.runtime.world_size > 1 else rows))
+        padded = self.batch_rows if self._runtime.world_size > 1 else stop - start
+        return self._model(assemble([Slice(columns, start, stop)], self._schema, padded_rows=padded))
 
-    def _serve_others(self) -> None:
+    def propensity(self, predictions: Predictions) -> Tensor:
+        """q of such logits."""
+        return self._model.propensity(predictions)
+
+    def serve_others(self) -> None:
         """Take part in the other ranks' calls until nobody has rows left."""
         while self._have_rows(False):
-            self.model(assemble([], self.run.schema, padded_rows=self.batch_rows))
+            self._model(assemble([], self._schema, padded_rows=self.batch_rows))
 
     def _have_rows(self, has: bool) -> bool:
         """Whether any rank has."""
-        told = torch.tensor([has], dtype=torch.int64, device=self.runtime.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.runtime.group)
+        told = torch.tensor([has], dtype=torch.int64, device=self._runtime.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._runtime.group)
         return bool(told)
 
 
-def _refuse(run: DataPath, inputs: Sequence[Path], out: Path, overwrite: bool) -> None:
-    refuse_existing(out, "predictions", overwrite)
-    refuse_overlap(out, [run, *inputs])
-
-
-def _open(run: Path, inputs: Sequence[Path]) -> tuple[Run, list[RawFile]]:
-    opened = Run.open(run)
-    files = [file for path in inputs for file in raw_files(opened.schema.source, path, labels=False)]
-    return opened, files
-
-
-def _check_names(kept: Sequence[str]) -> None:
-    taken = sorted(set(kept) & set(PREDICTION_COLUMNS))
-    if taken:
-        raise ConfigError(f"cannot keep column {taken[0]!r}: predictions are written under that name", "leave it out of --keep")
+def _finish(job: Job, run: DataPath, num_files: int, done_before: int, options: Options, started: float, out: Path) -> Record:
+    """Find the best of all, write the manifest, tell of the files; the result."""
+    records = records_of(job.folder, num_files)
+    names = [column.name for column in job.columns]
+    scored = sum(int(record["rows"]) for record in records)
+    if job.top is not None:
+        records = write_best(job.folder, records, job.top, BY, names, job.layout)
+    rejected = Rejected(refuse=False)
+    held: dict[str, list[int]] = {}
+    for record in records:
+        rejected.merge(record.get("rejected", {}))
+        for name, counts in record.get("held", {}).items():
+            held[name] = [a + b for a, b in zip(held.get(name, [0, 0, 0]), counts, strict=True)]
+    failed = sum("error" in record for record in records)
+    trained = coverage.trained_on(job.run.path)
+    rows = sum(int(part["rows"]) for record in records for part in record["parts"])
+    summary = {"rows": rows, "rows_scored": scored, "rejected": rejected.rows, "failed": failed}
+    content = {
+        "run": str(run),
+        "schema_hash": job.run.schema.hash(),
+        "columns": [*names, *([RANK] if job.top is not None else [])],
+        "where": options.where,
+        "top": job.top and asdict(job.top),
+        **summary,
+        "rejected_by_reason": rejected.reasons,
+        "features": coverage.compare(job.run.schema, scored, held, trained, options.warn_gap),
+        "files": [record if failed else {name: value for name, value in record.items() if name != "held"} for record in records],
+        "made_from": job.identity,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    write_manifest(job.folder, "predictions", content)
+    forget(job.folder, [MODEL] if failed else [MODEL, BEST])
+    tell_files(records)
+    parts = sum(len(record["parts"]) for record in records)
+    told = {"parts": parts, "parts_done_before": done_before, **summary, "seconds": content["seconds"]}
+    return {"predictions": str(out), **told, "columns": content["columns"]}

@@ -54,7 +54,7 @@ def distributed_runtime() -> Iterator[Runtime]:
 
     A group that is there already is used and left as it is. The device is this rank's GPU with nccl, or the CPU with gloo.
     """
-    _quiet_libraries()
+    quiet_libraries()
     if dist.is_initialized():
         yield _runtime()
         return
@@ -100,7 +100,7 @@ def _take_gpu() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a pass over memory that nothing here reads before it is written
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Silence what torch and TorchRec say of their own insides at every start, so that what is left is worth reading."""
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)

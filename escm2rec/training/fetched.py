@@ -21,6 +21,7 @@ from escm2rec.paths import DataPath, RemotePath, fetch_files
 from escm2rec.sharding.runtime import Runtime, on_each
 from escm2rec.temporary import temporary_folder
 from escm2rec.training.choice import CHOICE
+from escm2rec.training.run import COVERAGE
 
 T = TypeVar("T")
 PREFIX = "escm2rec-run-"
@@ -81,6 +82,6 @@ def _ending_in_order() -> Iterator[None]:
 def _fetch(run: RemotePath, to: Path) -> None:
     checkpoint = read_manifest(run, "run", frozenset({"checkpoint"}))["checkpoint"]
     sizes = run.sizes()
-    needed = {MANIFEST, RUN_CONFIG, "schema.json", CHOICE}
+    needed = {MANIFEST, RUN_CONFIG, "schema.json", COVERAGE, CHOICE}
     names = [name for name in sizes if name in needed or name.startswith(("vocabulary/", f"{checkpoint}/"))]
     fetch_files(run, {name: sizes[name] for name in names}, to)

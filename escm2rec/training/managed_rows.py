@@ -30,7 +30,7 @@ def dealt_alike(stored: StoredTensors, table: str, rows: ValueRows) -> bool:
 
     Parts alone do not tell: the last of 16 rows on three ranks is that of 16 on four, of other values.
     """
-    return len(list(stored.parts(_name(stored, table, VALUES)))) == int(rows.buckets())
+    return len(list(stored.parts(stored_name(stored, table, VALUES)))) == int(rows.buckets())
 
 
 @torch.no_grad()
@@ -48,8 +48,8 @@ def take_rows(stored: StoredTensors, tables: ShardedManagedTables, table: str, r
         buffer: Tensor = getattr(rows, name)
         buffer.copy_(torch.arange(first, first + len(buffer)) if rest is None else torch.full((len(buffer),), rest))
         buffer[: len(taken)] = torch.from_numpy(np.asarray(kept, np.int64))
-    rows._current_iter_tensor.copy_(stored.whole(_name(stored, table, "_current_iter_tensor")))
-    weight, weight_name = tables.weight(table), _weight_name(stored, table)
+    rows._current_iter_tensor.copy_(stored.whole(stored_name(stored, table, "_current_iter_tensor")))
+    weight, weight_name = tables.weight(table), _weightstored_name(stored, table)
     _copy(weight, places[taken], stored, weight_name)
     for kind, state in states.items():
         ((tensor, _),) = held(state)
@@ -64,7 +64,7 @@ def _of_range(stored: StoredTensors, table: str, rank: int, ranks: int) -> list[
     """
     per_rank = -(-MANAGED_IDS // ranks)
     found = []
-    for parts in zip(*(stored.parts(_name(stored, table, name)) for name in OF_VALUES), strict=True):
+    for parts in zip(*(stored.parts(stored_name(stored, table, name)) for name in OF_VALUES), strict=True):
         low, high = np.searchsorted(parts[0].values, [rank * per_rank, (rank + 1) * per_rank])
         found.append([part.values[low:high] for part in parts])
     return [np.concatenate(each) for each in zip(*found, strict=True)]
@@ -81,10 +81,11 @@ def _copy(target: Tensor, places: Int64s, stored: StoredTensors, name: str) -> N
             target[torch.from_numpy(piece).to(target.device)] = torch.from_numpy(part.values[places[piece] - start]).to(target.device)
 
 
-def _name(stored: StoredTensors, table: str, buffer: str) -> str:
+def stored_name(stored: StoredTensors, table: str, buffer: str) -> str:
+    """What a checkpoint calls what is known of the rows of a managed table."""
     return next(name for name in stored.shapes if name.endswith(f"{MODULES}{table}.{buffer}"))
 
 
-def _weight_name(stored: StoredTensors, table: str) -> str:
+def _weightstored_name(stored: StoredTensors, table: str) -> str:
     end = f"._embedding_module.embedding_bags.{table}.weight"
     return next(name for name in stored.shapes if name.startswith("model.") and name.endswith(end))

@@ -29,6 +29,7 @@ FREE_SETTINGS = tuple(
 )
 """What may change when a run is resumed."""
 PROPENSITY = "propensity"  # the cross-fitted one, if there is one
+COVERAGE = "coverage.json"  # by feature, the shares of the training split that are missing and out of vocabulary: `score` compares
 WARM_START = "warm_start.json"  # which run it begins with, and what was taken of it
 
 
@@ -36,8 +37,8 @@ WARM_START = "warm_start.json"  # which run it begins with, and what was taken o
 class Run:
     """A trained model on disk.
 
-    `config.json`, `schema.json` and `vocabulary/` to read raw rows, `plan.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and the
-    `manifest.json` that makes it complete.
+    `config.json`, `schema.json` and `vocabulary/` to read raw rows, `coverage.json`, `plan.json`, `metrics.jsonl`, `tensorboard/`,
+    `checkpoints/`, and the `manifest.json` that makes it complete.
     """
 
     path: Path
@@ -87,9 +88,15 @@ def start_run(out: Path, config: Config, dataset: Dataset, resume: bool, overwri
         copy_folder(dataset.path / "vocabulary", folder / "vocabulary")
         dataset.schema.save(folder / "schema.json")
         write_json(folder / RUN_CONFIG, config.model_dump(mode="json"))
+        write_json(folder / COVERAGE, _coverage(dataset))
         if source is not None:
             write_json(folder / WARM_START, source.identity)
     return source
+
+
+def _coverage(dataset: Dataset) -> dict[str, Any]:
+    told = dataset.manifest.get("features", {}).items()
+    return {name: {share: each[share]["train"] for share in ("missing", "oov") if share in each} for name, each in told}
 
 
 def open_source(out: Path, warm_start: Path | None) -> Run | None:

@@ -1,4 +1,4 @@
-"""Where the steps of preprocess run: in this process, on local processes, or on a Ray cluster."""
+"""Where the tasks of preprocess and score run: in this process, on local processes, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 ANSWER_S = 5
 KILLED = (
-    "a worker process of preprocess was killed, perhaps for its memory",
-    "the same command goes on where it stopped; pass a smaller --memory-gib if memory ran out",
+    "a worker process was killed, perhaps for its memory",
+    "the same command goes on where it stopped; if memory ran out give preprocess a smaller --memory-gib, score fewer --processes",
 )
 ENDED = (
-    "a worker process of preprocess ended before its work was done",
-    "call preprocess() under `if __name__ == '__main__':`, because every worker runs the program's file once more; if it does so already, "
-    "memory may have run out: pass a smaller memory_gib, the same call goes on where it stopped",
+    "a worker process ended before its work was done",
+    "call preprocess() or score() under `if __name__ == '__main__':`, because every worker runs the program's file once more; if it does "
+    "already, memory may have run out: pass a smaller memory_gib, or fewer processes, the same call goes on where it stopped",
 )
 """What is said of the command's workers, and of those of another program."""
 
@@ -105,9 +105,9 @@ def _told(function: Callable[[Item], Result], item: Item) -> tuple[Result | None
 
 
 @contextmanager
-def local_engine() -> Iterator[Engine]:
-    """As many processes as processors that this one may use, at most 8."""
-    workers = default_workers()
+def local_engine(workers: int | None = None) -> Iterator[Engine]:
+    """So many processes; by default as many as processors that this one may use, at most 8."""
+    workers = workers or default_workers()
     with starting_workers() as context:
         others = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
