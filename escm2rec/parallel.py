@@ -18,7 +18,13 @@ def default_workers() -> int:
 
 
 def ordered_map(tasks: Iterable[Callable[[], Result]], workers: int) -> Iterator[Result]:
-    """Results of the tasks in their order. At most `workers` + 1 are under way or wait to be taken, so memory stays bounded."""
+    """Results of the tasks in their order. At most `workers` + 1 are under way or wait to be taken, so memory stays bounded.
+
+    One worker is the caller's own thread: two that take turns take longer than one.
+    """
+    if workers == 1:
+        yield from (task() for task in tasks)
+        return
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Result]] = deque()
         try:

@@ -81,22 +81,22 @@ class Encoder:
             rows[missing] = NO_VALUE
         return rows
 
-    def table(self, rows: Rows, places: Int64s, common: Mapping[str, Encoded]) -> tuple[pa.Table, dict[str, Int64s]]:
-        """The rows at these places, joined with the encoded common records; and what `shares.held` counts of each feature."""
+    def table(self, rows: Rows, places: Int64s | None, common: Mapping[str, Encoded]) -> tuple[pa.Table, dict[str, Int64s]]:
+        """The rows at these places (None: all), joined with the encoded common records; and what `shares.held` counts of each feature."""
         columns: dict[str, pa.Array] = {}
         counts: dict[str, Int64s] = {}
         for feature in self.schema.features:
             column = _take(rows.features[feature.name], places)
             if rows.records is not None and feature.cross is None:  # crosses are of whole impressions
-                column = _joined(feature, column, common[feature.name], rows.records[places])
+                column = _joined(feature, column, common[feature.name], _take(rows.records, places))
             counts[feature.name] = held(feature, column)
             columns |= _arrow(feature, column)
         for name in LABEL_COLUMNS:
             if name in rows.labels:
-                columns[name] = pa.array(rows.labels[name][places])
-        picked = pa.array(places)
+                columns[name] = pa.array(_take(rows.labels[name], places))
+        picked = None if places is None else pa.array(places)
         for name in self.kept:
-            columns[KEPT_PREFIX + name] = rows.kept[name].take(picked)
+            columns[KEPT_PREFIX + name] = rows.kept[name] if picked is None else rows.kept[name].take(picked)
         fields = [self._field(name, column.type) for name, column in columns.items()]
         return pa.table(list(columns.values()), schema=pa.schema(fields)), counts
 
@@ -126,7 +126,9 @@ def _standardised(feature: Feature, numbers: Float64s) -> Encoded:
     return ((values - feature.mean) / feature.std).astype(np.float32)
 
 
-def _take(column: Encoded, places: Int64s) -> Encoded:
+def _take(column: Encoded, places: Int64s | None) -> Encoded:
+    if places is None:
+        return column
     return column.take(places) if isinstance(column, Ragged) else column[places]
 
 

@@ -83,14 +83,14 @@ def named(names: Sequence[str]) -> str:
 def _matching(path: Path, key: str, pattern: str, labels: bool) -> list[Path]:
     """The files of a pattern, that of `data.source.key`, in a folder, in the order of their names; a file is itself."""
     if path.is_file():
-        _check_readable(path)
+        check_readable(path)
         _refuse_made(path)
         return [path]
     if not path.is_dir():
         raise DataError(f"no raw logs at {path}", "check the path")
     found = sorted(entry for entry in path.iterdir() if fnmatch.fnmatchcase(entry.name, pattern))
     for entry in found:
-        _check_readable(entry)
+        check_readable(entry)
     refuse_nested(path, pattern)
     if not found:
         held = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in path.iterdir())
@@ -134,7 +134,7 @@ def _matrices(source: MatrixSource, folder: Path, labels: bool) -> list[RawFile]
             raise DataError(f"no file {folder / name}", f"set data.source.{key}, or fetch the file")
         if name is None:
             return None
-        _check_readable(folder / name)
+        check_readable(folder / name)
         return folder / name
 
     users, items = path(source.user_features, "user_features"), path(source.item_features, "item_features")
@@ -144,7 +144,7 @@ def _matrices(source: MatrixSource, folder: Path, labels: bool) -> list[RawFile]
     return files if test is None else [*files, RawFile(test, train=train, user_features=users, item_features=items)]
 
 
-def _check_readable(path: Path) -> None:
+def check_readable(path: Path) -> None:
     """DataError for what has the name of a file and cannot be read as one: to pass it over would lose rows."""
     try:
         path.name.encode()
@@ -206,7 +206,7 @@ def _with_companions(source: AliccpSource, skeleton: Path, labels: bool) -> RawF
         file = skeleton.with_name(pattern.replace("*", part))
         if not file.is_file():
             raise DataError(f"{skeleton} has no {what} file: {file} is missing", f"set data.source.{what}, or fetch the file")
-        _check_readable(file)
+        check_readable(file)
         return file
 
     truth = companion(source.truth, "truth") if source.truth is not None and labels else None

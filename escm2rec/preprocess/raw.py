@@ -82,7 +82,8 @@ class RawEncoder:
                 features = add_crosses(block, self._request.crosses).features
                 rows = Rows(self._encoder.columns(features, str(file.path)), block.labels, block.extras, block.common)
                 for start in range(0, len(block), self._block_rows):
-                    places = np.arange(start, min(start + self._block_rows, len(block)))
+                    stop = min(start + self._block_rows, len(block))
+                    places = None if stop - start == len(block) else np.arange(start, stop)
                     yield EncodedBlock(file.path, *self._encoder.table(rows, places, common))
 
     def _common(self, file: RawFile, folder: Path, rejected: Rejected) -> tuple[CommonRecords | None, dict[str, Encoded]]:

@@ -142,7 +142,7 @@ class TableFile:
                 yield pa.Table.from_batches([batch]), np.arange(row, row + len(batch), dtype=np.int64), []
                 row += len(batch)
         except (pa.ArrowException, OSError) as error:
-            raise not_parquet(self.file.path, error, _row_group_of(parquet, groups, row - first_row)) from error
+            raise not_parquet(self.file.path, error, _damaged_group(parquet, groups, columns)) from error
 
     def _selected_groups(
         self, parquet: pq.ParquetFile, groups: Sequence[int], columns: list[str], first_row: int
@@ -294,10 +294,15 @@ class TableFile:
         return np.where(good, values, 1).astype(np.float32)
 
 
-def _row_group_of(parquet: pq.ParquetFile, groups: Sequence[int], row: int) -> int:
-    """Which of these row groups, by their numbers, holds a row; rows are counted from 1."""
-    ends = np.cumsum([parquet.metadata.row_group(group).num_rows for group in groups])
-    return groups[min(int(np.searchsorted(ends, row)), len(groups) - 1)] if len(groups) else 0
+def _damaged_group(parquet: pq.ParquetFile, groups: Sequence[int], columns: list[str]) -> int | None:
+    """The first of these row groups that cannot be read, once one could not: batches go over the ends of groups."""
+    for group in groups:
+        try:
+            for _ in parquet.iter_batches(row_groups=[group], columns=columns):
+                pass
+        except (pa.ArrowException, OSError):
+            return group
+    return None
 
 
 def _no_rows(parquet: pq.ParquetFile, columns: list[str]) -> pa.Table:

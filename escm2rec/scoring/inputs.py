@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from escm2rec.errors import ConfigError, DataError, Escm2Error
 from escm2rec.folder import is_of_kind
 from escm2rec.paths import DataPath, RemotePath, data_path, fetch_files
 from escm2rec.preprocess import RawFile, raw_files
-from escm2rec.preprocess.files import is_part, pattern_of, refuse_nested
+from escm2rec.preprocess.files import check_readable, is_part, pattern_of, refuse_nested
 from escm2rec.preprocess.raw import EncodedBlock
 from escm2rec.preprocess.rejections import NOT_WANTED, Rejected, Rejection
 from escm2rec.preprocess.where import Where
@@ -54,7 +55,7 @@ class LogFile:
     @property
     def path(self) -> str:
         """By which it is known."""
-        return self.name if "://" in self.name else str(Path(self.name).resolve())
+        return self.name if "://" in self.name else os.path.abspath(self.name)
 
 
 def log_files(schema: Schema, inputs: Sequence[str], skips: bool = False) -> list[LogFile]:
@@ -110,8 +111,9 @@ def _raw(source: Source, place: Path, skips: bool) -> list[LogFile]:
         if not place.is_dir():
             return [LogFile(str(place), fault=(error.message, error.hint))]
         _, pattern = pattern_of(source)
-        refuse_nested(place, pattern)
         entries = sorted(entry for entry in place.iterdir() if fnmatch.fnmatchcase(entry.name, pattern))
+        if not any(entry.is_dir() for entry in entries):  # whose fault says so
+            refuse_nested(place, pattern)
         found = [file for entry in entries for file in _entry(source, entry)]
         if all(file.fault is None for file in found):
             raise  # it is of the folder
@@ -120,8 +122,7 @@ def _raw(source: Source, place: Path, skips: bool) -> list[LogFile]:
 
 def _entry(source: Source, entry: Path) -> list[LogFile]:
     try:
-        if not entry.is_file():
-            raise DataError(f"{entry} is no file, and its name is that of an input", "move it, or set data.source to other names")
+        check_readable(entry)
         return _raw(source, entry, skips=False)
     except DataError as error:
         return [LogFile(str(entry), fault=(error.message, error.hint))]

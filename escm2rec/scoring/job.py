@@ -18,6 +18,7 @@ from escm2rec.disk import telling_of_disk
 from escm2rec.errors import DataError, RunError
 from escm2rec.folder import TAKEN_UP
 from escm2rec.models.predictions import Predictions
+from escm2rec.parallel import default_workers
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.preprocess.raw import EncodedBlock, RawEncoder
 from escm2rec.preprocess.rejections import Rejected
@@ -76,12 +77,13 @@ class FileScorer:
     """Scores one file after the other."""
 
     def __init__(self, job: Job, model: Model, batch_rows: int = BATCH_ROWS, workers: int | None = None) -> None:
-        """`workers` threads read and encode, as many as processors when None."""
+        """`workers` threads read and encode ahead, by default one a processor; one is the caller's own."""
         self._job, self._model, self._batch_rows = job, model, batch_rows
         self._kept = kept_columns(job.columns)
         self._read = self._kept if job.top is None else tuple(dict.fromkeys([*self._kept, job.top.by]))
+        self._workers = workers or default_workers()
         lookups = job.folder / MODEL / LOOKUPS
-        self._encoder = RawEncoder(job.run.schema, lookups, self._read, BLOCK_ROWS, where=job.where, workers=workers)
+        self._encoder = RawEncoder(job.run.schema, lookups, self._read, BLOCK_ROWS, where=job.where, workers=self._workers)
 
     def score(self, number: int, file: LogFile) -> Record:
         """Write the part of a file and then its record, which is returned.
@@ -109,7 +111,8 @@ class FileScorer:
         rows = 0
         with file_here(self._job.run.schema, file) as raw:
             try:
-                for block in read_ahead(self._blocks(file, raw.path, raw, rejected), 2):
+                blocks = self._blocks(file, raw.path, raw, rejected)
+                for block in blocks if self._workers == 1 else read_ahead(blocks, 2):
                     table, counts = self._score_block(block)
                     (best or writer).write(table)
                     rows += len(block.table)

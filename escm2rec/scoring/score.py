@@ -46,6 +46,7 @@ from escm2rec.training.trained import TrainedModel
 from escm2rec.workers import SMALL_BYTES
 
 POLL_S = 0.5
+FEW = 64  # files, whose sizes are asked for before processes are started for them
 ROOM = 0.8  # of the machine's memory that tables may take, for each machine to have them whole
 
 logger = logging.getLogger(__name__)
@@ -152,9 +153,10 @@ def _score(job: Job, shared: bool, todo: Sequence[tuple[int, LogFile]], options:
     """Score the files that are left, wherever that is done."""
     if not todo:
         return
+    workers = max(1, default_workers() // runtime.local_world_size)
     if not shared:
         model = _ShardedModel(job.run, runtime)
-        _score_here(FileScorer(job, model, model.batch_rows), job, todo)
+        _score_here(FileScorer(job, model, model.batch_rows, workers), job, todo)
         model.serve_others()
         return
     if options.ray_address is not None:
@@ -166,7 +168,7 @@ def _score(job: Job, shared: bool, todo: Sequence[tuple[int, LogFile]], options:
         with local_engine(processes) as engine:
             _drain(engine.map(partial(score_one, job), todo))
     else:
-        _score_here(FileScorer(job, shared_model(job)), job, todo)
+        _score_here(FileScorer(job, shared_model(job), workers=workers), job, todo)
 
 
 def _drain(records: Iterator[Record]) -> None:
@@ -184,7 +186,8 @@ def _score_here(scorer: FileScorer, job: Job, todo: Sequence[tuple[int, LogFile]
 def _processes(options: Options, files: Sequence[LogFile]) -> int:
     if options.processes is not None:
         return min(options.processes, len(files))
-    small = all(file.raw is not None for file in files) and sum(state["bytes"] for file in files for state in file.states()) < SMALL_BYTES
+    few = len(files) <= FEW
+    small = few and sum(state["bytes"] for file in files for state in file.states()) < SMALL_BYTES
     return 1 if small else min(default_workers(), len(files))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -31,9 +32,10 @@ def estimated_rows(files: Sequence[LogFile]) -> int | None:
 def tell_files(records: Sequence[Record]) -> None:
     """A table by file, on stderr: those that failed, then the slowest, in their order."""
     ranked = sorted(range(len(records)), key=lambda number: ("error" not in records[number], -records[number].get("seconds", 0)))
-    table = Table("file", "rows", "left out", "parts", "rows/s", "", title="scored", title_justify="left")
+    table = Table("file", title="scored", title_justify="left", box=SIMPLE)
     for name in ("rows", "left out", "parts", "rows/s"):
-        next(column for column in table.columns if column.header == name).justify = "right"
+        table.add_column(name, justify="right")
+    table.add_column("")
     for number in sorted(ranked[:SHOWN]):
         record = records[number]
         left_out = sum(int(each["rows"]) for each in record.get("rejected", {}).values())
@@ -42,5 +44,6 @@ def tell_files(records: Sequence[Record]) -> None:
     if (more := len(records) - SHOWN) > 0:
         table.caption = f"and {more:,} files more, in the manifest"
     console = Console(stderr=True)
-    console.width = max(console.width, WIDTH)
+    if not console.is_terminal:
+        console.width = max([WIDTH, *(len(record["input"]) + len(record.get("error", "")) + WIDTH // 2 for record in records[:SHOWN])])
     console.print(table)
