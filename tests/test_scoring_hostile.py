@@ -129,7 +129,8 @@ def _is_right(case: Case, records: Sequence[Any]) -> bool:
     errors = [record for record in records if "error" in record]
     if case.refused and case.counted is None:
         nothing_left = not errors and all(record["rows"] == 0 and record["rejected"] for record in records)
-        return nothing_left or any(bool(re.search(case.refused, f"{record['error']}\nhint: {record.get('hint', '')}")) for record in errors)
+        said = [f"{record['error']}\nhint: {record.get('hint', '')}" for record in errors]
+        return nothing_left or any(re.search(case.refused, each) is not None for each in said)
     if errors:
         return False
     rejected = sum(each["rows"] for record in records for each in record["rejected"].values())
