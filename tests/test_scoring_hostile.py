@@ -134,4 +134,4 @@ def _is_right(case: Case, records: Sequence[Any]) -> bool:
     if errors:
         return False
     rejected = sum(each["rows"] for record in records for each in record["rejected"].values())
-    return rejected == sum((case.counted or {}).values()) and sum(record["rows"] for record in records) == len(case.rows)
+    return bool(rejected == sum((case.counted or {}).values())) and sum(record["rows"] for record in records) == len(case.rows)
