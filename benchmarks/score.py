@@ -7,14 +7,22 @@ columns, as raw ids that are dense whole numbers, and as raw ids that are any wh
 
 bare: the model on batches that lie in memory. Rounds take all in turn, every other one backwards; a ratio is of the rows/s of one round.
 `core_us` is processor time a row by stage, of one process that does one stage after another. `same` is the largest difference of what is
-written for the three inputs. Prints one JSON object.
+written for raw rows and encoded ones.
+
+repeats: encoded rows of which 50 after each other share half of the features, as those of one user; one_by_one: the same, each row for
+itself. pandas: a loop as a user would write it, over the raw files (fewer rows), with embedding bags of torch on all cores. ray_data:
+`map_batches` of Ray Data over the encoded files, with the same model, mapped, in as many actors, after they have started.
+
+memory: what the command takes for 1 M and for 50 M raw rows (files that are linked), all processes together. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +37,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import nn
 
-from benchmarks.machine import facts
+from benchmarks.machine import facts, run_and_watch
 from benchmarks.reference import LIST_LENGTH, NUM_LISTS, NUM_SINGLE, TABLE_ROWS
 from escm2rec.cells import to_cells
 from escm2rec.config import TableSource, parse_config
@@ -54,6 +63,9 @@ from escm2rec.workers import ready_workers
 
 INPUTS = ("encoded", "raw", "raw_sparse")
 FILE_ROWS = 1_000_000
+PANDAS_ROWS = 131_072
+PER_USER = 50
+MEMORY_FILES = (1, 50)
 BARE_BATCHES = 12
 TRAIN_ROWS = 65_536
 
@@ -151,12 +163,14 @@ def config_of(schema: Schema) -> Any:
     )
 
 
-def job_of(run: Run, folder: Path, files: Sequence[Any]) -> Job:
-    """A job in an unfinished folder, ready to be scored."""
+def job_of(run: Run, folder: Path, files: Sequence[Any], model_of: Path | None = None) -> Job:
+    """A job in an unfinished folder, ready to be scored; its model is that of another job, if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = output_columns(run.schema, None, None)
     job = Job(str(folder), run, folder, columns, Layout(), None, None, False, False, True)
     take_up(folder, files, [folder])
+    if model_of is not None:
+        (folder / MODEL).symlink_to(model_of / MODEL)
     if not (folder / MODEL).exists():
         (folder / MODEL).mkdir()
         write_model(run, folder / MODEL)
@@ -244,37 +258,185 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def write_repeats(root: Path, schema: Schema, files: int) -> None:
+    """Encoded rows of which PER_USER after each other share every second feature."""
+    (root / "repeats").mkdir(exist_ok=True)
+    of_user = pa.array(np.arange(FILE_ROWS) // PER_USER)
+    for number in range(files):
+        table = pq.read_table(root / "encoded" / f"{number:05d}.parquet")
+        for feature in schema.features[::2]:
+            place = table.schema.get_field_index(feature.name)
+            table = table.set_column(place, table.schema.field(place), table[feature.name].combine_chunks().take(of_user))
+        table = table.replace_schema_metadata(PART_MARK)
+        pq.write_table(table, root / "repeats" / f"{number:05d}.parquet", row_group_size=32_768, **layout_of(table.schema))
+
+
+def pandas_rate(run: Run, path: Path, values: Any, out: Path) -> float:
+    """Rows/s of a loop over a table, as a user would write it: ids by a Series, bags and layers of torch."""
+    import pandas as pd
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    ids = pd.Series(np.arange(1, TABLE_ROWS), index=values[1:])
+    bags = {each.name: nn.EmbeddingBag(TABLE_ROWS, 16, mode="mean") for each in run.schema.features}
+    towers = [nn.Sequential(nn.Linear(320, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1)) for _ in range(3)]
+    frame = pd.read_parquet(path).iloc[:PANDAS_ROWS]
+    began = time.perf_counter()
+    scores = []
+    for start in range(0, len(frame), BATCH_ROWS):
+        batch, pooled = frame.iloc[start : start + BATCH_ROWS], []
+        for feature in run.schema.features:
+            cells = batch[feature.name]
+            flat = cells.explode().dropna() if feature.is_list else cells
+            lengths = cells.str.len().to_numpy() if feature.is_list else np.ones(len(cells), np.int64)
+            rows = flat.map(ids).fillna(0).to_numpy(np.int64)
+            offsets = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+            with torch.no_grad():
+                pooled.append(bags[feature.name](torch.from_numpy(rows), torch.from_numpy(offsets)))
+        with torch.no_grad():
+            inputs = torch.cat(pooled, dim=1)
+            scores.append(torch.sigmoid(torch.cat([tower(inputs) for tower in towers[:2]], dim=1)).numpy())
+    found = np.concatenate(scores)
+    frame.assign(p_ctr=found[:, 0], p_cvr=found[:, 1], p_ctcvr=found.prod(axis=1))[["row", "p_ctr", "p_cvr", "p_ctcvr"]].to_parquet(out)
+    return len(frame) / (time.perf_counter() - began)
+
+
+class RayScorer:
+    """An actor of Ray Data that predicts encoded rows with the mapped model."""
+
+    def __init__(self, job: Job) -> None:
+        torch.set_num_threads(1)
+        self._job, self._scorer = job, job_module.FileScorer(job, job_module.shared_model(job), workers=1)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Predictions of a batch."""
+        columns = decode(table.combine_chunks(), self._job.run.schema, labels=False, where="ray")
+        logits = self._scorer._logits(columns)
+        made = predictions(logits.ctr_logit, logits.cvr_logit, partial(self._scorer._model.propensity, logits))
+        return output_table(self._job.columns, {"row": table.column("kept.row")}, made)
+
+
+def ray_data_rate(job: Job, folder: Path, files: int, processes: int, out: Path) -> float:
+    """Rows/s of `map_batches` of twice as many files over those of one pass, so that what it takes to start is in neither."""
+    import ray
+    import ray.data
+
+    ray.init(num_cpus=2 * processes, log_to_driver=False)  # its readers wait for a processor that actors hold
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+
+        def seconds(times: int) -> float:
+            paths = [str(folder / f"{number:05d}.parquet") for number in range(files)] * times
+
+            def work() -> None:
+                rows = ray.data.read_parquet(paths, override_num_blocks=len(paths))
+                made = rows.map_batches(
+                    RayScorer,
+                    fn_constructor_args=(job,),
+                    batch_size=BLOCK_ROWS,
+                    batch_format="pyarrow",
+                    concurrency=processes,
+                    num_cpus=1,
+                )
+                made.write_parquet(str(out / str(times)))
+
+            return timed(work)
+
+        once = seconds(1)
+        return files * FILE_ROWS / (seconds(2) - once)
+    finally:
+        ray.shutdown()
+
+
+def memory(run: Run, raw: Path, root: Path) -> dict[str, dict[str, float]]:
+    """Most memory of the command, MB, for so many files of 1M raw rows."""
+    found = {}
+    for files in MEMORY_FILES:
+        logs = root / f"links-{files}"
+        logs.mkdir()
+        for number in range(files):
+            os.link(raw, logs / f"{number:05d}.parquet")
+        command = [
+            sys.executable,
+            "-m",
+            "escm2rec",
+            "score",
+            "--run",
+            str(run.path),
+            "--input",
+            str(logs),
+            "--out",
+            str(root / f"memory-{files}"),
+        ]
+        began = time.perf_counter()
+        said, peak = run_and_watch([*command, "--out", str(root / f"memory-{files}"), "--processes", "2"])
+        rows = json.loads(said)["rows"]
+        found[f"{rows:,} rows"] = {**peak, "rows_per_s_with_start": round(rows / (time.perf_counter() - began))}
+    return found
+
+
 def main() -> None:
     """Write the data, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--files", type=int, default=4, help="of 1M rows each")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--alone", action="store_true", help="without pandas, Ray Data and memory")
     asked = parser.parse_args()
+    if asked.files < asked.processes:
+        parser.error("--files: at least one a process")
     ready_workers("escm2rec.scoring.job")
     with tempfile.TemporaryDirectory(prefix="escm2rec-bench-") as name:
-        root = Path(name)
-        runs = {"raw": write_inputs(root, asked.files, sparse=False), "raw_sparse": write_inputs(root, asked.files, sparse=True)}
-        runs["encoded"] = runs["raw"]
-        files = {kind: log_files(runs[kind].schema, [str(root / kind / f"{n:05d}.parquet") for n in range(asked.files)]) for kind in INPUTS}
-        jobs = {kind: job_of(runs[kind], root / f"out-{kind}", files[kind]) for kind in INPUTS}
-        with local_engine(asked.processes) as engine:
-            rounds = [measure(engine, jobs, files, root, asked.processes, number) for number in range(asked.rounds)]
-        spent = {kind: stages(jobs[kind], root / kind / "00000.parquet", kind == "encoded") for kind in INPUTS}
-        frames = [pl.read_parquet(root / f"out-{kind}" / "part-0000[0-9].parquet") for kind in ("encoded", "raw")]
-        columns = ("p_ctr", "p_cvr", "p_ctcvr")
-        same = max(float(np.abs(frames[0][c].to_numpy() - frames[1][c].to_numpy()).max()) for c in columns)
-    ratios = {kind: [each[kind] / each["bare"] for each in rounds] for kind in INPUTS}
-    told = {
-        "rows": asked.files * FILE_ROWS,
-        "processes": asked.processes,
-        "rows_per_s": {name: round(statistics.median(each[name] for each in rounds)) for name in rounds[0]},
-        "of_bare": {kind: round(statistics.median(values), 3) for kind, values in ratios.items()},
-        "of_bare_rounds": {kind: [round(value, 3) for value in values] for kind, values in ratios.items()},
-        "core_us": spent,
-        "same": same,
-    }
+        told = measured(Path(name), asked.files, asked.rounds, asked.processes, asked.alone)
     print(json.dumps({**facts(), **told}, indent=1))
+
+
+def measured(root: Path, files: int, rounds: int, processes: int, alone: bool) -> dict[str, Any]:
+    """All figures."""
+    runs = {"raw": write_inputs(root, files, sparse=False), "raw_sparse": write_inputs(root, files, sparse=True)}
+    write_repeats(root, runs["raw"].schema, files)
+    kinds = [*INPUTS, "repeats", "one_by_one"]
+    folders = {kind: root / ("repeats" if kind == "one_by_one" else kind) for kind in kinds}
+    logs = {kind: log_files(runs["raw"].schema, [str(folders[kind] / f"{n:05d}.parquet") for n in range(files)]) for kind in kinds}
+    own = ("raw", "raw_sparse")
+    jobs = {kind: job_of(runs[kind], root / f"out-{kind}", logs[kind]) for kind in own}
+    jobs |= {kind: job_of(runs["raw"], root / f"out-{kind}", logs[kind], root / "out-raw") for kind in kinds if kind not in own}
+    jobs["one_by_one"] = replace(jobs["one_by_one"], finds_repeats=False)
+    with local_engine(processes) as engine:
+        found = [measure(engine, jobs, logs, root, processes, number) for number in range(rounds)]
+    spent = {kind: stages(jobs[kind], root / kind / "00000.parquet", kind == "encoded") for kind in INPUTS}
+    told: dict[str, Any] = {
+        "rows": files * FILE_ROWS,
+        "processes": processes,
+        "rows_per_s": {kind: round(statistics.median(each[kind] for each in found)) for kind in found[0]},
+        "of_bare": {kind: _ratio(found, kind, "bare") for kind in INPUTS},
+        "repeats_over_one_by_one": _ratio(found, "repeats", "one_by_one"),
+        "core_us": spent,
+        "same": _difference(root, "encoded", "raw"),
+        "same_repeats": _difference(root, "repeats", "one_by_one"),
+    }
+    if alone:
+        return told
+    rates = [pandas_rate(runs["raw"], root / "raw" / "00000.parquet", values_of(sparse=False), root / "pandas.parquet") for _ in range(3)]
+    by_ray = [ray_data_rate(jobs["encoded"], root / "encoded", files, processes, root / f"ray-{n}") for n in range(3)]
+    told["pandas"] = {"rows_per_s": [round(rate) for rate in rates], "raw_over_it": _over(found, "raw", rates)}
+    told["ray_data"] = {"rows_per_s": [round(rate) for rate in by_ray], "encoded_over_it": _over(found, "encoded", by_ray)}
+    told["memory_mb"] = memory(runs["raw"], root / "raw" / "00000.parquet", root)
+    return told
+
+
+def _ratio(rounds: Sequence[dict[str, float]], kind: str, other: str) -> dict[str, Any]:
+    ratios = [each[kind] / each[other] for each in rounds]
+    return {"median": round(statistics.median(ratios), 3), "rounds": [round(each, 3) for each in ratios]}
+
+
+def _over(rounds: Sequence[dict[str, float]], kind: str, rates: Sequence[float]) -> float:
+    return round(statistics.median(each[kind] for each in rounds) / statistics.median(rates), 2)
+
+
+def _difference(root: Path, one: str, other: str) -> float:
+    frames = [pl.read_parquet(root / f"out-{kind}" / "part-0000[0-9].parquet") for kind in (one, other)]
+    columns = ("p_ctr", "p_cvr", "p_ctcvr")
+    return max(float(np.abs(frames[0][name].to_numpy() - frames[1][name].to_numpy()).max()) for name in columns)
 
 
 def measure(engine: Engine, jobs: dict[str, Job], files: dict[str, list[Any]], root: Path, processes: int, number: int) -> dict[str, float]:
@@ -292,10 +454,10 @@ def measure(engine: Engine, jobs: dict[str, Job], files: dict[str, list[Any]], r
         _warm(engine, jobs[kind], files[kind], processes)
         found[kind] = rows / timed(lambda: list(engine.map(partial(score_one, jobs[kind]), list(enumerate(files[kind])))))
 
-    turns: list[Callable[[], None]] = [bare_rate, *(partial(rate, kind) for kind in INPUTS)]
+    turns: list[Callable[[], None]] = [bare_rate, *(partial(rate, kind) for kind in jobs)]
     for turn in turns if number % 2 == 0 else reversed(turns):
         turn()
-    print(json.dumps({name: round(value) for name, value in found.items()}), file=__import__("sys").stderr, flush=True)
+    print(json.dumps({name: round(value) for name, value in found.items()}), file=sys.stderr, flush=True)
     return found
 
 

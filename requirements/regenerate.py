@@ -29,6 +29,7 @@ WANTED_DEV = [
     "kubernetes",
     "mlflow-skinny",
     "ray",
+    "pandas",  # a benchmark's comparison, and Ray Data
     "s3fs",
     "moto",
     "flask",

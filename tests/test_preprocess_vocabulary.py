@@ -216,3 +216,30 @@ def test_counts_merge_before_they_take_room(tmp_path: Path, monkeypatch: pytest.
     for _ in range(50):
         counter.add(count_values(np.arange(60)))
     assert counter.bytes < 5 * 60 * 16
+
+
+@pytest.mark.parametrize("values", [1, 2, 3, 64, 65, 5_000])
+@pytest.mark.parametrize("kind", ["int64", "string"])
+def test_any_number_of_sparse_values_is_found_and_no_other(tmp_path: Path, values: int, kind: Any) -> None:
+    """Whole numbers far apart, also negative ones and the least and greatest, and texts."""
+    rng = np.random.default_rng(values)
+    drawn = np.unique(rng.integers(-(1 << 63), (1 << 63) - 1, 3 * values))
+    numbers = rng.permutation(np.union1d(drawn, [-(1 << 63), (1 << 63) - 1]))
+    known, others = numbers[:values], numbers[values:]
+
+    def typed(held: Any) -> Any:
+        return held if kind == "int64" else pa.array([f"v{value}" for value in held], pa.large_string())
+
+    rows = np.arange(2, 2 + values, dtype=np.int32)
+    column = pa.array(typed(known)).cast(pa.int64() if kind == "int64" else pa.string())
+    pq.write_table(pa.table({"value": column, "row": rows}), tmp_path / "a.parquet")
+    known_as: dict[str, Any] = {"value_type": kind, "encoding": "vocabulary", "num_embeddings": values + 2, "oov_rows": 2}
+    feature = Feature(name="a", kind="categorical", column="a", **known_as)
+    write_lookup(tmp_path / "a.parquet", feature, tmp_path, 1 << 28)
+    lookup = Vocabulary(feature, tmp_path)
+    assert (tmp_path / "a.starts").is_file() == (kind == "string" or values > 1)
+    asked = np.concatenate([known, known[::-1], others])
+    found = lookup.rows(typed(asked))
+    assert found[: 2 * values].tolist() == [*rows, *rows[::-1]]
+    assert set(found[2 * values :].tolist()) <= {0, 1}
+    assert lookup.rows(typed(asked[:0])).tolist() == []

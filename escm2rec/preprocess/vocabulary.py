@@ -1,8 +1,8 @@
 """Values to table rows: by a vocabulary that is fitted on training rows, or by stable hash; or to what stands for them until then.
 
-A vocabulary is looked up in files that are made from its Parquet and read in place, so memory does not grow with it. Strings are found
-by their 64-bit hash: one that is out of vocabulary takes the row of a known one with chance `values / 2^64`, and of two known ones with
-the same hash the more frequent has the row.
+A vocabulary is looked up in files that are made from its Parquet and read in place, so memory does not grow with it: whole numbers in a
+narrow range by their value, all others by their 64-bit hash. Two whole numbers never have the same. Of strings, one that is out of
+vocabulary takes the row of a known one with chance `values / 2^64`, and of two known ones with the same hash the more frequent has the row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from escm2rec.schema import MANAGED_IDS, Feature
 ValueType = Literal["int64", "string"]
 SORT_ROWS = 1 << 22  # sorted in memory up to this, on disk beyond
 DENSE_SPAN = 1 << 22  # a table over the range of the values is used up to this, or 4 entries a value
-SORTED = {"keys": np.int64, "rows": np.int32}
+SORTED = {"keys": np.int64, "rows": np.int32, "starts": np.int32}
+"""Hashes in order as int64, their rows, and where the hashes of each leading bits begin: where hashes are 2^b, those of b - 1 bits."""
 TOP_BITS = np.uint64(64 - (MANAGED_IDS - 1).bit_length())
 HEAD = 2  # slots of 4 bytes before the rows
 
@@ -102,7 +103,9 @@ class Vocabulary:
             held = np.asarray(read_column(path, np.int32))
             self._before, self._dense = held[:HEAD].view(np.int64)[0], held[HEAD:]
         else:
-            self._keys, self._rows = (read_column(folder / f"{feature.name}.{what}", kind) for what, kind in SORTED.items())
+            files = (np.asarray(read_column(folder / f"{feature.name}.{what}", kind)) for what, kind in SORTED.items())
+            self._keys, self._rows, self._starts = files
+            self._shift = 64 - (len(self._starts) - 1).bit_length() + 1
 
     def rows(self, values: Any) -> Int32s:
         """Table row of each whole number or string; of strings, their hashes (`hash64` as int64) will do."""
@@ -110,32 +113,37 @@ class Vocabulary:
             return np.empty(0, dtype=np.int32)
         if isinstance(values, pa.Array):
             words, index = distinct(values)
-            return self._by_key(hash64(words).view(np.int64), None)[index]
+            return self._by_hash(hash64(words).view(np.int64))[index]
         if self._strings:
-            return self._by_key(_int64(values), None)
+            return self._by_hash(_int64(values))
         if self._dense is None:
-            return self._by_key(_int64(values), values)
+            return self._by_hash(hash64(_int64(values)).view(np.int64))
         # What is below the range, or above it by more than int64 holds, becomes negative: the first slot and the last say -1.
-        return self._with_shared(self._dense.take(values - self._before, mode="clip"), values, None)
-
-    def _by_key(self, keys: Int64s, values: Any) -> Int32s:
-        if not len(self._keys):
-            return self._with_shared(np.full(len(keys), -1, dtype=np.int32), values, keys)
-        # In order, what is looked up lies side by side: a third of the time at 800,000 keys, a quarter at 20 M.
-
-        order = np.argsort(keys)
-        sought = keys[order]
-        places = np.minimum(np.searchsorted(self._keys, sought), len(self._keys) - 1)
-        rows = np.empty(len(keys), dtype=np.int32)
-        rows[order] = np.where(self._keys[places] == sought, self._rows[places], np.int32(-1))
-        return self._with_shared(rows, values, keys)
-
-    def _with_shared(self, rows: Int32s, values: Any, hashes: Int64s | None) -> Int32s:
-        """Rows with -1 replaced by a shared one: by the hash of the values, or by `hashes` of strings, where there are no values."""
+        rows = self._dense.take(values - self._before, mode="clip")
         missing = np.flatnonzero(rows < 0)
+        return self._with_shared(rows, missing, hash64(_int64(values[missing])) if len(missing) else None)
+
+    def _by_hash(self, hashes: Int64s) -> Int32s:
+        """The row of each hash. Those of the same leading bits lie side by side, one or two as a rule: they are tried one after another."""
+        rows = np.full(len(hashes), -1, dtype=np.int32)
+        if not len(self._keys):
+            return self._with_shared(rows, np.arange(len(rows)), hashes.view(np.uint64))
+        bucket = (hashes >> self._shift) + (len(self._starts) >> 1)
+        place, end = self._starts.take(bucket), self._starts.take(bucket + 1)
+        left = np.flatnonzero(place < end)
+        while len(left):
+            found = self._keys.take(place[left]) == hashes[left]
+            rows[left[found]] = self._rows.take(place[left[found]])
+            left = left[~found]
+            place[left] += 1
+            left = left[place[left] < end[left]]
+        missing = np.flatnonzero(rows < 0)
+        return self._with_shared(rows, missing, hashes[missing].view(np.uint64))
+
+    def _with_shared(self, rows: Int32s, missing: Int64s, hashes: Any) -> Int32s:
+        """Rows with a shared one, by the hash, for those that are missing."""
         if len(missing):
-            hashed = hash64(_int64(values[missing])) if values is not None else np.asarray(hashes)[missing].view(np.uint64)
-            rows[missing] = (hashed % self._oov_rows).astype(np.int32)
+            rows[missing] = (hashes % self._oov_rows).astype(np.int32)
         return rows
 
 
@@ -170,7 +178,7 @@ def _write_dense(path: Path, file: Path, low: int, span: int) -> None:
 
 
 def _write_sorted(path: Path, stem: Path, memory_bytes: int) -> None:
-    """Sorted keys (values, or the hashes of strings) and the row of each; of equal keys the first row counts."""
+    """Hashes in order, the row of each, and where those of each leading bits begin; of equal hashes the first row counts."""
     with pq.ParquetFile(path) as file:
         count = file.metadata.num_rows
     schema = pa.schema([("key", pa.int64()), ("row", pa.int32())])
@@ -183,16 +191,24 @@ def _write_sorted(path: Path, stem: Path, memory_bytes: int) -> None:
     else:
         folder = stem.with_name(f"{stem.name}.sort")
         ordered = query('SELECT key, "row" FROM rows ORDER BY key, "row"', reader, folder, memory_bytes, TABLE_ROWS)
-    keys, rows = (ColumnFile(stem.with_name(f"{stem.name}.{what}"), kind) for what, kind in SORTED.items())
+    keys, rows, starts = (ColumnFile(stem.with_name(f"{stem.name}.{what}"), kind) for what, kind in SORTED.items())
+    bits = max(1, (count - 1).bit_length() - 1)
+    begun, written = 0, 0
     for table in ordered:
-        keys.append(table["key"].to_numpy())
+        held = table["key"].to_numpy()
+        keys.append(held)
         rows.append(table["row"].to_numpy())
-    keys.finish()
-    rows.finish()
+        if len(held):
+            bucket = (held >> (64 - bits)) + (1 << (bits - 1))
+            starts.append(written + np.searchsorted(bucket, np.arange(begun, bucket[-1] + 1)))
+            begun, written = int(bucket[-1]) + 1, written + len(held)
+    starts.append(np.full((1 << bits) + 1 - begun, written))
+    for file in (keys, rows, starts):
+        file.finish()
 
 
 def _keys(values: pa.Array) -> pa.Array:
-    return values if values.type == pa.int64() else pa.array(hash64(values).view(np.int64))
+    return pa.array(hash64(values.to_numpy() if values.type == pa.int64() else values).view(np.int64))
 
 
 class HashedValues:
