@@ -251,8 +251,8 @@ def score(
     result = score(data_path(run), input, out, options, overwrite)
     if result.get("failed"):
         raise PartialError(
-            f"{result['failed']} of the files could not be scored; {out / 'manifest.json'} says why",
-            "mend them and run the same command again: it scores them alone",
+            f"{result['failed']} of {result['files']} files could not be scored; {out / 'manifest.json'} says why",
+            "mend them and run the same command again: it scores them alone (with other options --overwrite scores all anew)",
             result,
         )
     return result

@@ -305,7 +305,7 @@ def test_the_same_command_again_scores_what_is_missing(
     again = Reads(monkeypatch)
     result = score(run, [candidates], out)
     assert again.names == ["b.parquet", "c.parquet", "d.parquet"]
-    assert (result["rows"], result["parts"], result["parts_done_before"]) == (NUM_CANDIDATES, 3, 1)
+    assert (result["rows"], result["parts"], result["files_done_before"]) == (NUM_CANDIDATES, 3, 1)
     assert bytes_of(out) == bytes_of(predictions["shared", 1][1])
     assert sorted(path.name for path in out.iterdir()) == [
         "manifest.json",
@@ -338,7 +338,7 @@ def test_another_job_begins_anew(folder: Path, candidates: Path, tmp_path: Path,
     with pytest.raises(StoppedError):
         score(folder / "run", [candidates], tmp_path / "out")
     result = score(folder / "run", [candidates / "a.parquet"], tmp_path / "out", Options(keep=["user"]))
-    assert (result["parts_done_before"], result["columns"][0]) == (0, "user")
+    assert (result["files_done_before"], result["columns"][0]) == (0, "user")
     assert len(bytes_of(tmp_path / "out")) == 1
 
 
@@ -348,7 +348,7 @@ def test_an_input_that_changes_while_it_is_scored_is_noticed(
     Reads(monkeypatch, lambda path: os.utime(path, (1, 1)) if path.name == "d.parquet" else None)
     with pytest.raises(DataError, match=r"d\.parquet changed while it was scored\nhint: run the same command again when"):
         score(folder / "run", [candidates], tmp_path / "out")
-    assert score(folder / "run", [candidates], tmp_path / "out")["parts_done_before"] == 3
+    assert score(folder / "run", [candidates], tmp_path / "out")["files_done_before"] == 3
 
 
 def test_a_job_killed_at_any_moment_ends_with_the_same_bytes(folder: Path, predictions: Predictions, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "COMPARE_LESSTHANOREQUALTO": lambda left, right: left <= right,
     "COMPARE_GREATERTHANOREQUALTO": lambda left, right: left >= right,
 }
+TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 EXACT = 1 << 53  # texts are read as float64, which tells whole numbers below it apart
 KNOWN = "columns and constants compared by =, <>, <, <=, >, >=, IN, BETWEEN, LIKE, IS NULL, joined by AND, OR, NOT"
 Node = dict[str, Any]
@@ -61,7 +62,8 @@ class Where:
             hint = "write it as SQL, such as \"country = 'DE' AND price >= 5\"; names that are no words in double quotes"
             raise ConfigError(f"--where {self.text!r} is no SQL condition: {parsed['error_message']}", hint)
         node = parsed["statements"][0]["node"] if len(parsed["statements"]) == 1 else {}
-        if not node.get("where_clause") or node.get("modifiers") or node.get("group_expressions") or node.get("having"):
+        others = ("modifiers", "group_expressions", "having", "sample", "qualify")
+        if not node.get("where_clause") or any(node.get(name) for name in others):
             raise self._unknown("more than a condition")
         tree: Node = node["where_clause"]
         return tree
@@ -115,19 +117,24 @@ class Where:
     def _of(self, schema: pa.Schema) -> pc.Expression:
         """For a table of this schema: what is compared is cast to the type of its column; text, as in a CSV, is read as numbers."""
 
-        def column(node: Node, name: str | tuple[str, ...]) -> Any:
+        def column(compared: Node, name: str | tuple[str, ...]) -> Any:
             kind = _type_of(schema, name)
             field = pc.field(name)
             if kind is not None and pt.is_dictionary(kind):
                 field, kind = field.cast(kind.value_type), kind.value_type
-            if kind in (pa.string(), pa.large_string(), pa.string_view()):
-                return field.cast(pa.float64()) if node["kind"] == "number" else field.cast(pa.string())
-            return field
+            if kind in TEXTS:
+                return field.cast(pa.float64()) if compared["kind"] == "number" else field.cast(pa.string())
+            if kind is not None and pt.is_decimal(kind) and compared["kind"] == "number":
+                return field.cast(pa.float64())
+            return field.cast(pa.timestamp("us")) if kind is not None and pt.is_date(kind) and compared["kind"] == "time" else field
 
         return self._expression(self._tree, column, lambda name: _type_of(schema, name))
 
     def _expression(self, node: Node, column: Callable[[Node, Any], Any], type_of: Callable[[Any], Any] = lambda name: None) -> Any:
         """The condition of a node of DuckDB's tree."""
+
+        def operands(nodes: list[Node]) -> list[Any]:
+            return self._operands(nodes, column, type_of)
 
         def condition(node: Node) -> Any:
             kind, children = node["type"], node.get("children", [])
@@ -154,21 +161,26 @@ class Where:
                 value, pattern = operands([each["expression"] for each in node["arguments"]])
                 if not isinstance(pattern, pa.Scalar):
                     raise self._unknown("LIKE with no pattern")
-                like = pc.match_like(value, pattern.as_py())
+                like = pc.match_like(value, pattern.as_py().replace("\\", "\\\\"))  # which is no escape in SQL
                 return like if node["function_name"] == "~~" else ~like
             raise self._unknown(_said(node))
 
-        def operands(nodes: list[Node]) -> list[Any]:
-            constants = [_constant(self, each) for each in nodes]
-            known = next((each for each in constants if each is not None and each.is_valid), None)
-            number = known is not None and (pt.is_floating(known.type) or (pt.is_integer(known.type) and abs(known.as_py()) < EXACT))
-            hint: Node = {"kind": "number" if number else None}
-            names = [_name(self, each) for each, constant in zip(nodes, constants, strict=True) if constant is None]
-            kind = type_of(names[0]) if names else None
-            named = iter(names)
-            return [column(hint, next(named)) if each is None else _cast(self, each, kind) for each in constants]
-
         return condition(node)
+
+    def _operands(self, nodes: list[Node], column: Callable[[Node, Any], Any], type_of: Callable[[Any], Any]) -> list[Any]:
+        """One column and what it is compared with."""
+        constants = [_constant(self, each) for each in nodes]
+        names = [_name(self, each) for each, constant in zip(nodes, constants, strict=True) if constant is None]
+        if len(names) != 1:
+            raise self._unknown("a comparison of two columns" if names else "a comparison without a column")
+        kind = type_of(names[0])
+        if kind in TEXTS and any(each["class"] == "CAST" for each in nodes):
+            raise DataError(
+                f"--where {self.text!r} compares a time with the column {names[0]!r}, which is text", "write the time as the file does"
+            )
+        known = next((each for each in constants if each is not None and each.is_valid), None)
+        compared: Node = {"kind": None if known is None else _kind(known, kind)}
+        return [column(compared, names[0]) if each is None else _cast(self, each, kind) for each in constants]
 
 
 def _type_of(schema: pa.Schema, name: str | tuple[str, ...]) -> Any:
@@ -208,7 +220,10 @@ def _constant(where: Where, node: Node) -> pa.Scalar | None:
         raise where._unknown(_said(node))
     kind, text = node["literal"]["kind"], node["literal"]["text"]
     if kind == "INTEGER":
-        return pa.scalar(int(text)) if abs(int(text)) < 1 << 63 else pa.scalar(float(text))
+        number = int(text)
+        if 1 << 63 <= number < 1 << 64:
+            return pa.scalar(number, pa.uint64())
+        return pa.scalar(number) if abs(number) < 1 << 63 else pa.scalar(float(number))
     made: dict[str, Callable[[str], Any]] = {
         "NUMERIC": float,
         "STRING": str,
@@ -220,16 +235,29 @@ def _constant(where: Where, node: Node) -> pa.Scalar | None:
     return pa.scalar(made[kind](text))
 
 
+def _kind(constant: pa.Scalar, column: pa.DataType | None) -> str | None:
+    """As what a column is compared with a constant: a number, a time, or as it is."""
+    if pt.is_floating(constant.type) or (pt.is_integer(constant.type) and abs(constant.as_py()) < EXACT):
+        return "number"
+    return "time" if column is not None and pt.is_date(column) and pt.is_string(constant.type) else None
+
+
 def _cast(where: Where, value: pa.Scalar, kind: pa.DataType | None) -> pa.Scalar:
-    """A constant as it is compared with a column of this type: text as a time, where the column holds times."""
+    """A constant as it is compared with a column of this type: text as a time where the column holds times, a number as precise as it."""
+    if kind is not None and value.is_valid:
+        if pt.is_floating(value.type) and (pt.is_float32(kind) or pt.is_float16(kind)):
+            return value.cast(kind, safe=False)
+        if pt.is_integer(value.type) and pt.is_unsigned_integer(kind) and 0 <= value.as_py() < 1 << kind.bit_width:
+            return value.cast(kind)
+        if pt.is_integer(value.type) and pt.is_decimal(kind):
+            return value.cast(pa.float64())
     if kind is None or not pt.is_temporal(kind) or not pt.is_string(value.type):
         return value
     try:
         if pt.is_date(kind):
-            return value.cast(pa.timestamp("s")).cast(kind)
+            return value.cast(pa.timestamp("us"))
         zoned = pt.is_timestamp(kind) and kind.tz is not None
         return value.cast(pa.timestamp(kind.unit)).cast(kind) if zoned else value.cast(kind)
     except pa.ArrowInvalid as error:
-        raise ConfigError(
-            f"--where {where.text!r}: {value.as_py()!r} is no {kind}", "write it as 2024-05-31 or 2024-05-31 12:00:00"
-        ) from error
+        hint = "write it as 2024-05-31 or 2024-05-31 12:00:00"
+        raise ConfigError(f"--where {where.text!r}: {value.as_py()!r} is no {kind}", hint) from error

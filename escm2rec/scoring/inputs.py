@@ -65,7 +65,7 @@ def log_files(schema: Schema, inputs: Sequence[str], skips: bool = False) -> lis
     ConfigError where a file is given twice.
     """
     found = [file for given in inputs for file in _files(schema, given, skips)]
-    twice = [path for path, times in Counter(file.path for file in found).items() if times > 1]
+    twice = [path for path, times in Counter(os.path.realpath(file.path) for file in found).items() if times > 1]
     if twice:
         raise ConfigError(f"{twice[0]} is among the inputs twice", "give each file once: its rows would be scored twice")
     return found

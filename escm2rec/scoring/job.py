@@ -29,10 +29,10 @@ from escm2rec.scoring.coverage import held_in_columns
 from escm2rec.scoring.inputs import LogFile, encoded_blocks, file_here
 from escm2rec.scoring.model import LOOKUPS, SharedModel
 from escm2rec.scoring.options import Layout
-from escm2rec.scoring.output import OutputColumn, PartWriter, kept_columns, output_table, predictions
-from escm2rec.scoring.parts import inputs_of, tell_rows, write_record
+from escm2rec.scoring.output import OutputColumn, PartWriter, files_of, kept_columns, output_table, predictions
+from escm2rec.scoring.parts import BEST, inputs_of, tell_rows, write_record
 from escm2rec.scoring.repeats import Repeats, find_repeats
-from escm2rec.scoring.top import BEST, BY, SCORE, BestRows, Top, check_key
+from escm2rec.scoring.top import BY, SCORE, BestRows, Top, check_key
 from escm2rec.sharding.runtime import quiet_libraries
 from escm2rec.training.run import Run
 
@@ -94,8 +94,8 @@ class FileScorer:
             with telling_of_disk(self._job.folder, TAKEN_UP):
                 record = self._score(number, file)
         except DataError as error:
-            for partial in self._job.parts.glob(f".part-{number:05d}*.partial"):
-                partial.unlink()
+            for part in files_of(self._job.parts, number):
+                part.unlink()
             if not self._job.skips_failed:
                 raise
             record = {"input": file.name, "rows": 0, "parts": [], "error": error.message, "hint": error.hint}
@@ -120,10 +120,10 @@ class FileScorer:
                     tell_rows(self._job.folder, number, rows + rejected.rows)
                 if best is not None:
                     best.flush()
+                inputs = inputs_of(file, before, raw.all_paths)
                 parts = writer.finish()
             finally:
                 writer.close()
-            inputs = inputs_of(file, before, raw.all_paths)
         told = {"rows": rows, "parts": parts, "rejected": rejected.reasons, "inputs": inputs}
         counted = {name: count.tolist() for name, count in held.items()}
         return {"input": file.name, **told, "held": counted, "seconds": round(time.perf_counter() - began, 3)}

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, did_you_mean
 from escm2rec.evaluation.metrics import ctcvr_logits, sigmoid
 from escm2rec.schema import Schema
 from escm2rec.scoring.options import Layout
@@ -51,8 +51,8 @@ def output_columns(
     asked = columns if columns is not None else [*kept, *PROBABILITIES]
     found = []
     for each in asked:
-        name, _, source = each.partition("=")
-        found.append(OutputColumn(name.strip(), (source or name).strip()))
+        name, renamed, source = each.partition("=")
+        found.append(OutputColumn(name.strip(), (source if renamed else name).strip()))
     for place, column in enumerate(found):
         if not column.name or not column.source:
             raise ConfigError(f"--columns: {asked[place]!r} is neither COLUMN nor NAME=COLUMN", "such as user_id,ctr=p_ctr")
@@ -60,7 +60,8 @@ def output_columns(
             hint = "leave one out, or give it another name: --columns NAME=COLUMN"
             raise ConfigError(f"two columns are to be written as {column.name!r}", hint)
     if not any(column.is_prediction for column in found):
-        raise ConfigError("--columns names no prediction", f"these there are: {', '.join(PREDICTIONS)}")
+        near = next((said for column in found if (said := did_you_mean(column.source, PREDICTIONS))), "")
+        raise ConfigError(f"--columns {','.join(asked)} names no prediction{near}", f"these there are: {', '.join(PREDICTIONS)}")
     return tuple(found)
 
 
@@ -149,6 +150,12 @@ class PartWriter:
 def part_name(number: int, piece: int | None) -> str:
     """Of the input of a number, from 0, and of which of its files."""
     return f"part-{number:05d}.parquet" if piece is None else f"part-{number:05d}-{piece:05d}.parquet"
+
+
+def files_of(folder: Path, number: int) -> list[Path]:
+    """What an input of a number has in a folder, whole or not."""
+    stem = f"part-{number:05d}"
+    return [path for name in (f"{stem}.", f"{stem}-") for dot in ("", ".") for path in folder.glob(f"{dot}{name}*")]
 
 
 def _partial(path: Path) -> Path:

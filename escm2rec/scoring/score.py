@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,13 +22,13 @@ from torch import Tensor
 
 from escm2rec.doctor import require_matching_packages
 from escm2rec.engine import local_engine, ray_engine
-from escm2rec.errors import ConfigError
+from escm2rec.errors import ConfigError, DataError
 from escm2rec.folder import refuse_existing, refuse_overlap, resumable_folder, write_manifest
 from escm2rec.models.predictions import Predictions
 from escm2rec.parallel import default_workers
 from escm2rec.paths import DataPath
 from escm2rec.preprocess.raw import write_lookups
-from escm2rec.preprocess.rejections import Rejected
+from escm2rec.preprocess.rejections import NOT_WANTED, Rejected
 from escm2rec.preprocess.where import Where
 from escm2rec.progress import Progress
 from escm2rec.reader.columns import Columns, Slice, assemble
@@ -36,9 +38,9 @@ from escm2rec.scoring.job import BATCH_ROWS, MODEL, FileScorer, Job, Record, sco
 from escm2rec.scoring.model import LOOKUPS, write_model
 from escm2rec.scoring.options import Options
 from escm2rec.scoring.output import RANK, output_columns
-from escm2rec.scoring.parts import claimed, forget, records_of, rows_told, take_back, take_up
+from escm2rec.scoring.parts import BEST, claimed, forget, is_empty, records_of, rows_told, states_of, take_back, take_up
 from escm2rec.scoring.summary import estimated_rows, tell_files
-from escm2rec.scoring.top import BEST, BY, Top, write_best
+from escm2rec.scoring.top import BY, Top, write_best
 from escm2rec.sharding.runtime import Runtime, distributed_runtime, on_main
 from escm2rec.training.fetched import run_here
 from escm2rec.training.run import Run
@@ -67,23 +69,46 @@ def score(run: DataPath, inputs: Sequence[str | Path], out: Path, options: Optio
     options = options or Options()
     with ExitStack() as stack:
         runtime = stack.enter_context(distributed_runtime())
-        on_main(runtime, lambda: _refuse_options(options, runtime))
+        on_main(runtime, lambda: _refuse_options(options, runtime, out, inputs))
         here = stack.enter_context(run_here(run, runtime))
         opened, files = on_main(runtime, lambda: _open(here, [str(each) for each in inputs], options.on_error == "skip"))
         job, shared = on_main(runtime, lambda: _job(opened, files, options, runtime, out))
-        on_main(runtime, lambda: _refuse(run, files, out, overwrite, job.identity))
-        place = resumable_folder(out, "predictions", overwrite, job.identity, keeps=True) if runtime.is_main else nullcontext(out)
-        with place:
+        replaces = on_main(runtime, lambda: _refuse(run, files, out, overwrite, job.identity))
+        with _place(job, out, replaces) if runtime.is_main else nullcontext(out):
             todo = on_main(runtime, lambda: take_up(job.folder, files, [job.folder, job.parts]))
             on_main(runtime, lambda: _prepare(job, shared, todo))
             with _progress(job, [files[number] for number in todo], runtime):
                 _score(job, shared, [(number, files[number]) for number in todo], options, runtime)
             dist.barrier(group=runtime.group)  # all ranks have written their records
-            return on_main(runtime, lambda: _finish(job, run, len(files), len(files) - len(todo), options, started, out))
+            records, result = on_main(runtime, lambda: _finish(job, run, len(files), len(files) - len(todo), options, started, out))
+        if runtime.is_main:
+            tell_files(records)
+        return result
 
 
-def _refuse_options(options: Options, runtime: Runtime) -> None:
+@contextmanager
+def _place(job: Job, out: Path, replaces: bool) -> Iterator[Path]:
+    """The unfinished folder; one in which nothing was done goes with the error that ended it."""
+    with resumable_folder(out, "predictions", replaces, job.identity, keeps=True) as folder:
+        try:
+            yield folder
+        except (ConfigError, DataError):
+            if is_empty(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _refuse_options(options: Options, runtime: Runtime, out: Path, inputs: Sequence[str | Path]) -> None:
     launched = "WORLD_SIZE" in os.environ
+    if re.match(r"\w+:/", str(out)):
+        raise ConfigError(f"--out {out}: predictions are written to a local folder", "copy them to the store once they are whole")
+    if not all(str(each) for each in inputs):
+        raise ConfigError("--input names nothing", "give a file, a folder, a pattern or a URL")
+    inside = next((each for each in map(Path, inputs) if each.is_dir() and out.resolve().is_relative_to(each.resolve())), None)
+    if inside is not None:
+        raise ConfigError(
+            f"the output folder {out} lies in the input {inside}: its parts would be inputs the next time", "choose another --out"
+        )
     if options.ray_address is not None and launched:
         raise ConfigError("--engine ray and torchrun both start processes", "leave one of them out")
     if options.processes is not None and (launched or options.ray_address is not None):
@@ -91,7 +116,8 @@ def _refuse_options(options: Options, runtime: Runtime) -> None:
             "--processes is of this machine alone", "torchrun's --nproc-per-node, or the Ray cluster, says how many there are"
         )
     if options.tables == "sharded" and (options.ray_address is not None or (options.processes or 1) > 1):
-        raise ConfigError("--tables sharded needs ranks that call each other", "start it by torchrun, without these options")
+        hint = "leave out --engine ray and --processes, and start ranks by torchrun"
+        raise ConfigError("--tables sharded is of ranks that call each other", hint)
     if options.tables == "shared" and runtime.device.type == "cuda":
         raise ConfigError(
             "--tables shared is for cores, and this rank has a GPU", "leave it out, or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
@@ -128,11 +154,12 @@ def _sharded_batch(run: Run, runtime: Runtime) -> int:
     return max(1, run.config.training.global_batch_size // runtime.world_size)
 
 
-def _refuse(run: DataPath, files: Sequence[LogFile], out: Path, overwrite: bool, identity: str) -> None:
-    if not overwrite:
-        take_back(out, identity)
-    refuse_existing(out, "predictions", overwrite)
+def _refuse(run: DataPath, files: Sequence[LogFile], out: Path, overwrite: bool, identity: str) -> bool:
+    """Whether what is at `out` may be replaced: when asked for, or when it lacks files of this very job."""
+    replaces = overwrite or take_back(out, identity)
+    refuse_existing(out, "predictions", replaces)
     refuse_overlap(out, [run, *(path for file in files if file.raw is not None for path in file.raw.all_paths)])
+    return replaces
 
 
 def _prepare(job: Job, shared: bool, todo: Sequence[int]) -> None:
@@ -141,6 +168,7 @@ def _prepare(job: Job, shared: bool, todo: Sequence[int]) -> None:
     if place.exists() or not todo:
         return
     partial = job.folder / f".{MODEL}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     if shared:
         write_model(job.run, partial)
@@ -187,7 +215,7 @@ def _processes(options: Options, files: Sequence[LogFile]) -> int:
     if options.processes is not None:
         return min(options.processes, len(files))
     few = len(files) <= FEW
-    small = few and sum(state["bytes"] for file in files for state in file.states()) < SMALL_BYTES
+    small = few and sum(state["bytes"] for file in files for state in states_of(file)) < SMALL_BYTES
     return 1 if small else min(default_workers(), len(files))
 
 
@@ -202,7 +230,10 @@ def _progress(job: Job, files: Sequence[LogFile], runtime: Runtime) -> Iterator[
     def watch() -> None:
         seen = 0
         while not done.wait(POLL_S):
-            rows = rows_told(job.folder)
+            try:
+                rows = rows_told(job.folder)
+            except OSError:  # the folder is gone: who writes there says so
+                return
             progress.add(rows - seen)
             seen = rows
 
@@ -245,8 +276,10 @@ class _ShardedModel:
         return bool(told)
 
 
-def _finish(job: Job, run: DataPath, num_files: int, done_before: int, options: Options, started: float, out: Path) -> Record:
-    """Find the best of all, write the manifest, tell of the files; the result."""
+def _finish(
+    job: Job, run: DataPath, num_files: int, done_before: int, options: Options, started: float, out: Path
+) -> tuple[list[Record], Record]:
+    """Find the best of all and write the manifest; the records of the files, and the result."""
     records = records_of(job.folder, num_files)
     names = [column.name for column in job.columns]
     scored = sum(int(record["rows"]) for record in records)
@@ -261,7 +294,8 @@ def _finish(job: Job, run: DataPath, num_files: int, done_before: int, options: 
     failed = sum("error" in record for record in records)
     trained = coverage.trained_on(job.run.path)
     rows = sum(int(part["rows"]) for record in records for part in record["parts"])
-    summary = {"rows": rows, "rows_scored": scored, "rejected": rejected.rows, "failed": failed}
+    not_selected = rejected.reasons.pop(NOT_WANTED.name, {"rows": 0})["rows"]
+    summary = {"rows": rows, "rows_scored": scored, "not_selected": not_selected, "rejected": rejected.rows, "failed": failed}
     content = {
         "run": str(run),
         "schema_hash": job.run.schema.hash(),
@@ -271,13 +305,12 @@ def _finish(job: Job, run: DataPath, num_files: int, done_before: int, options: 
         **summary,
         "rejected_by_reason": rejected.reasons,
         "features": coverage.compare(job.run.schema, scored, held, trained, options.warn_gap),
-        "files": [record if failed else {name: value for name, value in record.items() if name != "held"} for record in records],
+        "files": [record if failed else {key: each for key, each in record.items() if key not in ("held", BEST)} for record in records],
         "made_from": job.identity,
         "seconds": round(time.perf_counter() - started, 3),
     }
     write_manifest(job.folder, "predictions", content)
     forget(job.folder, [MODEL] if failed else [MODEL, BEST])
-    tell_files(records)
     parts = sum(len(record["parts"]) for record in records)
-    told = {"parts": parts, "parts_done_before": done_before, **summary, "seconds": content["seconds"]}
-    return {"predictions": str(out), **told, "columns": content["columns"]}
+    told = {"files": num_files, "files_done_before": done_before, "parts": parts, **summary, "seconds": content["seconds"]}
+    return records, {"predictions": str(out), **told, "columns": content["columns"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ import pyarrow.parquet as pq
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from escm2rec.scoring.inputs import LogFile
 
 LOOKED_AT = 64  # files, whose footers say how many rows they have
 SHOWN = 20
-WIDTH = 120
+WIDTH = 200
 Record = dict[str, Any]
 
 
@@ -30,9 +32,12 @@ def estimated_rows(files: Sequence[LogFile]) -> int | None:
 
 
 def tell_files(records: Sequence[Record]) -> None:
-    """A table by file, on stderr: those that failed, then the slowest, in their order."""
+    """A table by file, on stderr, in their order; of many those that failed and the slowest."""
     ranked = sorted(range(len(records)), key=lambda number: ("error" not in records[number], -records[number].get("seconds", 0)))
-    table = Table("file", title="scored", title_justify="left", box=SIMPLE)
+    names = [record["input"] for record in records]
+    folders = [os.path.dirname(name) for name in names]
+    common = f"{os.path.commonpath(folders)}/" if len(names) > 1 and all(map(os.path.isabs, names)) else ""
+    table = Table("file", title=Text(f"scored in {common}" if common else "scored"), title_justify="left", box=SIMPLE)
     for name in ("rows", "left out", "parts", "rows/s"):
         table.add_column(name, justify="right")
     table.add_column("")
@@ -40,10 +45,13 @@ def tell_files(records: Sequence[Record]) -> None:
         record = records[number]
         left_out = sum(int(each["rows"]) for each in record.get("rejected", {}).values())
         rate = f"{record['rows'] / max(record['seconds'], 1e-3):,.0f}" if "seconds" in record else ""
-        table.add_row(record["input"], f"{record['rows']:,}", f"{left_out:,}", f"{len(record['parts'])}", rate, record.get("error", ""))
+        name = record["input"].removeprefix(common)
+        error = " ".join(record.get("error", "").replace(record["input"], name).split())
+        counts = (f"{record['rows']:,}", f"{left_out:,}", f"{len(record['parts'])}", rate)
+        table.add_row(*map(Text, (name, *counts, "".join(filter(str.isprintable, error)))))  # no markup, whatever they hold
     if (more := len(records) - SHOWN) > 0:
-        table.caption = f"and {more:,} files more, in the manifest"
+        table.caption = f"those that failed, then the slowest; {more:,} files more in the manifest"
     console = Console(stderr=True)
     if not console.is_terminal:
-        console.width = max([WIDTH, *(len(record["input"]) + len(record.get("error", "")) + WIDTH // 2 for record in records[:SHOWN])])
+        console.width = WIDTH
     console.print(table)

@@ -21,9 +21,9 @@ from escm2rec.preprocess.external import query
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.scoring.options import Layout
 from escm2rec.scoring.output import PREDICTIONS, RANK, OutputColumn, PartWriter, Record
+from escm2rec.scoring.parts import BEST
 
 SCORE, BY = "\0score", "\0by"  # columns of what is kept meanwhile: what ranks a row, and its user where that is not written
-BEST = "best"  # the folder of what is kept meanwhile
 MOST_ROWS = 1 << 20  # of an input's best ones, in memory
 SORT_BYTES = 1 << 30
 FOUND_ROWS = 1 << 20
@@ -98,11 +98,11 @@ def _best(table: pa.Table, by: str, k: int) -> Int64s:
 
 
 def check_key(column: pa.ChunkedArray, name: str) -> str | None:
-    """What is wrong with a column to rank by, if anything."""
+    """What is wrong with a column to rank by, if anything: users are told apart by whole numbers or texts, which any file writes alike."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_nested(kind) or pa.types.is_floating(kind):
-        return f"--by {name}: the column is of type {column.type}; whole numbers or texts tell users apart"
-    return None
+    if pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+        return None
+    return f"--by {name}: the column is of type {column.type}; whole numbers or texts tell users apart"
 
 
 def write_best(folder: Path, records: Sequence[Record], top: Top, by: str, columns: Sequence[str], layout: Layout) -> list[Record]:
@@ -131,7 +131,7 @@ def write_best(folder: Path, records: Sequence[Record], top: Top, by: str, colum
                         table = pa.Table.from_batches([batch]).select(columns).take(pa.array(np.concatenate(at)))
                         writer.write(table.append_column(RANK, pa.array(np.concatenate(rank), pa.int32())))
                     first = last
-        told.append({**record, "parts": writer.finish()})
+        told.append({**record, "parts": writer.finish(), BEST: record["parts"]})
     assert waiting is None
     shutil.rmtree(folder / "sorting", ignore_errors=True)
     return told
