@@ -25,7 +25,9 @@ import pytest
 from escm2rec.config import load_config
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.preprocess import preprocess
+from escm2rec.preprocess.raw import RawEncoder
 from escm2rec.scoring.options import Layout, Options
+from escm2rec.scoring.output import files_of
 from escm2rec.scoring.score import score
 from escm2rec.training.run import COVERAGE
 from escm2rec.training.train import train
@@ -365,6 +367,121 @@ def test_shares_are_beside_those_of_training_and_gaps_are_warned_of(folder: Path
         "scored": trained["tags"]["missing"],
         "training": trained["tags"]["missing"],
     }
+
+
+def with_bad(folder: Path, logs: Path) -> Path:
+    """Three files, the last of which cannot be scored."""
+    shutil.copytree(folder / "in", logs)
+    (logs / "c.parquet").write_text("no table")
+    return logs
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(row_group_rows=7, rows_per_file=20)])
+def test_the_best_of_all_are_found_anew_when_a_file_is_mended(folder: Path, tmp_path: Path, layout: Layout) -> None:
+    logs = with_bad(folder, tmp_path / "logs")
+    options: dict[str, Any] = {"top_k": 2, "by": "user", "on_error": "skip", "layout": layout, "columns": ["row", "p_ctcvr"]}
+    assert run_score(folder, tmp_path / "out", logs, **options)["failed"] == 1
+    shutil.copy(folder / "in" / "c.parquet", logs)
+    again = run_score(folder, tmp_path / "out", logs, **options)
+    assert (again["failed"], again["files_done_before"]) == (0, 2)
+    run_score(folder, tmp_path / "fresh", logs, **options)
+    assert frame(tmp_path / "out").equals(frame(tmp_path / "fresh"))
+    assert not (tmp_path / "out" / "best").exists()
+
+
+def test_predictions_that_lack_files_stay_until_those_are_there(folder: Path, tmp_path: Path) -> None:
+    """A further try that fails, or is killed, takes nothing away."""
+    logs, out = with_bad(folder, tmp_path / "logs"), tmp_path / "out"
+    run_score(folder, out, logs, on_error="skip")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(DataError, match=r"c\.parquet is not a Parquet file"):
+        run_score(folder, out, logs)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    shutil.copy(folder / "in" / "c.parquet", logs)
+    assert run_score(folder, out, logs)["files_done_before"] == 2
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_whatever_names_and_errors_hold_the_table_is_printed(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logs = tmp_path / "[/z]" / "in[red]"
+    logs.mkdir(parents=True)
+    shutil.copy(folder / "in" / "c.parquet", logs / "[b]a.parquet")
+    pq.write_table(raw_table(5, 1).rename_columns(["row", "[/b]", *raw_table(5, 1).column_names[2:]]), logs / "b.parquet")
+    assert run_score(folder, tmp_path / "out", str(logs), on_error="skip")["failed"] == 1
+    said = capfd.readouterr().err
+    assert "[b]a.parquet" in said
+    assert "has no column 'user'" in said
+
+
+def test_an_input_that_changes_or_goes_meanwhile_leaves_no_part(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = tmp_path / "logs"
+    shutil.copytree(folder / "in", logs)
+    blocks = RawEncoder.blocks
+
+    def disturbed(encoder: RawEncoder, file: Any, rejected: Any) -> Iterator[Any]:
+        yield from blocks(encoder, file, rejected)
+        if file.name == "a.parquet":
+            os.utime(file.path, (1, 1))
+        if file.name == "b.parquet":
+            file.path.unlink()
+            (logs / "c.parquet").unlink()
+
+    monkeypatch.setattr(RawEncoder, "blocks", disturbed)
+    result = run_score(folder, tmp_path / "out", logs, on_error="skip")
+    assert (result["failed"], result["parts"]) == (3, 0)
+    errors = [record["error"].rpartition("/")[2] for record in manifest(tmp_path / "out")["files"]]
+    missing = "cannot be read: No such file or directory"
+    assert errors == ["a.parquet changed while it was scored", f"b.parquet {missing}", f"c.parquet {missing}"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+
+
+class KilledError(BaseException):
+    """Stands in for a kill: nothing is done after it."""
+
+
+@pytest.mark.parametrize("where", ["scoring.model.write_lookups", "scoring.score.write_manifest", "folder._take_place"])
+def test_a_job_is_taken_up_wherever_it_ended(
+    folder: Path, plain: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """While the model is written; before the manifest is; between it and the place of the folder."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"escm2rec.{where}", killed)
+        with pytest.raises(KilledError):
+            run_score(folder, tmp_path / "out", keep=["row", "user"])
+    result = run_score(folder, tmp_path / "out", keep=["row", "user"])
+    assert result["files_done_before"] == (0 if "model" in where else 3)
+    assert frame(tmp_path / "out").equals(plain)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".parquet") == ["manifest.json"]
+
+
+def test_files_of_an_input_are_not_those_of_one_with_a_longer_number(tmp_path: Path) -> None:
+    names = ["part-10000.parquet", "part-10000-00001.parquet", "part-100000.parquet", ".part-10000.parquet.partial"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert sorted(path.name for path in files_of(tmp_path, 10_000)) == sorted(set(names) - {"part-100000.parquet"})
+
+
+def test_places_that_would_spoil_something_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "in", tmp_path / "in")
+    for out, inputs, told in (
+        (tmp_path / "in" / "sub", tmp_path / "in", "lies in the input"),
+        (Path("s3:/bucket/out"), tmp_path / "in", "are written to a local folder"),
+        (tmp_path / "out", "", "--input names nothing"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            run_score(folder, out, inputs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_job_that_did_nothing_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    for options in ({"keep": ["nosuch"]}, {"where": "nosuch > 3"}, {"top_k": 1, "by": "bytes"}):
+        with pytest.raises(DataError):
+            run_score(folder, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
 
 
 # --- who does it ----------------------------------------------------------------------------------

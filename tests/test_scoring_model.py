@@ -103,6 +103,14 @@ def test_mapped_tables_predict_as_sharded_ones_and_repeats_change_nothing(
         return of_repeats(self, *args)
 
     monkeypatch.setattr(SharedModel, "of_repeats", counted)
+    wholes: list[int] = []
+    whole = SharedInputs.whole
+
+    def noted(self: SharedInputs) -> Tensor:
+        wholes.append(1)
+        return whole(self)
+
+    monkeypatch.setattr(SharedInputs, "whole", noted)
     rtol, atol = (1e-2, 1e-2) if run.name == "half" else (1e-6, 2e-6)
     for repeats in (False, True):
         found = scored(run, inputs, tmp_path / f"shared-{repeats}", finds_repeats=repeats)
@@ -111,6 +119,7 @@ def test_mapped_tables_predict_as_sharded_ones_and_repeats_change_nothing(
             np.testing.assert_allclose(found[name], sharded[name], rtol=rtol, atol=atol, err_msg=f"{name}, {repeats}")
         assert len(called) == repeats
     assert sharded["ctr_logit"].std() > 0.01  # type: ignore[operator]
+    assert bool(wholes) == (run.name in ("dcn", "linear")), "others compute their first layers in parts"
 
 
 # --- which rows share what -----------------------------------------------------------------------

@@ -149,6 +149,15 @@ class SharedInputs:
         shared = nn.functional.linear(self._once, for_once, bias).index_select(0, self._of_row)
         return shared.add_(nn.functional.linear(self._each, for_each)) if self._each.shape[1] else shared
 
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self._each.device
+
+    def detach(self) -> SharedInputs:
+        """Themselves: nothing here has a gradient."""
+        return self
+
     def whole(self) -> Tensor:
         """The inputs as one tensor."""
         if self._whole is None:
