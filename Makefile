@@ -62,6 +62,7 @@ bench: install
 	$(BIN)/python -m benchmarks.metrics
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.first_step
+	$(BIN)/python -m benchmarks.score --alone
 
 prove: $(INSTALLED_DEV)
 	ESCM2REC_IMAGE_PROOF=1 $(BIN)/python -m pytest tests/test_dockerfile.py

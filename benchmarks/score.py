@@ -19,6 +19,7 @@ memory: what the command takes for 1 M and for 50 M raw rows (files that are lin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -65,6 +66,7 @@ INPUTS = ("encoded", "raw", "raw_sparse")
 FILE_ROWS = 1_000_000
 PANDAS_ROWS = 131_072
 PER_USER = 50
+RAY_PASSES = 5
 MEMORY_FILES = (1, 50)
 BARE_BATCHES = 12
 TRAIN_ROWS = 65_536
@@ -316,7 +318,7 @@ class RayScorer:
 
 
 def ray_data_rate(job: Job, folder: Path, files: int, processes: int, out: Path) -> float:
-    """Rows/s of `map_batches` of twice as many files over those of one pass, so that what it takes to start is in neither."""
+    """Rows/s of `map_batches`: of RAY_PASSES over the files and of one, so that what it takes to start is in neither."""
     import ray
     import ray.data
 
@@ -342,7 +344,7 @@ def ray_data_rate(job: Job, folder: Path, files: int, processes: int, out: Path)
             return timed(work)
 
         once = seconds(1)
-        return files * FILE_ROWS / (seconds(2) - once)
+        return (RAY_PASSES - 1) * files * FILE_ROWS / (seconds(RAY_PASSES) - once)
     finally:
         ray.shutdown()
 
@@ -417,7 +419,8 @@ def measured(root: Path, files: int, rounds: int, processes: int, alone: bool) -
     if alone:
         return told
     rates = [pandas_rate(runs["raw"], root / "raw" / "00000.parquet", values_of(sparse=False), root / "pandas.parquet") for _ in range(3)]
-    by_ray = [ray_data_rate(jobs["encoded"], root / "encoded", files, processes, root / f"ray-{n}") for n in range(3)]
+    with contextlib.redirect_stdout(sys.stderr):  # its own words
+        by_ray = [ray_data_rate(jobs["encoded"], root / "encoded", files, processes, root / f"ray-{n}") for n in range(3)]
     told["pandas"] = {"rows_per_s": [round(rate) for rate in rates], "raw_over_it": _over(found, "raw", rates)}
     told["ray_data"] = {"rows_per_s": [round(rate) for rate in by_ray], "encoded_over_it": _over(found, "encoded", by_ray)}
     told["memory_mb"] = memory(runs["raw"], root / "raw" / "00000.parquet", root)
