@@ -11,10 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from escm2rec.config import DataConfig
+from escm2rec.config import DataConfig, TableSource
 from escm2rec.errors import DataError
-from escm2rec.preprocess import portions, preprocess, tables
+from escm2rec.preprocess import RawFile, portions, preprocess, tables
+from escm2rec.preprocess.block import Request
 from escm2rec.preprocess.stable_hash import hash64
+from escm2rec.preprocess.tables import TableFile
+from escm2rec.schema import Feature
 from tests.preprocess_logs import made, read_split, table_config, values_of, write_parquet
 
 FEATURES: list[dict[str, Any]] = [
@@ -385,3 +388,19 @@ def test_a_first_line_without_end_is_no_header(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "a.csv").write_bytes(b"a" * (1 << 20) + b"\n1\n")
     with pytest.raises(DataError, match=r"a.csv is not a CSV table: its first line has more than 1 MiB\nhint: is it text at all?"):
         preprocess(table_config([{"name": "c", "kind": "categorical"}], source={"files": "*.csv"}), tmp_path, tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:
+    """Of a row group of 64 MB, what Arrow holds at once is some blocks and a page of each column."""
+    rows = 1_000_000
+    rng = np.random.default_rng(0)
+    table = pa.table({f"c{place}": rng.integers(0, 1 << 60, rows) for place in range(8)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=rows, use_dictionary=False)
+    del table
+    features = [Feature(name=f"c{place}", kind="categorical", column=f"c{place}") for place in range(8)]
+    file = TableFile(RawFile(tmp_path / "a.parquet"), TableSource(kind="table"), Request.of(features, [], labels=False), 65_536)
+    before, most, seen = pa.total_allocated_bytes(), 0, 0
+    for batch, _, _ in file.batches():
+        most, seen = max(most, pa.total_allocated_bytes() - before), seen + len(batch)
+    assert seen == rows
+    assert most < 32 << 20

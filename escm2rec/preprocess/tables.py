@@ -24,6 +24,7 @@ from escm2rec.preprocess.rejections import COLUMNS, LABEL, NOT_WANTED, TORN, TRU
 from escm2rec.preprocess.table_columns import TableColumn, numbers_of, raw_column, without_views
 
 CSV_BLOCK_BYTES = 16 << 20
+READ_BYTES = 1 << 20  # of a column of a row group at a time
 SHOWN_COLUMNS = 20
 EVENT_TABLES: tuple[Literal["impressions", "clicks", "conversions"], ...] = ("impressions", "clicks", "conversions")
 PROBABILITY = "a probability: write numbers from 0 to 1"
@@ -122,8 +123,8 @@ class TableFile:
 
     def _parquet_batches(self, start: int, stop: int | None, first_row: int) -> Iterator[tuple[pa.Table, Int64s, list[Rejection]]]:
         try:
-            # With pre_buffer the bytes of every row group stay until the file is closed.
-            with pq.ParquetFile(self.file.path, pre_buffer=False) as parquet:
+            # With pre_buffer the bytes of every row group stay until the file is closed; without a buffer a column's are read all at once.
+            with pq.ParquetFile(self.file.path, pre_buffer=False, buffer_size=READ_BYTES) as parquet:
                 columns = self._wanted(parquet.schema_arrow.names)
                 groups = range(start, parquet.num_row_groups if stop is None else stop)
                 if self._where is None:

@@ -24,6 +24,7 @@ from escm2rec.preprocess import RawFile, raw_files
 from escm2rec.preprocess.files import check_readable, is_part, pattern_of, refuse_nested
 from escm2rec.preprocess.raw import EncodedBlock
 from escm2rec.preprocess.rejections import NOT_WANTED, Rejected, Rejection
+from escm2rec.preprocess.tables import READ_BYTES
 from escm2rec.preprocess.where import Where
 from escm2rec.reader.columns import encoded_columns
 from escm2rec.reader.dataset import Dataset
@@ -206,7 +207,7 @@ def encoded_blocks(
     wanted = [*encoded_columns(schema, labels=False), *(KEPT_PREFIX + name for name in kept)]
     group = 0
     try:
-        with pq.ParquetFile(file, pre_buffer=False) as parquet:
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES) as parquet:
             _check_columns(file, parquet.schema_arrow.names, wanted)
             for group in range(parquet.num_row_groups):
                 for batch in parquet.iter_batches(block_rows, row_groups=[group], columns=wanted, use_threads=False):
