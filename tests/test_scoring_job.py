@@ -26,9 +26,12 @@ from escm2rec.config import load_config
 from escm2rec.errors import ConfigError, DataError
 from escm2rec.preprocess import preprocess
 from escm2rec.preprocess.raw import RawEncoder
+from escm2rec.schema import Schema
+from escm2rec.scoring.inputs import LogFile, log_files
 from escm2rec.scoring.options import Layout, Options
 from escm2rec.scoring.output import files_of
 from escm2rec.scoring.score import score
+from escm2rec.scoring.summary import estimated_rows
 from escm2rec.training.run import COVERAGE
 from escm2rec.training.train import train
 from tests.raw_tables import raw_table, write_config
@@ -517,6 +520,14 @@ def test_ray_makes_the_same_bytes(folder: Path, plain: pl.DataFrame, tmp_path: P
     assert bytes_of(tmp_path / "out") == bytes_of(folder / "plain")
     assert plain.height == json.loads(done.stdout)["rows"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_rows_are_estimated_by_footers(folder: Path, bad: Path) -> None:
+    schema = Schema.load(folder / "run" / "schema.json")
+    assert estimated_rows(log_files(schema, [str(folder / "in")])) == sum(ROWS.values())
+    known = [ROWS["a.parquet"], ROWS["b.parquet"], 50, 60, ROWS["c.parquet"]]
+    assert estimated_rows(log_files(schema, [str(bad)], skips=True)) == round(sum(known) / 5 * 7)
+    assert estimated_rows([LogFile("s3://a/b", urls=("s3://a/b",))]) is None
 
 
 def test_a_csv_is_scored_as_the_table_that_it_was_written_from(tmp_path: Path) -> None:

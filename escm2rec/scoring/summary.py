@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,12 +24,19 @@ Record = dict[str, Any]
 
 def estimated_rows(files: Sequence[LogFile]) -> int | None:
     """Of Parquet files: the rows of a few, by which those of all are estimated; None where there are others."""
-    sample = files[:: max(1, len(files) // LOOKED_AT)][:LOOKED_AT]
-    try:
-        rows = [pq.read_metadata(file.raw.path).num_rows for file in sample if file.raw is not None and file.raw.path.suffix != ".csv"]
-    except (OSError, pa.ArrowInvalid):  # who reads it says so
+    sample = [file for file in files[:: max(1, len(files) // LOOKED_AT)][:LOOKED_AT] if file.fault is None]
+    if any(file.raw is None or file.raw.path.suffix == ".csv" for file in sample):
         return None
-    return round(sum(rows) / len(rows) * len(files)) if len(rows) == len(sample) else None
+    rows = [found for file in sample if file.raw is not None and (found := _rows_of(file.raw.path)) is not None]
+    return round(sum(rows) / len(rows) * len(files)) if rows else None
+
+
+def _rows_of(path: Path) -> int | None:
+    """By its footer; None of what is no Parquet: who reads it says so."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowInvalid):
+        return None
 
 
 def tell_files(records: Sequence[Record]) -> None:
