@@ -47,17 +47,19 @@ from escm2rec.config import TableSource, parse_config
 from escm2rec.engine import Engine, local_engine
 from escm2rec.folder import new_folder, sha256_of, write_manifest
 from escm2rec.preprocess.files import PART_MARK
+from escm2rec.preprocess.raw import write_lookups
 from escm2rec.preprocess.rejections import Rejected
 from escm2rec.preprocess.write import layout_of
 from escm2rec.reader.columns import Slice, assemble, decode
 from escm2rec.schema import Feature, Schema
 from escm2rec.scoring import job as job_module
 from escm2rec.scoring.inputs import log_files
-from escm2rec.scoring.job import BATCH_ROWS, BLOCK_ROWS, MODEL, Job, score_one
-from escm2rec.scoring.model import SharedModel, write_model
+from escm2rec.scoring.job import BATCH_ROWS, BLOCK_ROWS, LOOKUPS, MODEL, Job, score_one
+from escm2rec.scoring.model import SharedModel
 from escm2rec.scoring.options import Layout
 from escm2rec.scoring.output import PartWriter, output_columns, output_table, predictions
 from escm2rec.scoring.parts import take_up
+from escm2rec.serving.mapped import write_model
 from escm2rec.training.run import Run
 from escm2rec.training.train import train
 from escm2rec.workers import ready_workers
@@ -176,6 +178,7 @@ def job_of(run: Run, folder: Path, files: Sequence[Any], model_of: Path | None =
     if not (folder / MODEL).exists():
         (folder / MODEL).mkdir()
         write_model(run, folder / MODEL)
+        write_lookups(run.schema, run.path / "vocabulary", folder / MODEL / LOOKUPS)
     return job
 
 
@@ -184,13 +187,13 @@ def bare(job: Job, path: Path, batches: int) -> float:
     assert job_module._scorer is not None
     model = job_module._scorer[1]._model
     assert isinstance(model, SharedModel)
-    held = _batches(job.run.schema, path)
+    held = _batches(job.trained.schema, path)
     with torch.inference_mode():
         for batch in held:
-            model._head(model.inputs(batch, job.run.schema))
+            model._head(model.inputs(batch, job.trained.schema))
         began = time.perf_counter()
         for number in range(batches):
-            model._head(model.inputs(held[number % len(held)], job.run.schema))
+            model._head(model.inputs(held[number % len(held)], job.trained.schema))
     return time.perf_counter() - began
 
 
@@ -205,7 +208,7 @@ def _batches(schema: Schema, path: Path) -> list[Any]:
 def stages(job: Job, path: Path, encoded: bool) -> dict[str, float]:
     """Processor time a row by stage, µs, in this process on one thread: the stages of `FileScorer`, one after the other."""
     scorer = job_module.FileScorer(job, job_module.shared_model(job), workers=1)
-    schema, spent = job.run.schema, dict.fromkeys(("read", "encode", "decode", "forward", "write"), 0.0)
+    schema, spent = job.trained.schema, dict.fromkeys(("read", "encode", "decode", "forward", "write"), 0.0)
     writer, rows = PartWriter(job.folder, 99_999, job.layout), 0
     (file,) = log_files(schema, [str(path)])
     assert file.raw is not None
@@ -311,7 +314,7 @@ class RayScorer:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Predictions of a batch."""
-        columns = decode(table.combine_chunks(), self._job.run.schema, labels=False, where="ray")
+        columns = decode(table.combine_chunks(), self._job.trained.schema, labels=False, where="ray")
         logits = self._scorer._logits(columns)
         made = predictions(logits.ctr_logit, logits.cvr_logit, partial(self._scorer._model.propensity, logits))
         return output_table(self._job.columns, {"row": table.column("kept.row")}, made)

@@ -171,7 +171,6 @@ def evaluate(
 @app.command()
 @verb
 def score(
-    run: RunFolder,
     input: Annotated[
         list[str],
         typer.Option(
@@ -179,6 +178,11 @@ def score(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the predictions.", show_default=False)],
+    run: Annotated[str | None, typer.Option("--run", help="Run folder, as train writes it, or its fsspec URL.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Instead of --run: a folder that export wrote, or its fsspec URL.", show_default=False),
+    ] = None,
     keep: Annotated[
         list[str], typer.Option("--keep", help="Column to keep; repeat it, or give a comma list. [default: those the schema keeps]")
     ] = [],  # noqa: B006
@@ -248,7 +252,8 @@ def score(
         ray_address=(address or "auto") if engine == "ray" else None,
         warn_gap=warn_gap,
     )
-    result = score(data_path(run), input, out, options, overwrite)
+    trained, exported = (None if place is None else data_path(place) for place in (run, model))
+    result = score(trained, input, out, options, overwrite, exported)
     if result.get("failed"):
         raise PartialError(
             f"{result['failed']} of {result['files']} files could not be scored; {out / 'manifest.json'} says why",
@@ -256,6 +261,37 @@ def score(
             result,
         )
     return result
+
+
+@app.command()
+@verb
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the model, its schema, vocabularies and manifest.", show_default=False)],
+    format: Annotated[
+        Literal["torch-export", "aoti", "torchscript"],
+        typer.Option("--format", help="torch.export's archive, one compiled for this machine (needs g++), or TorchScript's."),
+    ] = "torch-export",
+    weights: Annotated[Literal["fp32", "bf16", "int8", "int4"], typer.Option("--weights", help="How rows of tables are stored.")] = "fp32",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Data set on which its quality is measured. [default: the one that the run was trained on]", show_default=False
+        ),
+    ] = None,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option("--split", help="Which split of it.")] = "test",
+    rows: Annotated[int, typer.Option("--rows", min=1, help="At most so many rows of it, the first.")] = 100_000,
+    overwrite: Overwrite = False,
+) -> Result:
+    """Write a trained model as one folder that serves elsewhere.
+
+    By torch alone; score --model takes it too. Its manifest says what it takes, and what it loses beside the run's.
+    """
+    _require_matching_packages()
+    from escm2rec.paths import data_path
+    from escm2rec.serving.export import export
+
+    return export(data_path(run), out, format, weights, None if data is None else data_path(data), split, rows, overwrite)
 
 
 @app.command()

@@ -26,7 +26,7 @@ JOB = "job"  # in an unfinished folder that can be taken up: what it is made fro
 RUN_CONFIG = "config.json"  # what an unfinished run has
 LAYOUT_VERSION = 1
 LAYOUTS = {"data set": 2}  # of other kinds than LAYOUT_VERSION; 2: lists as cells of bytes
-MAKERS = {"data set": "preprocess", "run": "train", "study": "study"}
+MAKERS = {"data set": "preprocess", "run": "train", "study": "study", "artifact": "export"}
 MARKS = {"data set": ("schema.json", "train"), "run": (RUN_CONFIG, "checkpoints", "candidates")}
 """What an unfinished folder of a kind already has; of the other kinds nothing is known."""
 ANEW = "run the same command again, or choose another --out"

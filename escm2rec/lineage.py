@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 TRACKERS = "TORCHX_TRACKERS"
-MAKES = {"simulate": "logs", "preprocess": "data set", "train": "run", "evaluate": "report", "score": "predictions", "study": "study"}
-READS = {"input": "logs", "data": "data set", "run": "run", "warm_start": "run"}
+MAKES = {
+    "simulate": "logs",
+    "preprocess": "data set",
+    "train": "run",
+    "evaluate": "report",
+    "score": "predictions",
+    "export": "artifact",
+    "study": "study",
+}
+READS = {"input": "logs", "data": "data set", "run": "run", "warm_start": "run", "model": "artifact"}
 
 logger = logging.getLogger(__name__)
 

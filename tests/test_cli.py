@@ -24,7 +24,7 @@ from tests.preprocess_logs import write_parquet
 from tests.small_disks import resize, small_disk
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("simulate", "preprocess", "train", "evaluate", "score")
+VERBS = ("simulate", "preprocess", "train", "evaluate", "score", "export")
 HEAVY = ("torch", "torchrec", "polars", "pyarrow", "numpy", "pydantic", "matplotlib")
 CONFIG = """
 data:
@@ -148,13 +148,13 @@ CALLS: list[tuple[str, str, list[str], Callable[[Config], list[Any]]]] = [
         "score",
         "escm2rec.scoring.score",
         ["--run", "r", "--input", "a", "--input", "b", "--out", "o", "--keep", "x,y", "--keep", "z"],
-        lambda _: [Path("r"), ["a", "b"], Path("o"), Options(keep=["x", "y", "z"]), False],
+        lambda _: [Path("r"), ["a", "b"], Path("o"), Options(keep=["x", "y", "z"]), False, None],
     ),
     (
         "score",
         "escm2rec.scoring.score",
         ["--run", "r", "--input", "a", "--out", "o", "--overwrite"],
-        lambda _: [Path("r"), ["a"], Path("o"), Options(), True],
+        lambda _: [Path("r"), ["a"], Path("o"), Options(), True, None],
     ),
     (
         "score",
@@ -182,7 +182,29 @@ CALLS: list[tuple[str, str, list[str], Callable[[Config], list[Any]]]] = [
                 warn_gap=0.5,
             ),
             False,
+            None,
         ],
+    ),
+    (
+        "score",
+        "escm2rec.scoring.score",
+        ["--model", "m", "--input", "a", "--out", "o"],
+        lambda _: [None, ["a"], Path("o"), Options(), False, Path("m")],
+    ),
+    (
+        "export",
+        "escm2rec.serving.export",
+        ["--run", "r", "--out", "o"],
+        lambda _: [Path("r"), Path("o"), "torch-export", "fp32", None, "test", 100_000, False],
+    ),
+    (
+        "export",
+        "escm2rec.serving.export",
+        [
+            *("--run", "r", "--out", "o", "--format", "aoti", "--weights", "int4", "--data", "d", "--split", "train", "--rows", "9"),
+            "--overwrite",
+        ],
+        lambda _: [Path("r"), Path("o"), "aoti", "int4", Path("d"), "train", 9, True],
     ),
     ("inspect", "escm2rec.inspection.inspect", ["d"], lambda _: [Path("d"), 10, None, False, False]),
     (

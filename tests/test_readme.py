@@ -52,7 +52,7 @@ def test_every_link_leads_somewhere() -> None:
 def test_every_verb_is_told_with_its_options() -> None:
     commands = get_command(app)
     told = dict(re.findall(r"^\| `(\w+)` \| (.*?)\| ", README, re.M))
-    assert {"simulate", "preprocess", "train", "evaluate", "score", "pipeline", "study", "plan", "doctor"} == set(told)
+    assert {"simulate", "preprocess", "train", "evaluate", "score", "export", "pipeline", "study", "plan", "doctor"} == set(told)
     for verb, options in told.items():
         known = {option for parameter in commands.commands[verb].params for option in parameter.opts}  # type: ignore[attr-defined]
         assert set(re.findall(r"--[a-z-]+", options)) <= known

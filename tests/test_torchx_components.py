@@ -30,7 +30,7 @@ from tests.raw_tables import raw_table, write_config
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "torchx_components" / "escm2rec.py"
-SINGLE = ("simulate", "preprocess", "study")
+SINGLE = ("simulate", "preprocess", "study", "export")
 DISTRIBUTED = ("train", "evaluate", "score")
 VERBS = (*SINGLE, *DISTRIBUTED)
 JOB_ARGUMENTS = {"image", "name", "h", "cpu", "memory_mb", "env", "max_retries", "mounts"}
@@ -52,6 +52,13 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
     "study": (
         ["--out", "o", "--preset", "full", "--objectives", "esmm,escm2-ips", "--seeds", "3"],
         ["--out", "o", "--preset", "full", "--objectives", "esmm", "--objectives", "escm2-ips", "--seeds", "3"],
+    ),
+    "export": (
+        ["--run", "r", "--out", "o", "--weights", "int8", "--data", "d", "--rows", "9"],
+        [
+            *("--run", "r", "--out", "o", "--format", "torch-export", "--weights", "int8", "--data", "d", "--split", "test"),
+            *("--rows", "9"),
+        ],
     ),
     "train": (
         [

@@ -248,9 +248,10 @@ def evaluate(
 
 
 def score(
-    run: str,
     input: List[str],
     out: str,
+    run: Optional[str] = None,
+    model: Optional[str] = None,
     keep: Optional[List[str]] = None,
     columns: Optional[List[str]] = None,
     where: Optional[str] = None,
@@ -283,9 +284,10 @@ def score(
     """Score candidate logs with a trained model, one rank a process; with processes, or on Ray, by one process that starts the others.
 
     Args:
-        run: run folder, as train writes it
         input: logs, or splits of data sets: files, folders, patterns or URLs
         out: folder for the predictions
+        run: run folder, as train writes it
+        model: instead of run, a folder that export wrote
         keep: columns to keep; by default those the schema keeps
         columns: all columns to write, as COLUMN or NAME=COLUMN, instead of keep
         where: score only rows of this SQL condition
@@ -317,6 +319,7 @@ def score(
     """
     arguments = _options(
         run=run,
+        model=model,
         input=input,
         out=out,
         keep=keep,
@@ -341,6 +344,49 @@ def score(
         resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memory_mb, h=h)
         return _single_process("score", arguments, image, name, resource, env, max_retries, mounts)
     return _distributed("score", arguments, image, name, h, cpu, gpu, memory_mb, j, env, max_retries, rdzv_port, mounts)
+
+
+def export(
+    run: str,
+    out: str,
+    format: str = "torch-export",
+    weights: str = "fp32",
+    data: Optional[str] = None,
+    split: str = "test",
+    rows: int = 100_000,
+    overwrite: bool = False,
+    image: str = torchx.IMAGE,
+    name: str = "export",
+    h: Optional[str] = None,
+    cpu: int = 2,
+    memory_mb: int = 8192,
+    env: Optional[Dict[str, str]] = None,
+    max_retries: int = 0,
+    mounts: Optional[List[str]] = None,
+) -> specs.AppDef:
+    """Write a trained model as one folder that serves elsewhere.
+
+    Args:
+        run: run folder, as train writes it
+        out: folder for the model, its schema, vocabularies and manifest
+        format: torch-export, aoti (compiled for the machine that runs this) or torchscript
+        weights: fp32, bf16, int8 or int4: how rows of tables are stored
+        data: data set on which its quality is measured; by default the one that the run was trained on
+        split: which split of it
+        rows: at most so many rows of it
+        overwrite: replace what is at out
+        image: container image, or the directory to run in on schedulers without containers
+        name: name of the job
+        h: named resource of a node; takes precedence over cpu and memory_mb
+        cpu: CPU cores of a node
+        memory_mb: memory of a node in MB
+        env: environment variables, as A=1,B=2
+        max_retries: how often the scheduler may start it again
+        mounts: mounts of a container, as type=bind,src=/from,dst=/to[,readonly]
+    """
+    arguments = _options(run=run, out=out, format=format, weights=weights, data=data, split=split, rows=rows, overwrite=overwrite)
+    resource = specs.resource(cpu=cpu, gpu=0, memMB=memory_mb, h=h)
+    return _single_process("export", arguments, image, name, resource, env, max_retries, mounts)
 
 
 def _single_process(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,16 +27,19 @@ from escm2rec.reader.columns import Columns, decode
 from escm2rec.reader.reader import read_ahead
 from escm2rec.scoring.coverage import held_in_columns
 from escm2rec.scoring.inputs import LogFile, encoded_blocks, file_here
-from escm2rec.scoring.model import LOOKUPS, SharedModel
+from escm2rec.scoring.model import SharedModel
 from escm2rec.scoring.options import Layout
 from escm2rec.scoring.output import OutputColumn, PartWriter, files_of, kept_columns, output_table, predictions
 from escm2rec.scoring.parts import BEST, inputs_of, tell_rows, write_record
 from escm2rec.scoring.repeats import Repeats, find_repeats
+from escm2rec.scoring.served import ServedScorer
 from escm2rec.scoring.top import BY, SCORE, BestRows, Top, check_key
+from escm2rec.serving.artifact import Artifact
 from escm2rec.sharding.runtime import quiet_libraries
 from escm2rec.training.run import Run
 
-MODEL = "model"  # in the unfinished folder: what `write_model` wrote
+MODEL = "model"  # in the unfinished folder: what all processes map
+LOOKUPS = "lookups"  # in it, of all vocabularies
 BLOCK_ROWS = 65_536
 BATCH_ROWS = 4_096
 Record = dict[str, Any]
@@ -47,7 +50,7 @@ class Job:
     """What the scoring of every file knows. `folder` is the unfinished predictions; files of the same `identity` make the same parts."""
 
     identity: str
-    run: Run
+    trained: Run | Artifact
     folder: Path
     columns: tuple[OutputColumn, ...]
     layout: Layout
@@ -83,7 +86,7 @@ class FileScorer:
         self._read = self._kept if job.top is None else tuple(dict.fromkeys([*self._kept, job.top.by]))
         self._workers = workers or default_workers()
         lookups = job.folder / MODEL / LOOKUPS
-        self._encoder = RawEncoder(job.run.schema, lookups, self._read, BLOCK_ROWS, where=job.where, workers=self._workers)
+        self._encoder = RawEncoder(job.trained.schema, lookups, self._read, BLOCK_ROWS, where=job.where, workers=self._workers)
 
     def score(self, number: int, file: LogFile) -> Record:
         """Write the part of a file and then its record, which is returned.
@@ -109,7 +112,7 @@ class FileScorer:
         best = BestRows(self._job.top, BY, writer) if self._job.top is not None else None
         held: dict[str, Int64s] = {}
         rows = 0
-        with file_here(self._job.run.schema, file) as raw:
+        with file_here(self._job.trained.schema, file) as raw:
             try:
                 blocks = self._blocks(file, raw.path, raw, rejected)
                 for block in blocks if self._workers == 1 else read_ahead(blocks, 2):
@@ -130,17 +133,17 @@ class FileScorer:
 
     def _blocks(self, file: LogFile, path: Path, raw: Any, rejected: Rejected) -> Iterator[EncodedBlock]:
         if file.encoded:
-            return encoded_blocks(path, self._job.run.schema, self._read, BLOCK_ROWS, self._job.where, rejected)
+            return encoded_blocks(path, self._job.trained.schema, self._read, BLOCK_ROWS, self._job.where, rejected)
         return self._encoder.blocks(raw, rejected)
 
     def _score_block(self, block: EncodedBlock) -> tuple[pa.Table, dict[str, Int64s]]:
         """The rows as they are written, and what their features hold."""
-        schema = self._job.run.schema
+        schema = self._job.trained.schema
         columns = decode(block.table, schema, labels=False, where=str(block.file))
         logits = self._logits(columns)
         ctr, cvr = logits.ctr_logit, logits.cvr_logit
         if not (np.isfinite(ctr.numpy()).all() and np.isfinite(cvr.numpy()).all()):
-            raise RunError(f"{block.file}: the model of {self._job.run.path} gives predictions that are no numbers", "train it again")
+            raise RunError(f"{block.file}: the model of {self._job.trained.path} gives predictions that are no numbers", "train it again")
         made = predictions(ctr, cvr, lambda: self._model.propensity(logits))
         kept = {name: block.table.column(KEPT_PREFIX + name) for name in self._read}
         table = output_table(self._job.columns, kept, made)
@@ -153,7 +156,7 @@ class FileScorer:
 
     def _logits(self, columns: Columns) -> Predictions:
         model = self._model
-        repeats = find_repeats(columns, self._job.run.schema) if self._job.finds_repeats and isinstance(model, SharedModel) else None
+        repeats = find_repeats(columns, self._job.trained.schema) if self._job.finds_repeats and isinstance(model, SharedModel) else None
         starts = range(0, columns.num_rows, self._batch_rows)
         found = [_rows(model, columns, repeats, start, min(start + self._batch_rows, columns.num_rows)) for start in starts]
         own = [each.propensity_logit for each in found if each.propensity_logit is not None]
@@ -192,7 +195,9 @@ def score_one(job: Job, item: tuple[int, LogFile]) -> Record:
     return _scorer[1].score(*item)
 
 
-def shared_model(job: Job) -> SharedModel:
-    """The model of a job, whose tables are mapped."""
+def shared_model(job: Job) -> SharedModel | ServedScorer:
+    """The model of a job: of a run its tables are mapped, an artifact is loaded whole."""
+    if isinstance(job.trained, Artifact):
+        return ServedScorer(replace(job.trained, path=job.folder / MODEL))
     wants = any(column.source == "propensity" for column in job.columns) or (job.top is not None and job.top.score == "propensity")
-    return SharedModel(job.run, job.folder / MODEL, wants)
+    return SharedModel(job.trained, job.folder / MODEL, wants)

@@ -153,11 +153,12 @@ def take_back(out: Path, identity: str) -> bool:
     logger.info("%s lacks %d file(s), which failed: going on with them", out, manifest["failed"])
     partial = out.with_name(f".{out.name}.partial")
     if not partial.exists():
-        shutil.copytree(out, partial, copy_function=_link)
+        shutil.copytree(out, partial, copy_function=link)
     return True
 
 
-def _link(source: str, to: str) -> None:
+def link(source: str | Path, to: str | Path) -> None:
+    """A second name for a file; a copy where there can be none."""
     try:
         os.link(source, to)
     except OSError:  # a file system without links

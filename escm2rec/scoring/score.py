@@ -34,13 +34,14 @@ from escm2rec.progress import Progress
 from escm2rec.reader.columns import Columns, Slice, assemble
 from escm2rec.scoring import coverage
 from escm2rec.scoring.inputs import LogFile, log_files
-from escm2rec.scoring.job import BATCH_ROWS, MODEL, FileScorer, Job, Record, score_one, shared_model
-from escm2rec.scoring.model import LOOKUPS, write_model
+from escm2rec.scoring.job import BATCH_ROWS, LOOKUPS, MODEL, FileScorer, Job, Record, score_one, shared_model
 from escm2rec.scoring.options import Options
 from escm2rec.scoring.output import RANK, output_columns
-from escm2rec.scoring.parts import BEST, claimed, forget, is_empty, records_of, rows_told, states_of, take_back, take_up
+from escm2rec.scoring.parts import BEST, claimed, forget, is_empty, link, records_of, rows_told, states_of, take_back, take_up
 from escm2rec.scoring.summary import estimated_rows, tell_files
 from escm2rec.scoring.top import BY, Top, write_best
+from escm2rec.serving.artifact import Artifact, artifact_here
+from escm2rec.serving.mapped import write_model
 from escm2rec.sharding.runtime import Runtime, distributed_runtime, on_main
 from escm2rec.training.fetched import run_here
 from escm2rec.training.run import Run
@@ -54,8 +55,16 @@ ROOM = 0.8  # of the machine's memory that tables may take, for each machine to 
 logger = logging.getLogger(__name__)
 
 
-def score(run: DataPath, inputs: Sequence[str | Path], out: Path, options: Options | None = None, overwrite: bool = False) -> Record:
-    """Score logs with a run into Parquet parts, one an input file, rows in the order of the input; called by all ranks alike.
+def score(
+    run: DataPath | None,
+    inputs: Sequence[str | Path],
+    out: Path,
+    options: Options | None = None,
+    overwrite: bool = False,
+    model: DataPath | None = None,
+) -> Record:
+    """Score logs with a run, or with the `model` that `export` made of one, into Parquet parts, one an input file, rows in the order of the
+    input; called by all ranks alike.
 
     Rows pass through the run's own schema and vocabulary, or are encoded already; labels are neither needed nor read. Files are scored by
     processes of this machine, by the ranks of torchrun, or on a Ray cluster; none waits for another.
@@ -69,18 +78,19 @@ def score(run: DataPath, inputs: Sequence[str | Path], out: Path, options: Optio
     options = options or Options()
     with ExitStack() as stack:
         runtime = stack.enter_context(distributed_runtime())
-        on_main(runtime, lambda: _refuse_options(options, runtime, out, inputs))
-        here = stack.enter_context(run_here(run, runtime))
-        opened, files = on_main(runtime, lambda: _open(here, [str(each) for each in inputs], options.on_error == "skip"))
+        place = on_main(runtime, lambda: _one_of(run, model))
+        on_main(runtime, lambda: _refuse_options(options, runtime, out, inputs, model is not None))
+        here = stack.enter_context((run_here if model is None else artifact_here)(place, runtime))
+        opened, files = on_main(runtime, lambda: _open(here, model is not None, [str(each) for each in inputs], options.on_error == "skip"))
         job, shared = on_main(runtime, lambda: _job(opened, files, options, runtime, out))
-        replaces = on_main(runtime, lambda: _refuse(run, files, out, overwrite, job.identity))
+        replaces = on_main(runtime, lambda: _refuse(place, files, out, overwrite, job.identity))
         with _place(job, out, replaces) if runtime.is_main else nullcontext(out):
             todo = on_main(runtime, lambda: take_up(job.folder, files, [job.folder, job.parts]))
             on_main(runtime, lambda: _prepare(job, shared, todo))
             with _progress(job, [files[number] for number in todo], runtime):
                 _score(job, shared, [(number, files[number]) for number in todo], options, runtime)
             dist.barrier(group=runtime.group)  # all ranks have written their records
-            records, result = on_main(runtime, lambda: _finish(job, run, len(files), len(files) - len(todo), options, started, out))
+            records, result = on_main(runtime, lambda: _finish(job, place, len(files), len(files) - len(todo), options, started, out))
         if runtime.is_main:
             tell_files(records)
         return result
@@ -98,7 +108,14 @@ def _place(job: Job, out: Path, replaces: bool) -> Iterator[Path]:
             raise
 
 
-def _refuse_options(options: Options, runtime: Runtime, out: Path, inputs: Sequence[str | Path]) -> None:
+def _one_of(run: DataPath | None, model: DataPath | None) -> DataPath:
+    place = run if model is None else model
+    if place is None or (run is not None and model is not None):
+        raise ConfigError("give either --run or --model", "--run takes what train made, --model what export made of it")
+    return place
+
+
+def _refuse_options(options: Options, runtime: Runtime, out: Path, inputs: Sequence[str | Path], of_artifact: bool) -> None:
     launched = "WORLD_SIZE" in os.environ
     if re.match(r"\w+:/", str(out)):
         raise ConfigError(f"--out {out}: predictions are written to a local folder", "copy them to the store once they are whole")
@@ -115,6 +132,10 @@ def _refuse_options(options: Options, runtime: Runtime, out: Path, inputs: Seque
         raise ConfigError(
             "--processes is of this machine alone", "torchrun's --nproc-per-node, or the Ray cluster, says how many there are"
         )
+    if of_artifact and options.tables is not None:
+        raise ConfigError("--tables is of runs: a model that was exported is loaded whole", "leave it out, or score with --run")
+    if of_artifact and "propensity" in (options.score, *(each.rpartition("=")[2].strip() for each in options.columns or ())):
+        raise ConfigError("a model that was exported has no propensity: it is of training", "leave it out, or score with --run")
     if options.tables == "sharded" and (options.ray_address is not None or (options.processes or 1) > 1):
         hint = "leave out --engine ray and --processes, and start ranks by torchrun"
         raise ConfigError("--tables sharded is of ranks that call each other", hint)
@@ -124,41 +145,46 @@ def _refuse_options(options: Options, runtime: Runtime, out: Path, inputs: Seque
         )
 
 
-def _open(run: Path, inputs: Sequence[str], skips: bool) -> tuple[Run, list[LogFile]]:
-    opened = Run.open(run)
+def _open(place: Path, of_artifact: bool, inputs: Sequence[str], skips: bool) -> tuple[Run | Artifact, list[LogFile]]:
+    opened = Artifact.open(place) if of_artifact else Run.open(place)
     return opened, log_files(opened.schema, inputs, skips)
 
 
-def _job(run: Run, files: Sequence[LogFile], options: Options, runtime: Runtime, out: Path) -> tuple[Job, bool]:
+def _job(trained: Run | Artifact, files: Sequence[LogFile], options: Options, runtime: Runtime, out: Path) -> tuple[Job, bool]:
     """The job, and whether its tables are shared. A job of another identity begins anew.
 
     The run is by what its manifest says, not by its path, which of one on a store is another each time. Inputs are by their paths; whether
     one changed, records say.
     """
-    columns = output_columns(run.schema, options.keep, options.columns, options.by)
+    columns = output_columns(trained.schema, options.keep, options.columns, options.by)
     where = None if options.where is None else Where.parse(options.where)
     top = Top.of(options.top_k, options.by, options.score, columns)
-    table_bytes = sum(feature.num_embeddings * run.config.model.embedding_dim * 4 for feature in run.schema.tables)
-    fits = table_bytes <= ROOM * runtime.memory_bytes() * runtime.local_world_size
-    shared = options.tables == "shared" or (options.tables is None and runtime.device.type == "cpu" and (fits or runtime.world_size == 1))
-    batch_rows = BATCH_ROWS if shared else _sharded_batch(run, runtime)
+    shared = isinstance(trained, Artifact) or _shares_tables(trained, options, runtime)
+    batch_rows = BATCH_ROWS if isinstance(trained, Artifact) or shared else _sharded_batch(trained, runtime)
     content = [[asdict(column) for column in columns], options.where, top and asdict(top), options.bad_rows, asdict(options.layout)]
-    made_from = [run.manifest, run.schema.hash(), [file.path for file in files], content, batch_rows, shared, options.finds_repeats]
+    made_from = [trained.manifest, trained.schema.hash(), [file.path for file in files], content, batch_rows, shared, options.finds_repeats]
     identity = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     folder = out.absolute().with_name(f".{out.name}.partial")
     counts, skips = options.bad_rows == "count", options.on_error == "skip"
-    return Job(identity, run, folder, columns, options.layout, where, top, counts, skips, options.finds_repeats), shared
+    return Job(identity, trained, folder, columns, options.layout, where, top, counts, skips, options.finds_repeats), shared
+
+
+def _shares_tables(run: Run, options: Options, runtime: Runtime) -> bool:
+    """Whether every machine has all tables once, or each rank a share."""
+    table_bytes = sum(feature.num_embeddings * run.config.model.embedding_dim * 4 for feature in run.schema.tables)
+    fits = table_bytes <= ROOM * runtime.memory_bytes() * runtime.local_world_size
+    return options.tables == "shared" or (options.tables is None and runtime.device.type == "cpu" and (fits or runtime.world_size == 1))
 
 
 def _sharded_batch(run: Run, runtime: Runtime) -> int:
     return max(1, run.config.training.global_batch_size // runtime.world_size)
 
 
-def _refuse(run: DataPath, files: Sequence[LogFile], out: Path, overwrite: bool, identity: str) -> bool:
+def _refuse(trained: DataPath, files: Sequence[LogFile], out: Path, overwrite: bool, identity: str) -> bool:
     """Whether what is at `out` may be replaced: when asked for, or when it lacks files of this very job."""
     replaces = overwrite or take_back(out, identity)
     refuse_existing(out, "predictions", replaces)
-    refuse_overlap(out, [run, *(path for file in files if file.raw is not None for path in file.raw.all_paths)])
+    refuse_overlap(out, [trained, *(path for file in files if file.raw is not None for path in file.raw.all_paths)])
     return replaces
 
 
@@ -170,10 +196,12 @@ def _prepare(job: Job, shared: bool, todo: Sequence[int]) -> None:
     partial = job.folder / f".{MODEL}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    if shared:
-        write_model(job.run, partial)
-    else:
-        write_lookups(job.run.schema, job.run.path / "vocabulary", partial / LOOKUPS)
+    if isinstance(job.trained, Artifact):
+        job.trained.check()
+        link(job.trained.file, partial / job.trained.file.name)
+    elif shared:
+        write_model(job.trained, partial)
+    write_lookups(job.trained.schema, job.trained.path / "vocabulary", partial / LOOKUPS)
     os.replace(partial, place)
 
 
@@ -183,7 +211,8 @@ def _score(job: Job, shared: bool, todo: Sequence[tuple[int, LogFile]], options:
         return
     workers = max(1, default_workers() // runtime.local_world_size)
     if not shared:
-        model = _ShardedModel(job.run, runtime)
+        assert isinstance(job.trained, Run)
+        model = _ShardedModel(job.trained, runtime)
         _score_here(FileScorer(job, model, model.batch_rows, workers), job, todo)
         model.serve_others()
         return
@@ -191,7 +220,7 @@ def _score(job: Job, shared: bool, todo: Sequence[tuple[int, LogFile]], options:
         with ray_engine(options.ray_address) as engine:
             _drain(engine.map(partial(score_one, job), todo))
         return
-    processes = _processes(options, [file for _, file in todo]) if "WORLD_SIZE" not in os.environ else 1
+    processes = _processes(job, options, [file for _, file in todo]) if "WORLD_SIZE" not in os.environ else 1
     if processes > 1:
         with local_engine(processes) as engine:
             _drain(engine.map(partial(score_one, job), todo))
@@ -211,9 +240,11 @@ def _score_here(scorer: FileScorer, job: Job, todo: Sequence[tuple[int, LogFile]
         scorer.score(number, files[number])
 
 
-def _processes(options: Options, files: Sequence[LogFile]) -> int:
+def _processes(job: Job, options: Options, files: Sequence[LogFile]) -> int:
     if options.processes is not None:
         return min(options.processes, len(files))
+    if isinstance(job.trained, Artifact):
+        return 1  # each has the tables once more, and one runs on all cores
     few = len(files) <= FEW
     small = few and sum(state["bytes"] for file in files for state in states_of(file)) < SMALL_BYTES
     return 1 if small else min(default_workers(), len(files))
@@ -277,7 +308,7 @@ class _ShardedModel:
 
 
 def _finish(
-    job: Job, run: DataPath, num_files: int, done_before: int, options: Options, started: float, out: Path
+    job: Job, place: DataPath, num_files: int, done_before: int, options: Options, started: float, out: Path
 ) -> tuple[list[Record], Record]:
     """Find the best of all and write the manifest; the records of the files, and the result."""
     records = records_of(job.folder, num_files)
@@ -292,19 +323,19 @@ def _finish(
         for name, counts in record.get("held", {}).items():
             held[name] = [a + b for a, b in zip(held.get(name, [0, 0, 0]), counts, strict=True)]
     failed = sum("error" in record for record in records)
-    trained = coverage.trained_on(job.run.path)
+    trained = coverage.trained_on(job.trained.path)
     rows = sum(int(part["rows"]) for record in records for part in record["parts"])
     not_selected = rejected.reasons.pop(NOT_WANTED.name, {"rows": 0})["rows"]
     summary = {"rows": rows, "rows_scored": scored, "not_selected": not_selected, "rejected": rejected.rows, "failed": failed}
     content = {
-        "run": str(run),
-        "schema_hash": job.run.schema.hash(),
+        "model" if isinstance(job.trained, Artifact) else "run": str(place),
+        "schema_hash": job.trained.schema.hash(),
         "columns": [*names, *([RANK] if job.top is not None else [])],
         "where": options.where,
         "top": job.top and asdict(job.top),
         **summary,
         "rejected_by_reason": rejected.reasons,
-        "features": coverage.compare(job.run.schema, scored, held, trained, options.warn_gap),
+        "features": coverage.compare(job.trained.schema, scored, held, trained, options.warn_gap),
         "files": [record if failed else {key: each for key, each in record.items() if key not in ("held", BEST)} for record in records],
         "made_from": job.identity,
         "seconds": round(time.perf_counter() - started, 3),

@@ -7,8 +7,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,15 +27,20 @@ T = TypeVar("T")
 PREFIX = "escm2rec-run-"
 
 
-@contextmanager
-def run_here(run: DataPath, runtime: Runtime) -> Iterator[Path]:
-    """The folder of a run; of one on a store what its model needs, among the temporary files of each machine until this ends.
+def run_here(run: DataPath, runtime: Runtime) -> AbstractContextManager[Path]:
+    """The folder of a run; of one on a store what its model needs, as of `folder_here`. DataError where there is no finished run."""
+    return folder_here(run, runtime, _fetch)
 
-    Called by all ranks alike; the first of each machine fetches. DataError where there is no finished run, or where it does not arrive;
-    RunError where the disk does not take it. Errors of the block that name the folder name the place on the store instead.
+
+@contextmanager
+def folder_here(place: DataPath, runtime: Runtime, fetch_to: Callable[[RemotePath, Path], None]) -> Iterator[Path]:
+    """A folder; of one on a store what `fetch_to` fetches, among the temporary files of each machine until this ends.
+
+    Called by all ranks alike; the first of each machine fetches. DataError where it does not arrive; RunError where the disk does not take
+    it. Errors of the block that name the folder name the place on the store instead.
     """
-    if isinstance(run, Path):
-        yield run
+    if isinstance(place, Path):
+        yield place
         return
     machines = _of_all((os.uname().nodename, os.environ.get("GROUP_RANK")), runtime)
     first = machines.index(machines[runtime.rank])
@@ -47,7 +52,7 @@ def run_here(run: DataPath, runtime: Runtime) -> Iterator[Path]:
             if runtime.rank == first:
                 with telling_of_disk(Path(tempfile.gettempdir()), "set TMPDIR to a folder of another disk and run the same command again"):
                     folder = stack.enter_context(temporary_folder(PREFIX))
-                    _fetch(run, folder)
+                    fetch_to(place, folder)
                     fetched[0] = str(folder)
 
         on_each(runtime, fetch)
@@ -55,7 +60,7 @@ def run_here(run: DataPath, runtime: Runtime) -> Iterator[Path]:
         try:
             yield Path(folder)
         except Escm2Error as error:
-            told = type(error)(error.message.replace(folder, str(run)), error.hint.replace(folder, str(run)))
+            told = type(error)(error.message.replace(folder, str(place)), error.hint.replace(folder, str(place)))
             told.told_by_rank_0 = error.told_by_rank_0
             raise told from error
 

@@ -99,6 +99,7 @@ class Trainer:
     def __init__(self, config: Config, dataset: Dataset, out: Path, runtime: Runtime, propensity_logits: Path | None = None) -> None:
         self.config, self.out, self.runtime = config, out, runtime
         training = config.training
+        self.data = dataset.path
         self.rates = BaseRates.of(dataset.weighted_counts("train"))
         self.objective = build_objective(config.objective, self.rates.ctr)
         calibration = config.objective.propensity.calibration
@@ -237,6 +238,7 @@ class Trainer:
             "base_ctr": self.rates.ctr,
             "base_cvr": self.rates.cvr,
             "schema_hash": self.schema_hash,
+            "data": str(self.data.resolve() if isinstance(self.data, Path) else self.data),
             "seconds": round(seconds, 3),
             "rows_per_s": round(rows / seconds, 1),
             "last_metrics": record or on_main(self.runtime, lambda: last_record(self.out)),
