@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,9 @@ def s3_server(bucket: str) -> Iterator[None]:
     server.start()
     with pytest.MonkeyPatch.context() as patched:
         host, port = server.get_host_and_port()
+        # Its buckets are the process's, and stay when a server ends.
+        with urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")) as answer:
+            assert answer.status == 200
         told = {
             "ENDPOINT_URL": f"http://{host}:{port}",
             "ACCESS_KEY_ID": "key",

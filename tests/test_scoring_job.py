@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -34,6 +35,7 @@ from escm2rec.scoring.summary import estimated_rows
 from escm2rec.training.run import COVERAGE
 from escm2rec.training.train import train
 from tests.raw_tables import raw_table, write_config
+from tests.s3_server import s3_server
 
 PROBABILITIES = ["p_ctr", "p_cvr", "p_ctcvr"]
 ROWS = {"a.parquet": 900, "b.parquet": 400, "c.parquet": 300}
@@ -225,6 +227,27 @@ def test_inputs_are_files_folders_patterns_and_parts(folder: Path, plain: pl.Dat
     told = manifest(tmp_path / "out")
     assert [Path(file["input"]).name for file in told["files"]] == ["b.parquet", "c.parquet", "a.parquet", "moved.parquet"]
     assert frame(tmp_path / "out")["p_ctr"][: ROWS["b.parquet"]].equals(plain["p_ctr"][900:1300])
+
+
+def test_files_of_a_store_are_scored_and_known_by_what_it_tells(folder: Path, plain: pl.DataFrame, tmp_path: Path) -> None:
+    with s3_server("logs"):
+        store = fsspec.filesystem("s3")
+        store.put(str(folder / "in") + "/", "logs/day/", recursive=True)
+        store.put(str(folder / "data"), "logs/data", recursive=True)
+        for number, given in enumerate(["s3://logs/day", "s3://logs/day/*.parquet", "s3://logs/*/[abc].parquet"]):
+            run_score(folder, tmp_path / f"out-{number}", given, keep=["row", "user"])
+            assert frame(tmp_path / f"out-{number}").equals(plain)
+        (told,) = manifest(tmp_path / "out-0")["files"][0]["inputs"]
+        assert (told["path"], told["bytes"]) == ("s3://logs/day/a.parquet", (folder / "in" / "a.parquet").stat().st_size)
+        run_score(folder, tmp_path / "encoded", "s3://logs/data/test")
+        assert frame(tmp_path / "encoded").height > 100
+        store.pipe("logs/day/b.parquet", b"no table")
+        with pytest.raises(DataError, match=r"^s3://logs/day/b\.parquet is not a Parquet file"):
+            run_score(folder, tmp_path / "bad", "s3://logs/day")
+        with pytest.raises(DataError, match=r"^no file matches 's3://logs/day/x\*'\nhint"):
+            run_score(folder, tmp_path / "bad", "s3://logs/day/x*")
+        with pytest.raises(DataError, match=r"^no raw logs at s3://logs/none\nhint"):
+            run_score(folder, tmp_path / "bad", "s3://logs/none")
 
 
 def test_a_data_set_of_another_schema_is_refused(folder: Path, tmp_path: Path) -> None:
