@@ -218,10 +218,14 @@ def test_counts_merge_before_they_take_room(tmp_path: Path, monkeypatch: pytest.
     assert counter.bytes < 5 * 60 * 16
 
 
-@pytest.mark.parametrize("values", [1, 2, 3, 64, 65, 5_000])
+@pytest.mark.parametrize("table_rows", [7, 1 << 20])
+@pytest.mark.parametrize("values", [0, 1, 2, 3, 64, 65, 5_000])
 @pytest.mark.parametrize("kind", ["int64", "string"])
-def test_any_number_of_sparse_values_is_found_and_no_other(tmp_path: Path, values: int, kind: Any) -> None:
+def test_any_number_of_sparse_values_is_found_and_no_other(
+    tmp_path: Path, values: int, kind: Any, table_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole numbers far apart, also negative ones and the least and greatest, and texts."""
+    monkeypatch.setattr(vocabulary, "TABLE_ROWS", table_rows)
     rng = np.random.default_rng(values)
     drawn = np.unique(rng.integers(-(1 << 63), (1 << 63) - 1, 3 * values))
     numbers = rng.permutation(np.union1d(drawn, [-(1 << 63), (1 << 63) - 1]))
@@ -237,9 +241,20 @@ def test_any_number_of_sparse_values_is_found_and_no_other(tmp_path: Path, value
     feature = Feature(name="a", kind="categorical", column="a", **known_as)
     write_lookup(tmp_path / "a.parquet", feature, tmp_path, 1 << 28)
     lookup = Vocabulary(feature, tmp_path)
-    assert (tmp_path / "a.starts").is_file() == (kind == "string" or values > 1)
+    assert (tmp_path / "a.slots").is_file() == (kind == "string" or values > 1)
     asked = np.concatenate([known, known[::-1], others])
     found = lookup.rows(typed(asked))
     assert found[: 2 * values].tolist() == [*rows, *rows[::-1]]
     assert set(found[2 * values :].tolist()) <= {0, 1}
     assert lookup.rows(typed(asked[:0])).tolist() == []
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_value_whose_hash_is_that_of_a_free_slot_is_as_any_other(tmp_path: Path, is_known: bool) -> None:
+    """Free slots hold 0, which is the hash of one whole number."""
+    zero = np.array([-0x9E3779B97F4A7C15 + (1 << 64)], np.uint64).view(np.int64)
+    assert hash64(zero).tolist() == [0]
+    far = np.random.default_rng(0).integers(-(1 << 63), (1 << 63) - 1, 100)
+    known = np.concatenate([far, zero] if is_known else [far]).tolist()
+    found = looked_up(fitted(tmp_path / "fitted", [known], None, oov_rows=1), tmp_path / "lookup", "int64", 1).rows(zero)
+    assert bool(found[0]) == is_known

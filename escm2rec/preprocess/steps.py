@@ -17,7 +17,7 @@ from escm2rec.preprocess.files import RawFile
 from escm2rec.preprocess.portions import Portion
 
 WORK = "work"  # in the unfinished folder, gone before it is complete
-WORK_LAYOUT = 3  # of what steps leave there for each other: a job whose layout is another begins anew
+WORK_LAYOUT = 4  # of what steps leave there for each other: a job whose layout is another begins anew
 
 
 @dataclass(frozen=True)

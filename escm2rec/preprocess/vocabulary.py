@@ -31,8 +31,8 @@ from escm2rec.schema import MANAGED_IDS, Feature
 ValueType = Literal["int64", "string"]
 SORT_ROWS = 1 << 22  # sorted in memory up to this, on disk beyond
 DENSE_SPAN = 1 << 22  # a table over the range of the values is used up to this, or 4 entries a value
-SORTED = {"keys": np.int64, "rows": np.int32, "starts": np.int32}
-"""Hashes in order as int64, their rows, and where the hashes of each leading bits begin: where hashes are 2^b, those of b - 1 bits."""
+LOAD = 0.4  # of the slots of hashes that are taken: 40 bytes a value, for which three of four are in their own slot
+SLOT = np.complex128  # numpy's type of 16 bytes: a slot is taken in one piece
 TOP_BITS = np.uint64(64 - (MANAGED_IDS - 1).bit_length())
 HEAD = 2  # slots of 4 bytes before the rows
 
@@ -88,7 +88,7 @@ def write_lookup(path: Path, feature: Feature, folder: Path, memory_bytes: int) 
         if span <= max(DENSE_SPAN, 4 * count):
             _write_dense(path, stem.with_name(f"{feature.name}.dense"), low, span)
             return
-    _write_sorted(path, stem, memory_bytes)
+    _write_slots(path, stem, memory_bytes)
 
 
 class Vocabulary:
@@ -103,9 +103,8 @@ class Vocabulary:
             held = np.asarray(read_column(path, np.int32))
             self._before, self._dense = held[:HEAD].view(np.int64)[0], held[HEAD:]
         else:
-            files = (np.asarray(read_column(folder / f"{feature.name}.{what}", kind)) for what, kind in SORTED.items())
-            self._keys, self._rows, self._starts = files
-            self._shift = 64 - (len(self._starts) - 1).bit_length() + 1
+            held = np.asarray(read_column(folder / f"{feature.name}.slots", SLOT))
+            self._num_slots, self._slots = int(held[:1].view(np.int64)[0]), held[1:]
 
     def rows(self, values: Any) -> Int32s:
         """Table row of each whole number or string; of strings, their hashes (`hash64` as int64) will do."""
@@ -124,19 +123,21 @@ class Vocabulary:
         return self._with_shared(rows, missing, hash64(_int64(values[missing])) if len(missing) else None)
 
     def _by_hash(self, hashes: Int64s) -> Int32s:
-        """The row of each hash. Those of the same leading bits lie side by side, one or two as a rule: they are tried one after another."""
-        rows = np.full(len(hashes), -1, dtype=np.int32)
-        if not len(self._keys):
-            return self._with_shared(rows, np.arange(len(rows)), hashes.view(np.uint64))
-        bucket = (hashes >> self._shift) + (len(self._starts) >> 1)
-        place, end = self._starts.take(bucket), self._starts.take(bucket + 1)
-        left = np.flatnonzero(place < end)
+        """The row of each hash: it stands in its own slot, or further on, before one that is free."""
+        slot = _home(hashes, self._num_slots)
+        held = self._slots.take(slot).view(np.int64).reshape(-1, 2)
+        rows = held[:, 1].astype(np.int32)
+        other = np.flatnonzero(held[:, 0] != hashes)
+        left = other[rows[other] >= 0]
+        rows[other] = -1
+        slot = slot[left]
         while len(left):
-            found = self._keys.take(place[left]) == hashes[left]
-            rows[left[found]] = self._rows.take(place[left[found]])
-            left = left[~found]
-            place[left] += 1
-            left = left[place[left] < end[left]]
+            slot += 1
+            held = self._slots.take(slot).view(np.int64).reshape(-1, 2)
+            found = held[:, 0] == hashes[left]
+            rows[left[found]] = held[found, 1]
+            more = ~found & (held[:, 1] >= 0)
+            left, slot = left[more], slot[more]
         missing = np.flatnonzero(rows < 0)
         return self._with_shared(rows, missing, hashes[missing].view(np.uint64))
 
@@ -177,8 +178,8 @@ def _write_dense(path: Path, file: Path, low: int, span: int) -> None:
     dense.flush()
 
 
-def _write_sorted(path: Path, stem: Path, memory_bytes: int) -> None:
-    """Hashes in order, the row of each, and where those of each leading bits begin; of equal hashes the first row counts."""
+def _write_slots(path: Path, stem: Path, memory_bytes: int) -> None:
+    """Slots of hashes, by which a row is found; of equal hashes the first row counts."""
     with pq.ParquetFile(path) as file:
         count = file.metadata.num_rows
     schema = pa.schema([("key", pa.int64()), ("row", pa.int32())])
@@ -191,20 +192,55 @@ def _write_sorted(path: Path, stem: Path, memory_bytes: int) -> None:
     else:
         folder = stem.with_name(f"{stem.name}.sort")
         ordered = query('SELECT key, "row" FROM rows ORDER BY key, "row"', reader, folder, memory_bytes, TABLE_ROWS)
-    keys, rows, starts = (ColumnFile(stem.with_name(f"{stem.name}.{what}"), kind) for what, kind in SORTED.items())
-    bits = max(1, (count - 1).bit_length() - 1)
-    begun, written = 0, 0
+    slots = _Slots(stem.with_name(f"{stem.name}.slots"), count)
     for table in ordered:
-        held = table["key"].to_numpy()
-        keys.append(held)
-        rows.append(table["row"].to_numpy())
-        if len(held):
-            bucket = (held >> (64 - bits)) + (1 << (bits - 1))
-            starts.append(written + np.searchsorted(bucket, np.arange(begun, bucket[-1] + 1)))
-            begun, written = int(bucket[-1]) + 1, written + len(held)
-    starts.append(np.full((1 << bits) + 1 - begun, written))
-    for file in (keys, rows, starts):
-        file.finish()
+        slots.add(table["key"].to_numpy(), table["row"].to_numpy())
+    slots.finish()
+
+
+class _Slots:
+    """Writes hashes, as they come in order, to slots: each to its own (`_home`) or the first free one after it.
+
+    A slot is two int64: the hash, and the row, which is -1 of one that is free. The first says how many there are; the last is free.
+    """
+
+    def __init__(self, path: Path, count: int) -> None:
+        self._slots = min(int(count / LOAD) + 1, (1 << 32) - 1)
+        self._file, self._free = ColumnFile(path, np.int64), 0
+        self._file.append(np.array([self._slots, -1]))
+
+    def add(self, hashes: Int64s, rows: Int32s) -> None:
+        """Write the next hashes."""
+        if not len(hashes):
+            return
+        # Each place is at least its home, and one more than the place before: p - i is the running maximum of home - i.
+        order = np.arange(len(hashes))
+        places = np.maximum(np.maximum.accumulate(_home(hashes, self._slots) - order), self._free) + order
+        self._write(int(places[-1]) + 1, places, hashes, rows)
+
+    def finish(self) -> None:
+        """Write what is free after the last hash."""
+        self._write(max(self._slots, self._free) + 1, [], [], [])
+        self._file.finish()
+
+    def _write(self, end: int, places: Any, hashes: Any, rows: Any) -> None:
+        for start in range(self._free, end, TABLE_ROWS):  # of what is free there may be much
+            block = np.zeros((min(TABLE_ROWS, end - start), 2), np.int64)
+            block[:, 1] = -1
+            first, last = np.searchsorted(places, [start, start + len(block)])
+            here = np.asarray(places[first:last], np.int64) - start
+            block[here, 0], block[here, 1] = hashes[first:last], rows[first:last]
+            self._file.append(block)
+        self._free = end
+
+
+def _home(hashes: Int64s, slots: int) -> Int64s:
+    """The slot of each hash, from 0; in the order of the hashes: their upper 32 bits, as a share of the slots."""
+    upper = hashes.view(np.uint64) >> np.uint64(32)
+    upper ^= np.uint64(1 << 31)  # as the order of signed numbers has it
+    upper *= np.uint64(slots)
+    upper >>= np.uint64(32)
+    return upper.view(np.int64)
 
 
 def _keys(values: pa.Array) -> pa.Array:

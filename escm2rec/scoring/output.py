@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from escm2rec.errors import ConfigError, did_you_mean
-from escm2rec.evaluation.metrics import ctcvr_logits, sigmoid
+from escm2rec.evaluation.metrics import ctcvr_logits
 from escm2rec.schema import Schema
 from escm2rec.scoring.options import Layout
 
@@ -71,15 +73,18 @@ def kept_columns(columns: Sequence[OutputColumn]) -> tuple[str, ...]:
 
 
 def predictions(ctr: Tensor, cvr: Tensor, propensity: Callable[[], Tensor]) -> dict[str, Callable[[], Any]]:
-    """How each of PREDICTIONS is made of logits, as float32 [B]."""
-    a, z = ctr.numpy(), cvr.numpy()
+    """How each of PREDICTIONS is made of logits, as floats [B].
+
+    Probabilities in float64 by torch: a twentieth of the time of numpy's, and products of them are not below what float32 tells apart.
+    """
+    p_ctr, p_cvr = cache(lambda: torch.sigmoid(ctr.double())), cache(lambda: torch.sigmoid(cvr.double()))
     return {
-        "p_ctr": lambda: sigmoid(a),
-        "p_cvr": lambda: sigmoid(z),
-        "p_ctcvr": lambda: sigmoid(ctcvr_logits(a, z)),
-        "ctr_logit": lambda: a,
-        "cvr_logit": lambda: z,
-        "ctcvr_logit": lambda: ctcvr_logits(a, z),
+        "p_ctr": lambda: p_ctr().numpy(),
+        "p_cvr": lambda: p_cvr().numpy(),
+        "p_ctcvr": lambda: (p_ctr() * p_cvr()).numpy(),
+        "ctr_logit": lambda: ctr.numpy(),
+        "cvr_logit": lambda: cvr.numpy(),
+        "ctcvr_logit": lambda: ctcvr_logits(ctr.numpy(), cvr.numpy()),
         "propensity": lambda: propensity().numpy(),
     }
 

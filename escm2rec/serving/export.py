@@ -101,16 +101,22 @@ def _dataset(opened: Run, run: DataPath, data: DataPath | None) -> Dataset:
     return dataset
 
 
+def eager_model(run: Run, work: Path) -> ServedModel:
+    """The run's model in float32, its tables in an empty folder that it maps."""
+    write_model(run, work)
+    dim, managed = run.config.model.embedding_dim, managed_rows(run.schema, work)
+    model = ServedModel(run.schema, mapped_tables(run, work), "fp32", dim, trained_head(run, work), managed)
+    return model.eval().requires_grad_(False)
+
+
 def _export(run: Run, dataset: Dataset, split: Split, rows: int, work: Path, folder: Path, format: Format, weights: Weights) -> Record:
     """Write all but the manifest, which is returned."""
     schema, dim = run.schema, run.config.model.embedding_dim
     logger.info("reading the tables of %s", run.checkpoint.name)
-    write_model(run, work)
-    head, managed = trained_head(run, work), managed_rows(schema, work)
-    tables = mapped_tables(run, work)
-    fp32 = ServedModel(schema, tables, "fp32", dim, head, managed).eval().requires_grad_(False)
+    fp32 = eager_model(run, work)
+    tables = fp32.tables
     packed = tables if weights == "fp32" else pack(tables, weights, work / weights)
-    model = ServedModel(schema, packed, weights, dim, head, managed).eval().requires_grad_(False)
+    model = ServedModel(schema, packed, weights, dim, fp32.head, managed_rows(schema, work)).eval().requires_grad_(False)
     block = next(sample(dataset, split, FEW_ROWS))
     example = model_inputs(block, 0, block.num_rows, schema)
     logger.info("writing the model as %s", format)
