@@ -442,7 +442,7 @@ class KilledError(BaseException):
     """Stands in for a kill: nothing is done after it."""
 
 
-@pytest.mark.parametrize("where", ["scoring.model.write_lookups", "scoring.score.write_manifest", "folder._take_place"])
+@pytest.mark.parametrize("where", ["scoring.score.write_lookups", "scoring.score.write_manifest", "folder._take_place"])
 def test_a_job_is_taken_up_wherever_it_ended(
     folder: Path, plain: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
