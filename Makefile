@@ -68,7 +68,7 @@ prove: $(INSTALLED_DEV)
 	ESCM2REC_IMAGE_PROOF=1 $(BIN)/python -m pytest tests/test_dockerfile.py
 	ESCM2REC_SLURM_PROOF=docs/results/slurm.json $(BIN)/python -m pytest tests/test_slurm.py
 	ESCM2REC_KILLS=30 ESCM2REC_KILLS_PROOF=docs/results/kills.json $(BIN)/python -m pytest tests/test_preprocess_engine.py
-	ESCM2REC_SCORE_KILLS=30 $(BIN)/python -m pytest tests/test_scoring.py -k killed
+	ESCM2REC_SCORE_KILLS=30 ESCM2REC_SCORE_KILLS_PROOF=docs/results/score_kills.json $(BIN)/python -m pytest tests/test_scoring.py -k killed
 	ESCM2REC_PLANS=200 ESCM2REC_PLANS_PROOF=docs/results/planner_random.json $(BIN)/python -m pytest tests/test_planning_search.py -k random
 	ESCM2REC_SOAK=30 ESCM2REC_SOAK_PROOF=docs/results/soak.json $(BIN)/python -m pytest tests/test_soak.py
 	$(BIN)/escm2rec study --preset full --out .study > docs/results/study.json.partial

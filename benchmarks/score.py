@@ -13,7 +13,8 @@ repeats: encoded rows of which 50 after each other share half of the features, a
 itself. pandas: a loop as a user would write it, over the raw files (fewer rows), with embedding bags of torch on all cores. ray_data:
 `map_batches` of Ray Data over the encoded files, with the same model, mapped, in as many actors, after they have started.
 
-memory: what the command takes for 1 M and for 50 M raw rows (files that are linked), all processes together. Prints one JSON object.
+memory: what the command takes for 1 M and for 50 M raw rows (files that are linked), two processes together; with --memory nothing else is
+measured. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -69,7 +70,6 @@ FILE_ROWS = 1_000_000
 PANDAS_ROWS = 131_072
 PER_USER = 50
 RAY_PASSES = 5
-MEMORY_FILES = (1, 50)
 BARE_BATCHES = 12
 TRAIN_ROWS = 65_536
 
@@ -353,27 +353,18 @@ def ray_data_rate(job: Job, folder: Path, files: int, processes: int, out: Path)
 
 
 def memory(run: Run, raw: Path, root: Path) -> dict[str, dict[str, float]]:
-    """Most memory of the command, MB, for so many files of 1M raw rows."""
+    """Most memory of the command, MB, on two processes: two files of half a million raw rows, and 50 of a million."""
+    half = root / "half.parquet"
+    pq.write_table(pq.read_table(raw).slice(0, FILE_ROWS // 2), half)
     found = {}
-    for files in MEMORY_FILES:
-        logs = root / f"links-{files}"
+    for source, files in ((half, 2), (raw, 50)):
+        logs, out = root / f"links-{files}", root / f"memory-{files}"
         logs.mkdir()
         for number in range(files):
-            os.link(raw, logs / f"{number:05d}.parquet")
-        command = [
-            sys.executable,
-            "-m",
-            "escm2rec",
-            "score",
-            "--run",
-            str(run.path),
-            "--input",
-            str(logs),
-            "--out",
-            str(root / f"memory-{files}"),
-        ]
+            os.link(source, logs / f"{number:05d}.parquet")
         began = time.perf_counter()
-        said, peak = run_and_watch([*command, "--out", str(root / f"memory-{files}"), "--processes", "2"])
+        command = [sys.executable, "-m", "escm2rec", "score", "--run", str(run.path), "--input", str(logs), "--processes", "2"]
+        said, peak = run_and_watch([*command, "--out", str(out)])
         rows = json.loads(said)["rows"]
         found[f"{rows:,} rows"] = {**peak, "rows_per_s_with_start": round(rows / (time.perf_counter() - began))}
     return found
@@ -386,12 +377,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--alone", action="store_true", help="without pandas, Ray Data and memory")
+    parser.add_argument("--memory", action="store_true", help="memory alone")
     asked = parser.parse_args()
     if asked.files < asked.processes:
         parser.error("--files: at least one a process")
     ready_workers("escm2rec.scoring.job")
     with tempfile.TemporaryDirectory(prefix="escm2rec-bench-") as name:
-        told = measured(Path(name), asked.files, asked.rounds, asked.processes, asked.alone)
+        root = Path(name)
+        if asked.memory:
+            told = {"memory_mb": memory(write_inputs(root, 1, sparse=False), root / "raw" / "00000.parquet", root)}
+        else:
+            told = measured(root, asked.files, asked.rounds, asked.processes, asked.alone)
     print(json.dumps({**facts(), **told}, indent=1))
 
 

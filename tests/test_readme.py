@@ -107,6 +107,24 @@ def test_plans_are_as_fast_and_as_good_as_told() -> None:
         assert all(told["priced"]["step_ms"] <= 1.01 * other for other in others)
 
 
+def test_scoring_is_as_fast_as_told() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "score.json").read_text(encoding="utf-8"))
+    encoded, raw, sparse = (found["of_bare"][kind] for kind in ("encoded", "raw", "raw_sparse"))
+    assert f"{encoded['median']:.2f} of encoded rows ({round(found['rows_per_s']['encoded'], -3):,} rows/s)" in README
+    assert f"{raw['median']:.2f} of raw rows with dense ids, {sparse['median']:.2f} with ids of 63 bits" in README
+    low, *others = (f"{min(each['rounds']):.2f} to {max(each['rounds']):.2f}" for each in (encoded, raw, sparse))
+    assert f"medians of {len(raw['rounds'])} rounds, from {low}, {' and '.join(others)}." in README
+    assert encoded["median"] >= 0.8
+    assert raw["median"] >= 0.65
+    pandas, ray_data = found["pandas"]["raw_over_it"], found["ray_data"]["encoded_over_it"]
+    assert f"{pandas:.0f} times a loop in pandas and PyTorch (raw rows), {ray_data:.2f} of Ray Data's `map_batches`" in README
+    assert pandas >= 5
+    assert f"with 49 others {found['repeats_over_one_by_one']['median']:.2f} times as fast as one by one" in README
+    assert "the same within 3e-8" in README
+    assert found["same_repeats"] < 3.01e-8
+    assert found["same"] == 0
+
+
 def test_random_plans_are_no_worse_than_torchrecs() -> None:
     found = json.loads((ROOT / "docs" / "results" / "planner_random.json").read_text(encoding="utf-8"))
     assert found["slowest_over_torchrecs"] <= 1.01
@@ -161,6 +179,7 @@ def test_figures_are_those_of_the_results() -> None:
         "planner",
         "plans",
         "planner_random",
+        "score",
     }
     text = results["preprocess"]
     _, middle, largest = text["whole"]

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.machine import facts
 from escm2rec.config import load_config
 from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.evaluation.evaluate import evaluate
@@ -40,6 +41,8 @@ from tests.raw_tables import raw_table, write_config
 from tests.s3_server import s3_server
 
 KILLS = int(os.environ.get("ESCM2REC_SCORE_KILLS", "1"))  # `make prove`: 30
+KILLS_PROOF = os.environ.get("ESCM2REC_SCORE_KILLS_PROOF")  # where to write what was shown
+COPIES = 12  # of each candidate file, for a job that is killed
 TRAIN_ROWS = 4_000
 CANDIDATES = {"a.parquet": 1_500, "b.parquet": 0, "c.parquet": 701, "d.parquet": 64}
 NUM_CANDIDATES = sum(CANDIDATES.values())
@@ -351,26 +354,42 @@ def test_an_input_that_changes_while_it_is_scored_is_noticed(
     assert score(folder / "run", [candidates], tmp_path / "out")["files_done_before"] == 3
 
 
-def test_a_job_killed_at_any_moment_ends_with_the_same_bytes(folder: Path, predictions: Predictions, tmp_path: Path) -> None:
+def test_a_job_killed_at_any_moment_ends_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     """By kill -9, once it has written something; the same command, killed again or not, ends with the parts of an undisturbed one."""
-    draw, out, killed = np.random.default_rng(KILLS), tmp_path / "out", 0
+    for number in range(COPIES):
+        for name in CANDIDATES:
+            (tmp_path / "in").mkdir(exist_ok=True)
+            os.link(folder / "candidates" / name, tmp_path / "in" / f"{number}-{name}")
+    score(folder / "run", [tmp_path / "in"], tmp_path / "undisturbed")
+    expected, jobs = bytes_of(tmp_path / "undisturbed"), 0
+    draw, out, lived = np.random.default_rng(KILLS), tmp_path / "out", []
     command = [sys.executable, "-W", "ignore", "-m", "escm2rec", "score", "--run", str(folder / "run"), "--out", str(out)]
-    command += ["--input", str(folder / "candidates")]
-    while not out.exists():
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            if killed < KILLS:
-                wait_until_it_writes(process, tmp_path / ".out.partial")
-                time.sleep(draw.uniform(0, 0.5))
+    command += ["--input", str(tmp_path / "in")]
+    while len(lived) < KILLS:
+        shutil.rmtree(out, ignore_errors=True)
+        while not out.exists():
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            began = time.monotonic()
+            try:
+                if len(lived) < KILLS and len(lived) % 3 < 2:  # a third of all is killed wherever it is, the start included
+                    wait_until_it_writes(process, tmp_path / ".out.partial")
+                    time.sleep(draw.uniform(0, 0.6))
+                elif len(lived) < KILLS:
+                    time.sleep(draw.uniform(0, 8))
+                if len(lived) < KILLS and process.poll() is None:
+                    process.kill()
+                    lived.append(round(time.monotonic() - began, 2))
+                _, said = process.communicate(timeout=120)
+            finally:
                 process.kill()
-                killed += 1
-            _, said = process.communicate(timeout=120)
-        finally:
-            process.kill()
-        assert process.returncode in (0, -signal.SIGKILL), said
-    assert killed >= 1
-    assert bytes_of(out) == bytes_of(predictions["shared", 1][1])
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+            assert process.returncode in (0, -signal.SIGKILL), said
+        jobs += 1
+        assert bytes_of(out) == expected
+        assert len(expected) == COPIES * (len(CANDIDATES) - 1), "one input has no rows"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "undisturbed"]
+    if KILLS_PROOF is not None:
+        found = {"machine": facts(), "kills": len(lived), "seconds_lived": lived, "jobs": jobs, "parts_compared": jobs * len(expected)}
+        Path(KILLS_PROOF).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def wait_until_it_writes(process: subprocess.Popen[str], partial: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -24,6 +25,7 @@ import yaml
 from escm2rec.config import load_config
 from escm2rec.errors import ConfigError, DataError, RunError
 from escm2rec.evaluation.metrics import auc, calibration
+from escm2rec.paths import data_path
 from escm2rec.preprocess import preprocess
 from escm2rec.reader.columns import decode
 from escm2rec.reader.dataset import Dataset
@@ -39,6 +41,7 @@ from escm2rec.serving.weights import Weights, look_up, pack
 from escm2rec.training.run import Run
 from escm2rec.training.train import train
 from tests.raw_tables import CONFIG, raw_table
+from tests.s3_server import s3_server
 
 FEATURES: list[dict[str, Any]] = [
     {"name": "user", "kind": "categorical", "managed_size": 400},
@@ -362,6 +365,21 @@ def test_the_ten_lines_of_the_documentation_give_what_score_gives(folder: Path, 
     assert found[0][0] != found[0][1]
 
 
+def test_runs_and_artifacts_on_a_store_are_fetched(artifacts: Path, tmp_path: Path) -> None:
+    with s3_server("models"):
+        store = fsspec.filesystem("s3")
+        store.put(str(artifacts / "run"), "models/run", recursive=True)
+        told = export(data_path("s3://models/run"), tmp_path / "model", "torchscript", "int8")
+        assert (told["format"], told["weights"]) == ("torchscript", "int8")
+        assert json.loads((tmp_path / "model" / "manifest.json").read_text())["run"] == "s3://models/run"
+        store.put(str(tmp_path / "model"), "models/model", recursive=True)
+        found = scored(artifacts, tmp_path / "out", model=data_path("s3://models/model"))
+        assert found.equals(scored(artifacts, tmp_path / "here", model=artifacts / "torchscript-int8"))
+        store.pipe("models/model/model.pt", b"another")
+        with pytest.raises(DataError, match=r"^s3://models/model/model\.pt is damaged: it is not the file that was written\n"):
+            scored(artifacts, tmp_path / "damaged", model=data_path("s3://models/model"))
+
+
 # --- what is wrong -------------------------------------------------------------------------------
 
 
@@ -393,6 +411,17 @@ def test_an_artifact_that_is_not_what_was_written_is_refused(artifacts: Path, tm
         with pytest.raises(DataError, match=message):
             score(None, [artifacts / "in"], tmp_path / "out", model=model)
         assert not list(tmp_path.glob("*out*")), "nothing stays of a job that could not begin"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_that_torch_cannot_read_is_told_with_both_releases(artifacts: Path, format: Format, tmp_path: Path) -> None:
+    opened = Artifact.open(artifacts / f"{format}-fp32")
+    (tmp_path / FILES[format]).write_bytes(b"no model")
+    here = torch.__version__.partition("+")[0]
+    told = f"^torch {here} cannot read {tmp_path}/{FILES[format]}, which torch {here} wrote: "
+    with pytest.raises(DataError, match=told) as caught:
+        replace(opened, path=tmp_path).load()
+    assert caught.value.hint == "export it again"
 
 
 def _other_schema(folder: Path) -> Path:
