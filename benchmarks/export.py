@@ -81,9 +81,10 @@ def rates(root: Path, rounds: int) -> dict[str, Any]:
     exported: dict[str, Any] = {}
     for format, weights in CASES:
         name = f"{format}, {weights}"
-        told = export(run, root / name, format, weights, data, "train", BATCH_ROWS)
+        place = root / f"{format}-{weights}"
+        told = export(run, place, format, weights, data, "train", BATCH_ROWS)
         exported[name] = {key: told[key] for key in ("model_bytes", "tables_of_fp32", "seconds")}
-        models[name] = Artifact.open(root / name).load()
+        models[name] = Artifact.open(place).load()
         print(name, exported[name], file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=root) as work:
         models = {"eager, fp32": eager_model(Run.open(run), Path(work)), **models}

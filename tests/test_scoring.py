@@ -362,7 +362,8 @@ def test_a_job_killed_at_any_moment_ends_with_the_same_bytes(folder: Path, tmp_p
             os.link(folder / "candidates" / name, tmp_path / "in" / f"{number}-{name}")
     score(folder / "run", [tmp_path / "in"], tmp_path / "undisturbed")
     expected, jobs = bytes_of(tmp_path / "undisturbed"), 0
-    draw, out, lived = np.random.default_rng(KILLS), tmp_path / "out", []
+    draw, out = np.random.default_rng(KILLS), tmp_path / "out"
+    lived: list[float] = []
     command = [sys.executable, "-W", "ignore", "-m", "escm2rec", "score", "--run", str(folder / "run"), "--out", str(out)]
     command += ["--input", str(tmp_path / "in")]
     while len(lived) < KILLS:

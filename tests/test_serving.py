@@ -127,7 +127,7 @@ def short_rates() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("serving")
+    root = tmp_path_factory.mktemp("a folder of models")
     (root / "logs").mkdir()
     (root / "in").mkdir()
     pq.write_table(raw_table(4_000, 0, labels=True), root / "logs" / "train.parquet")

@@ -69,13 +69,15 @@ def _compile(exported: torch.export.ExportedProgram, path: Path, folder: Path) -
         except InductorError as error:
             if "InvalidCxxCompiler" in str(error):
                 raise ConfigError("--format aoti compiles the model, and there is no C++ compiler", AOTI_HINT) from error
-            raise ConfigError(f"--format aoti: the model does not compile on this machine: {error}", AOTI_HINT) from error
+            said = next((line for line in str(error).splitlines() if "error: " in line), str(error).partition("\n")[0])
+            raise ConfigError(f"--format aoti: the model does not compile on this machine: {said}", AOTI_HINT) from error
 
 
 @contextmanager
 def _inductor_cache(folder: Path) -> Iterator[None]:
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    with tempfile.TemporaryDirectory(prefix=".compiled-", dir=folder) as cache:
+    # torch cuts its command at spaces: a folder with one in its name will not do.
+    with tempfile.TemporaryDirectory(prefix=".compiled-", dir=None if " " in str(folder) else folder) as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         try:
             yield
