@@ -125,6 +125,28 @@ def test_scoring_is_as_fast_as_told() -> None:
     assert found["same"] == 0
 
 
+def test_exported_models_are_as_told() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "export.json").read_text(encoding="utf-8"))
+    of_int8 = {name: told for each in found["quality"].values() for name, told in each.items() if name.startswith("int8")}
+    sizes = [of_int8[f"int8, dimension {dim}"]["tables_of_fp32"] for dim in (16, 64)]
+    assert f"{sizes[0]:.3f} of their bytes at dimension 16, {sizes[1]:.3f} at 64" in README
+    assert sizes[0] <= 0.5
+    assert sizes[1] <= 0.35
+    cases = [told for each in found["quality"].values() for name, told in each.items() if name.startswith("int8")]
+    changes = [abs(change) for told in cases for change in told["auc_change"].values()]
+    assert len(changes) == 12, "two logs, two dimensions, three tasks"
+    assert f"AUC changes by {max(changes):.0e} at the most" in README
+    assert max(changes) < 1e-4
+    names = [f"{format}, int8" for format in ("torchscript", "torch-export", "aoti")]
+    rates = [found["rates"][name]["of_fp32"]["median"] for name in names]
+    assert "{:.2f}, {:.2f} and {:.2f} times the rows/s of float32".format(*rates) in README
+    assert min(rates) >= 1
+    assert (
+        "one call of one impression {:.0f}, {:.0f} and {:.0f} µs".format(*(found["rates"][name]["call_us"]["1"] for name in names))
+        in README
+    )
+
+
 def test_random_plans_are_no_worse_than_torchrecs() -> None:
     found = json.loads((ROOT / "docs" / "results" / "planner_random.json").read_text(encoding="utf-8"))
     assert found["slowest_over_torchrecs"] <= 1.01
@@ -180,6 +202,7 @@ def test_figures_are_those_of_the_results() -> None:
         "plans",
         "planner_random",
         "score",
+        "export",
     }
     text = results["preprocess"]
     _, middle, largest = text["whole"]
