@@ -123,6 +123,10 @@ def test_scoring_is_as_fast_as_told() -> None:
     assert "the same within 3e-8" in README
     assert found["same_repeats"] < 3.01e-8
     assert found["same"] == 0
+    memory = json.loads((ROOT / "docs" / "results" / "score_memory.json").read_text(encoding="utf-8"))["memory_mb"]
+    few, many = memory["1,000,000 rows"]["own_mb"], memory["50,000,000 rows"]["own_mb"]
+    assert f"{few:,.0f} MB of own memory in both processes at 1 M rows, {many:,.0f} MB at 50 M" in README
+    assert many < 1.05 * few
 
 
 def test_exported_models_are_as_told() -> None:
@@ -202,6 +206,7 @@ def test_figures_are_those_of_the_results() -> None:
         "plans",
         "planner_random",
         "score",
+        "score_memory",
         "export",
     }
     text = results["preprocess"]
