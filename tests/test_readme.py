@@ -207,6 +207,7 @@ def test_figures_are_those_of_the_results() -> None:
         "planner_random",
         "score",
         "score_memory",
+        "score_kills",
         "export",
     }
     text = results["preprocess"]
@@ -237,6 +238,12 @@ def test_figures_are_those_of_the_results() -> None:
     assert layouts["parquet lists"]["read_ns"] > 2 * layouts["as written"]["read_ns"]
     assert f"kill -9 at {results['kills']['kills']} random moments" in README
     assert results["kills"]["files_compared"] > 10
+    kills = results["score_kills"]
+    assert (
+        f"kill -9 at {kills['kills']} random moments, the same command again | the bytes of an undisturbed job, in each of {kills['jobs']}"
+        in README
+    )
+    assert kills["parts_compared"] == kills["jobs"] * 36
     soak = results["soak"]
     assert f"hit by {sum(soak['faults'].values())} faults at random moments" in README
     assert f"{soak['steps_done']:,} steps for {soak['steps']:,}, in {soak['seconds'] / 60:.0f} minutes" in README

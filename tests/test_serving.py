@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -35,13 +36,14 @@ from escm2rec.serving import artifact as artifact_module
 from escm2rec.serving.artifact import Artifact
 from escm2rec.serving.export import export
 from escm2rec.serving.formats import FILES, Format
-from escm2rec.serving.model import OUTPUTS, model_inputs
+from escm2rec.serving.model import OUTPUTS, example_inputs, model_inputs
 from escm2rec.serving.quality import refuse_other
 from escm2rec.serving.weights import Weights, look_up, pack
 from escm2rec.training.run import Run
 from escm2rec.training.train import train
 from tests.raw_tables import CONFIG, raw_table
 from tests.s3_server import s3_server
+from tests.small_disks import small_disk
 
 FEATURES: list[dict[str, Any]] = [
     {"name": "user", "kind": "categorical", "managed_size": 400},
@@ -467,7 +469,56 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(folder: Path
             export(moved, out)
     with pytest.raises(ConfigError, match=f"^will not overwrite {run}: it holds no artifact that escm2rec made\n"):
         export(run, run, overwrite=True)
+    for inside in (run / "checkpoints" / "model", folder / "data" / "test" / "model"):
+        with pytest.raises(ConfigError, match=f"^the output folder {inside} lies in {folder}/(run|data), and would go with it\nhint"):
+            export(run, inside)
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_the_batch_that_a_model_is_traced_by_has_sizes_of_its_own(folder: Path) -> None:
+    schema = Run.open(folder / "run").schema
+    for features in (schema.features, schema.features[1:2], schema.features[4:], schema.features[:1]):
+        ids, lengths, numeric, *weights = example_inputs(schema.model_copy(update={"features": features}))
+        rows = lengths.shape[1]
+        assert 1 < rows < len(ids) == int(lengths.sum())
+        assert len(ids) % rows
+        assert numeric.shape == (rows, sum(not each.is_table for each in features))
+        assert [len(each) for each in weights] == [len(ids)] * any(each.kind == "weighted_list" for each in features)
+
+
+@pytest.mark.parametrize("format", FORMATS[:2])
+def test_a_full_disk_is_told_before_the_model_is_written(folder: Path, format: Format, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        with pytest.raises(RunError, match="No space left on device") as caught:
+            export(folder / "run", disk / "model", format)
+        assert "run the same command again" in caught.value.hint
+        assert not list(disk.iterdir())
+        del caught  # it holds what maps the tables
+        gc.collect()
+
+
+def test_a_model_that_changed_is_found_when_a_job_goes_on(artifacts: Path, tmp_path: Path) -> None:
+    model, logs = Path(shutil.copytree(artifacts / "torchscript-fp32", tmp_path / "model")), tmp_path / "logs"
+    logs.mkdir()
+    shutil.copy(artifacts / "in" / "a.parquet", logs)
+    pq.write_table(raw_table(5, 1).drop_columns(["shop"]), logs / "b.parquet")
+    with pytest.raises(DataError, match="shop"):
+        score(None, [logs], tmp_path / "out", model=model)
+    shutil.copy(artifacts / "in" / "b.parquet", logs)
+    content = (model / "model.pt").read_bytes()
+    (model / "model.pt").write_bytes(bytes([content[0] ^ 1]) + content[1:])  # in place: what the job linked changes too
+    with pytest.raises(DataError, match=f"^{model}/model.pt is damaged"):
+        score(None, [logs], tmp_path / "out", model=model)
+    (model / "model.pt").write_bytes(content)
+    assert score(None, [logs], tmp_path / "out", model=model)["files_done_before"] == 1
+
+
+def test_an_artifact_whose_coverage_is_damaged_is_told_at_once(artifacts: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(artifacts / "torchscript-fp32", tmp_path / "model"))
+    (model / "coverage.json").write_text("{")
+    with pytest.raises(DataError, match=f"^{model}/coverage.json is not readable JSON: .*\nhint: copy the folder again"):
+        score(None, [artifacts / "in"], tmp_path / "out", model=model)
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
 
 
 def test_without_a_compiler_aoti_says_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from escm2rec.errors import DataError
 from escm2rec.paths import DataPath
 from escm2rec.preprocess.ragged import Int64s
 from escm2rec.reader.columns import Columns
@@ -36,7 +37,10 @@ def trained_on(run: DataPath) -> Record | None:
     path = run / COVERAGE
     if not path.is_file():
         return None
-    told: Record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        told: Record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON: {error}", "copy the folder again, or remove this file") from error
     return told
 
 

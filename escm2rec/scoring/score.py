@@ -134,7 +134,8 @@ def _refuse_options(options: Options, runtime: Runtime, out: Path, inputs: Seque
         )
     if of_artifact and options.tables is not None:
         raise ConfigError("--tables is of runs: a model that was exported is loaded whole", "leave it out, or score with --run")
-    if of_artifact and "propensity" in (options.score, *(each.rpartition("=")[2].strip() for each in options.columns or ())):
+    named = [each.partition("=")[2 if "=" in each else 0].strip() for each in options.columns or ()]
+    if of_artifact and "propensity" in (options.score, *named):
         raise ConfigError("a model that was exported has no propensity: it is of training", "leave it out, or score with --run")
     if options.tables == "sharded" and (options.ray_address is not None or (options.processes or 1) > 1):
         hint = "leave out --engine ray and --processes, and start ranks by torchrun"
@@ -147,6 +148,7 @@ def _refuse_options(options: Options, runtime: Runtime, out: Path, inputs: Seque
 
 def _open(place: Path, of_artifact: bool, inputs: Sequence[str], skips: bool) -> tuple[Run | Artifact, list[LogFile]]:
     opened = Artifact.open(place) if of_artifact else Run.open(place)
+    coverage.trained_on(opened.path)  # one that cannot be read is told now
     return opened, log_files(opened.schema, inputs, skips)
 
 
@@ -191,18 +193,20 @@ def _refuse(trained: DataPath, files: Sequence[LogFile], out: Path, overwrite: b
 def _prepare(job: Job, shared: bool, todo: Sequence[int]) -> None:
     """Write what all processes map, unless it is there from before."""
     place = job.folder / MODEL
-    if place.exists() or not todo:
+    if not todo:
         return
-    partial = job.folder / f".{MODEL}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    if isinstance(job.trained, Artifact):
+    if not place.exists():
+        partial = job.folder / f".{MODEL}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        if shared and isinstance(job.trained, Run):
+            write_model(job.trained, partial)
+        write_lookups(job.trained.schema, job.trained.path / "vocabulary", partial / LOOKUPS)
+        os.replace(partial, place)
+    if isinstance(job.trained, Artifact):  # each time: a job may go on elsewhere, or after the file has changed
         job.trained.check()
-        link(job.trained.file, partial / job.trained.file.name)
-    elif shared:
-        write_model(job.trained, partial)
-    write_lookups(job.trained.schema, job.trained.path / "vocabulary", partial / LOOKUPS)
-    os.replace(partial, place)
+        (place / job.trained.file.name).unlink(missing_ok=True)
+        link(job.trained.file, place / job.trained.file.name)
 
 
 def _score(job: Job, shared: bool, todo: Sequence[tuple[int, LogFile]], options: Options, runtime: Runtime) -> None:

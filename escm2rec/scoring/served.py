@@ -28,4 +28,4 @@ class ServedScorer:
 
     def propensity(self, predictions: Predictions) -> Tensor:
         """There is none: ConfigError."""
-        raise ConfigError("an artifact has no propensity: it is of training", "score with --run, or leave the column out")
+        raise ConfigError("a model that was exported has no propensity: it is of training", "leave it out, or score with --run")

@@ -54,10 +54,11 @@ class Artifact:
             raise DataError(f"{self.file} is missing, the manifest names it", "export it again")
         if self.file.stat().st_size != self.manifest["model"]["bytes"] or sha256_of(self.file) != self.manifest["model"]["sha256"]:
             raise DataError(f"{self.file} is damaged: it is not the file that was written", "copy it again, or export it again")
-        if self.manifest["format"] == "aoti":
-            self._check_compiled()
+        self._check_compiled()
 
     def _check_compiled(self) -> None:
+        if self.manifest["format"] != "aoti":
+            return
         for what, made, here in (("torch", self.manifest["torch"], release()), ("processor", self.manifest["cpu"]["machine"], machine())):
             if made != here:
                 raise DataError(f"the artifact at {self.path} was compiled for {what} {made}, this is {here}", AGAIN)
@@ -65,7 +66,8 @@ class Artifact:
             raise DataError(f"the artifact at {self.path} was compiled for a processor with {', '.join(sorted(lacking))}", AGAIN)
 
     def load(self) -> Served:
-        """Its model; DataError where torch cannot read it."""
+        """Its model; DataError where torch cannot read it, or it was compiled for another machine than this one."""
+        self._check_compiled()
         try:
             return load_model(self.file, self.manifest["format"])
         except Exception as error:  # each format has its own

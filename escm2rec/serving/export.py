@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from escm2rec.reader.dataset import Dataset
 from escm2rec.serving.artifact import cpu_features, machine, release
 from escm2rec.serving.formats import Format, load_model, save_model
 from escm2rec.serving.mapped import managed_rows, mapped_tables, trained_head, write_model
-from escm2rec.serving.model import OUTPUTS, ServedModel, describe_inputs, model_inputs
+from escm2rec.serving.model import OUTPUTS, ServedModel, describe_inputs, example_inputs, model_inputs
 from escm2rec.serving.quality import measure, refuse_other, sample
 from escm2rec.serving.weights import Weights, pack
 from escm2rec.sharding.runtime import Runtime, distributed_runtime
@@ -26,7 +28,9 @@ from escm2rec.training.fetched import run_here
 from escm2rec.training.run import COVERAGE, Run
 
 QUALITY_ROWS = 100_000
-FEW_ROWS = 4  # of the batch that a model is traced by
+FEW_ROWS = 4  # of a batch that must give the same when the model is read back
+TIMES: dict[Format, int] = {"torch-export": 1, "torchscript": 1, "aoti": 3}  # its bytes that are on the disk while it is written
+MORE_BYTES = 8 << 20  # code and the like
 Record = dict[str, Any]
 
 logger = logging.getLogger(__name__)
@@ -57,6 +61,7 @@ def export(
         dataset = _dataset(opened, run, data)
         dataset.split_counts(split)
         refuse_overlap(out, [run, dataset.path])
+        _refuse_inside(out, [run, dataset.path])
         with new_folder(out, "artifact", overwrite) as folder, telling_of_disk(folder, ANEW):
             with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
                 content = _export(opened, dataset, split, rows, Path(work), folder, format, weights)
@@ -83,6 +88,23 @@ def _in_short(content: Record) -> Record:
 def _refuse_ranks(runtime: Runtime) -> None:
     if runtime.world_size > 1:
         raise ConfigError(f"export is the work of one process, and torchrun started {runtime.world_size}", "run escm2rec export by itself")
+
+
+def _refuse_inside(out: Path, places: Sequence[DataPath]) -> None:
+    for place in places:
+        if isinstance(place, Path) and out.resolve().is_relative_to(place.resolve()):
+            raise ConfigError(f"the output folder {out} lies in {place}, and would go with it", "choose another --out")
+
+
+def _refuse_full_disk(model: ServedModel, format: Format, folder: Path) -> None:
+    """OSError where there is no room for the model: torch's own writers end the process."""
+    size = TIMES[format] * sum(each.nbytes for each in (*model.parameters(), *model.buffers())) + MORE_BYTES
+    room = folder / ".room"
+    try:
+        with room.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    finally:
+        room.unlink(missing_ok=True)
 
 
 def _dataset(opened: Run, run: DataPath, data: DataPath | None) -> Dataset:
@@ -118,12 +140,13 @@ def _export(run: Run, dataset: Dataset, split: Split, rows: int, work: Path, fol
     packed = tables if weights == "fp32" else pack(tables, weights, work / weights)
     model = ServedModel(schema, packed, weights, dim, fp32.head, managed_rows(schema, work)).eval().requires_grad_(False)
     block = next(sample(dataset, split, FEW_ROWS))
-    example = model_inputs(block, 0, block.num_rows, schema)
+    example = example_inputs(schema)
     logger.info("writing the model as %s", format)
+    _refuse_full_disk(model, format, folder)
     file = save_model(model, example, format, folder)
     served = load_model(file, format)
     in_half = run.config.training.in_bfloat16
-    for batch in (example, model_inputs(block, 0, 1, schema), model_inputs(block, 0, 0, schema)):
+    for batch in (example, *(model_inputs(block, 0, rows, schema) for rows in (block.num_rows, 1, 0))):
         refuse_other(served, model, batch, in_half)
     logger.info("measuring it on %s", dataset.path)
     quality = measure(fp32, served, dataset, split, rows)

@@ -17,9 +17,11 @@ from torch.export import Dim
 
 from escm2rec.errors import ConfigError
 from escm2rec.serving.model import Inputs, ServedModel
+from escm2rec.temporary import temporary_folder
 
 Format = Literal["torch-export", "aoti", "torchscript"]
 FILES: dict[Format, str] = {"torch-export": "model.pt2", "aoti": "model.pt2", "torchscript": "model.pt"}
+COMPILED = "escm2rec-compiled-"  # how its folder among the temporary files begins
 AOTI_HINT = "install g++, or choose --format torch-export, which compiles nothing"
 BATCH = (
     {0: Dim.DYNAMIC},
@@ -77,8 +79,9 @@ def _compile(exported: torch.export.ExportedProgram, path: Path, folder: Path) -
 def _inductor_cache(folder: Path) -> Iterator[None]:
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     # torch cuts its command at spaces: a folder with one in its name will not do.
-    with tempfile.TemporaryDirectory(prefix=".compiled-", dir=None if " " in str(folder) else folder) as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    spaced = " " in str(folder)
+    with temporary_folder(COMPILED) if spaced else tempfile.TemporaryDirectory(prefix=".compiled-", dir=folder) as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
         try:
             yield
         finally:

@@ -24,8 +24,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 
-from escm2rec.disk import telling_of_disk
-from escm2rec.folder import TAKEN_UP
 from escm2rec.schema import Feature, Schema
 from escm2rec.sharding.managed import FREE
 from escm2rec.training.build import build_model
@@ -40,22 +38,21 @@ CHUNK_BYTES = 64 << 20
 
 def write_model(run: Run, folder: Path) -> None:
     """Write the model of a run into an empty folder; memory does not grow with its tables. DataError where its checkpoint cannot be read,
-    RunError where the disk is full."""
-    with telling_of_disk(folder, TAKEN_UP):
-        stored = StoredTensors(run.checkpoint)
-        tables = MappedTables(run, folder / TABLES, new=True)
-        for feature in run.schema.tables:
-            weights = tables.rows(feature)
-            ending = f".embedding_bags.{feature.name}.weight"
-            name = next(name for name in stored.shapes if name.startswith("model.") and name.endswith(ending))
-            for part in stored.parts(name):
-                _copy(part.values, weights, part.offsets)
-            if feature.is_managed:
-                weights[-1] = 0  # of values without a row; training makes it so before each look-up
-                _write_managed(stored, feature, folder)
-        calibration = "model.loss.calibration"
-        fit = stored.whole(calibration) if calibration in stored.shapes else None
-        torch.save({"head": _head_of(run, stored), "calibration": fit}, folder / DENSE)
+    OSError where the disk is full."""
+    stored = StoredTensors(run.checkpoint)
+    tables = MappedTables(run, folder / TABLES, new=True)
+    for feature in run.schema.tables:
+        weights = tables.rows(feature)
+        ending = f".embedding_bags.{feature.name}.weight"
+        name = next(name for name in stored.shapes if name.startswith("model.") and name.endswith(ending))
+        for part in stored.parts(name):
+            _copy(part.values, weights, part.offsets)
+        if feature.is_managed:
+            weights[-1] = 0  # of values without a row; training makes it so before each look-up
+            _write_managed(stored, feature, folder)
+    calibration = "model.loss.calibration"
+    fit = stored.whole(calibration) if calibration in stored.shapes else None
+    torch.save({"head": _head_of(run, stored), "calibration": fit}, folder / DENSE)
 
 
 def _copy(part: Any, weights: Any, offsets: tuple[int, ...]) -> None:

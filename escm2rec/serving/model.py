@@ -126,6 +126,15 @@ def model_inputs(columns: Columns, start: int, stop: int, schema: Schema) -> Inp
     return (_joined(values, torch.int64), lengths, numeric, *([_joined(weights, torch.float32)] if is_weighted(schema) else []))
 
 
+def example_inputs(schema: Schema) -> Inputs:
+    """A batch to trace a model by: several impressions, and another number of ids, so that no size is taken for another or for 0 or 1."""
+    lengths = torch.ones((len(schema.tables), 5), dtype=torch.int64)
+    lengths[0, 0] = 2
+    ids = int(lengths.sum())
+    weights = (torch.ones(ids),) if is_weighted(schema) else ()
+    return (torch.zeros(ids, dtype=torch.int64), lengths, torch.zeros((5, len(schema.numeric))), *weights)
+
+
 def _joined(parts: list[Any], dtype: torch.dtype) -> Tensor:
     """As torch lays tensors out, empty ones too: numpy's have strides of 0, which compiled code refuses."""
     out = torch.empty(sum(len(part) for part in parts), dtype=dtype)
@@ -146,7 +155,7 @@ def describe_inputs(schema: Schema) -> list[dict[str, Any]]:
         {"name": "numeric", "type": "float32", "shape": ["batch", len(schema.numeric)], "features": [each.name for each in schema.numeric]},
     ]
     weighted = [feature.name for feature in schema.tables if feature.kind == "weighted_list"]
-    return told + ([{"name": "weights", "type": "float32", "shape": ["ids"], "features": weighted}] if weighted else [])
+    return told + ([{"name": "weights", "type": "float32", "shape": ["ids"], "features": weighted, "of_others": 1}] if weighted else [])
 
 
 def _of_table(feature: Feature) -> dict[str, Any]:
