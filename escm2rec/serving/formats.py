@@ -23,12 +23,8 @@ Format = Literal["torch-export", "aoti", "torchscript"]
 FILES: dict[Format, str] = {"torch-export": "model.pt2", "aoti": "model.pt2", "torchscript": "model.pt"}
 COMPILED = "escm2rec-compiled-"  # how its folder among the temporary files begins
 AOTI_HINT = "install g++, or choose --format torch-export, which compiles nothing"
-BATCH = (
-    {0: Dim.DYNAMIC},
-    {1: Dim.DYNAMIC},
-    {0: Dim.DYNAMIC},
-    {0: Dim.DYNAMIC},
-)  # which dimensions of the inputs differ from batch to batch
+# Which dimensions of the inputs differ from batch to batch.
+BATCH = ({0: Dim.DYNAMIC}, {1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
 Served = Callable[..., tuple[Tensor, ...]]
 
 
